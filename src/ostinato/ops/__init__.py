@@ -1,0 +1,240 @@
+"""The ops that every model is written in.
+
+An op is a meaning: a typed function with a plain-torch reference (`reference.py`) beside it
+and faster versions behind it. `OpSet` is the list; `select` picks the implementation for a
+device, once, when the engine is built. No op allocates on the GPU: results and intermediates
+go to tensors that the caller passes (the scratch arena).
+
+T: padded tokens of the step. S: padded sequences. R: rows of the device buffers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from ..inputs import Batch, StaticInputs, StepState
+from ..types import SamplerVariant
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """What is constant about attention in one model."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    sliding_window: int | None = None
+    """A token sees this many tokens, itself included; None: all before it."""
+
+    @property
+    def q_size(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        return self.kv_heads * self.head_dim
+
+    @property
+    def qkv_size(self) -> int:
+        return self.q_size + 2 * self.kv_size
+
+    @property
+    def scale(self) -> float:
+        return float(self.head_dim**-0.5)
+
+
+@dataclass(frozen=True)
+class StepView:
+    """What a step is, in the device's own terms; `prepare` computes it from the static buffers.
+
+    A token or sequence is *live* if it is neither padding nor a row that deactivated itself.
+    """
+
+    ids: torch.Tensor
+    """[T] int32 token ids; 0 where not live."""
+    positions: torch.Tensor
+    """[T] int32; 0 where not live."""
+    slots: torch.Tensor
+    """[T] int32 KV slot to write; -1 where not live."""
+    seq_lens: torch.Tensor
+    """[S] int32 tokens in the cache once this step has written; 0 where not live."""
+    last_index: torch.Tensor
+    """[S] int32 index into T of the sequence's last token; 0 where not live."""
+    query_start: torch.Tensor
+    """[S + 1] int32, a view of the static inputs."""
+    rows: torch.Tensor
+    """[S] int32 device row of each sequence, -1 for padding; a view of the static inputs."""
+    block_table: torch.Tensor
+    """[R, max_blocks_per_seq] int32, by device row."""
+    decode: bool
+    """One token for each sequence: T == S, query_start is 0, 1, 2, ..."""
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """Intermediates of a step: views into the arena at padded shapes. Nothing here outlives a step."""
+
+    x: torch.Tensor
+    """[T, hidden] residual stream"""
+    normed: torch.Tensor
+    """[T, hidden]"""
+    qkv: torch.Tensor
+    """[T, (heads + 2 kv_heads) head_dim]"""
+    attn: torch.Tensor
+    """[T, heads head_dim]"""
+    gate_up: torch.Tensor
+    """[T, 2 intermediate]"""
+    act: torch.Tensor
+    """[T, intermediate]"""
+    last: torch.Tensor
+    """[S, hidden]"""
+    logits: torch.Tensor
+    """[S, vocab] float32"""
+    tokens: torch.Tensor
+    """[S] int32 sampled tokens"""
+    next_positions: torch.Tensor
+    """[S] int32 their positions"""
+    ids: torch.Tensor
+    """[T] int32"""
+    positions: torch.Tensor
+    """[T] int32"""
+    slots: torch.Tensor
+    """[T] int32"""
+    seq_lens: torch.Tensor
+    """[S] int32"""
+    last_index: torch.Tensor
+    """[S] int32"""
+    attention: torch.Tensor
+    """float32 workspace for `rope_paged_attention`; its size is `OpSet.attention_words`"""
+    sampler: torch.Tensor
+    """int32 workspace for `sample`; its size is `OpSet.sampler_words`"""
+
+
+class OpSet(Protocol):
+    """One implementation of every op."""
+
+    name: str
+
+    def attention_words(self, shape: AttentionShape, max_seqs: int) -> int:
+        """4-byte words of workspace that attention needs."""
+        ...
+
+    def sampler_words(self, max_seqs: int, vocab_size: int) -> int:
+        """4-byte words of workspace that sampling needs."""
+        ...
+
+    def prepare(self, batch: Batch, scratch: Scratch) -> StepView:
+        """Work out ids, positions, slots and lengths from the static buffers."""
+        ...
+
+    def embed(self, ids: torch.Tensor, table: torch.Tensor, out: torch.Tensor) -> None:
+        """out[t] = table[ids[t]]; table [vocab, hidden], out [T, hidden]."""
+        ...
+
+    def norm_linear(
+        self,
+        x: torch.Tensor,
+        norm: torch.Tensor,
+        eps: float,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        *,
+        normed: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        """out = rms_norm(x) @ weight.T + bias; x [T, hidden], weight [n, hidden], out [T, n]."""
+        ...
+
+    def rope_paged_attention(
+        self,
+        qkv: torch.Tensor,
+        view: StepView,
+        cache: tuple[torch.Tensor, torch.Tensor],
+        rope: torch.Tensor,
+        q_norm: torch.Tensor | None,
+        k_norm: torch.Tensor | None,
+        eps: float,
+        shape: AttentionShape,
+        *,
+        workspace: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        """Per-head norm (where the model has one), rotary embedding, KV write, causal attention.
+
+        qkv [T, qkv_size] is overwritten. cache: keys and values, each
+        [num_blocks, block_size, kv_heads, head_dim]. rope [max_positions, 2, head_dim / 2]
+        float32: cosines, then sines; the halves of a head rotate against each other, as in
+        Hugging Face models. out [T, q_size]; zero where not live.
+        """
+        ...
+
+    def linear_add(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, residual: torch.Tensor
+    ) -> None:
+        """residual += x @ weight.T + bias; x [T, k], weight [hidden, k], residual [T, hidden]."""
+        ...
+
+    def norm_gate_up(
+        self,
+        x: torch.Tensor,
+        norm: torch.Tensor,
+        eps: float,
+        weight: torch.Tensor,
+        *,
+        normed: torch.Tensor,
+        gate_up: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        """out = silu(g) * u with [g, u] = rms_norm(x) @ weight.T; weight [2 intermediate, hidden]."""
+        ...
+
+    def norm_head(
+        self,
+        x: torch.Tensor,
+        last_index: torch.Tensor,
+        norm: torch.Tensor,
+        eps: float,
+        weight: torch.Tensor,
+        *,
+        last: torch.Tensor,
+        logits: torch.Tensor,
+    ) -> None:
+        """logits[s] = rms_norm(x[last_index[s]]) @ weight.T, float32; weight [vocab, hidden]."""
+        ...
+
+    def sample(
+        self,
+        logits: torch.Tensor,
+        rows: torch.Tensor,
+        positions: torch.Tensor,
+        inputs: StaticInputs,
+        state: StepState,
+        *,
+        variant: SamplerVariant,
+        workspace: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        """Choose a token for each sequence; see `ostinato.sampling.sample`."""
+        ...
+
+    def advance(self, batch: Batch, view: StepView, tokens: torch.Tensor) -> None:
+        """Store sampled tokens as the next inputs, move positions, deactivate rows that ended.
+
+        A live sequence with `samples` set writes `emitted` by column and, by row, `last_token`,
+        `position`, `active` and (with FLAG_PENALTIES) its count; the rest only emit -1.
+        """
+        ...
+
+
+def select(device: torch.device) -> OpSet:
+    """The implementation for a device type."""
+    if device.type == "cuda":
+        from .triton import TritonOps
+
+        return TritonOps()
+    from .reference import ReferenceOps
+
+    return ReferenceOps()

@@ -1,0 +1,305 @@
+"""Every op in plain torch: the definition of correct, and the CPU implementation.
+
+Written for a CPU where that costs nothing: batched where shapes allow it, masked values
+selected away rather than multiplied by zero (0 times NaN is NaN). It reads device values on
+the host (`tolist`), so it cannot be captured; on a GPU it serves tests only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from .. import sampling
+from ..inputs import FLAG_PENALTIES, Batch, StaticInputs, StepState
+from ..types import SamplerVariant
+from . import AttentionShape, Scratch, StepView
+
+
+@dataclass(frozen=True)
+class ReferenceView(StepView):
+    """The view plus the host-side plan that attention over all layers shares."""
+
+    all_live: bool
+    live: torch.Tensor
+    """[n] int64 indices of live tokens"""
+    live_slots: torch.Tensor
+    """[n] int64 their slots"""
+    singles: torch.Tensor
+    """[m] int64 token indices of live sequences that compute one token"""
+    singles_cache: torch.Tensor
+    """[m * longest] int64 slots of their contexts; past a row's end its first slot repeats"""
+    singles_mask: torch.Tensor | None
+    """[m, 1, 1, longest] bool, or None where all contexts are equally long"""
+    chunks: tuple[tuple[int, int, int, torch.Tensor], ...]
+    """(first token, end, context length, slots [context]) of the other live sequences"""
+
+
+class ReferenceOps:
+    """`OpSet` in plain torch."""
+
+    name = "torch"
+
+    def attention_words(self, shape: AttentionShape, max_seqs: int) -> int:
+        return 0
+
+    def sampler_words(self, max_seqs: int, vocab_size: int) -> int:
+        return 0
+
+    def prepare(self, batch: Batch, scratch: Scratch) -> ReferenceView:
+        static, state = batch.static, batch.state
+        rows = batch.rows.clamp(min=0).long()
+        awake = (state.active[rows] != 0) & (static.enabled[rows] != 0) & (batch.rows >= 0)  # [S]
+        block_size = batch.block_size
+        if batch.decode:
+            live = awake
+            ids, positions = state.last_token[rows], state.position[rows]
+            seq_lens = torch.where(awake, positions + 1, 0)
+            token_rows = rows
+            scratch.last_index.copy_(torch.arange(batch.num_seqs))
+        else:
+            token_rows = batch.token_rows.clamp(min=0).long()
+            from_state = batch.tokens < 0
+            row_awake = (state.active[token_rows] != 0) & (static.enabled[token_rows] != 0)
+            live = (batch.token_rows >= 0) & (~from_state | row_awake)
+            ids = torch.where(from_state, state.last_token[token_rows], batch.tokens)
+            positions = batch.token_positions
+            last = (batch.query_start[1:] - 1).clamp(min=0).long()
+            seq_lens = torch.where((batch.rows >= 0) & live[last], batch.seq_lens, 0)
+            scratch.last_index.copy_(torch.where(seq_lens > 0, last, 0))
+        zero = torch.zeros((), dtype=torch.int32, device=ids.device)
+        positions = torch.where(live, positions, zero)
+        block = static.block_table[token_rows, (positions // block_size).long()]
+        scratch.ids.copy_(torch.where(live, ids, zero))
+        scratch.positions.copy_(positions)
+        scratch.slots.copy_(torch.where(live, block * block_size + positions % block_size, -1))
+        scratch.seq_lens.copy_(seq_lens)
+        return self._plan(batch, scratch)
+
+    def _plan(self, batch: Batch, scratch: Scratch) -> ReferenceView:
+        lens = scratch.seq_lens.tolist()
+        starts = batch.query_start.tolist()
+        rows = batch.rows.tolist()
+        block_size = batch.block_size
+        singles = [s for s, n in enumerate(lens) if n > 0 and starts[s + 1] - starts[s] == 1]
+        longest = max((lens[s] for s in singles), default=0)
+        table = batch.static.block_table
+        offsets = torch.arange(block_size, device=table.device)
+
+        def context(row: torch.Tensor, length: int) -> torch.Tensor:
+            blocks = table[row, : (length + block_size - 1) // block_size].long()
+            return (blocks.unsqueeze(-1) * block_size + offsets).flatten(-2)[..., :length]
+
+        index = torch.tensor([rows[s] for s in singles], dtype=torch.long, device=table.device)
+        cache = context(index, longest)
+        mask = None
+        if singles and min(lens[s] for s in singles) != longest:
+            length = torch.tensor([lens[s] for s in singles], device=table.device).unsqueeze(1)
+            inside = torch.arange(longest, device=table.device) < length
+            cache = torch.where(inside, cache, cache[:, :1])
+            mask = inside[:, None, None, :]
+        live = (scratch.slots >= 0).nonzero().squeeze(1)
+        return ReferenceView(
+            ids=scratch.ids,
+            positions=scratch.positions,
+            slots=scratch.slots,
+            seq_lens=scratch.seq_lens,
+            last_index=scratch.last_index,
+            query_start=batch.query_start,
+            rows=batch.rows,
+            block_table=table,
+            decode=batch.decode,
+            all_live=live.numel() == scratch.slots.numel(),
+            live=live,
+            live_slots=scratch.slots[live].long(),
+            singles=torch.tensor([starts[s] for s in singles], dtype=torch.long, device=table.device),
+            singles_cache=cache.flatten(),
+            singles_mask=mask,
+            chunks=tuple(
+                (starts[s], starts[s + 1], n, context(torch.tensor(rows[s], device=table.device), n))
+                for s, n in enumerate(lens)
+                if n > 0 and starts[s + 1] - starts[s] > 1
+            ),
+        )
+
+    def embed(self, ids: torch.Tensor, table: torch.Tensor, out: torch.Tensor) -> None:
+        torch.index_select(table, 0, ids, out=out)
+
+    def norm_linear(
+        self,
+        x: torch.Tensor,
+        norm: torch.Tensor,
+        eps: float,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        *,
+        normed: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        linear(rms_norm(x, norm, eps), weight, bias, out)
+
+    def rope_paged_attention(
+        self,
+        qkv: torch.Tensor,
+        view: StepView,
+        cache: tuple[torch.Tensor, torch.Tensor],
+        rope: torch.Tensor,
+        q_norm: torch.Tensor | None,
+        k_norm: torch.Tensor | None,
+        eps: float,
+        shape: AttentionShape,
+        *,
+        workspace: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        assert isinstance(view, ReferenceView)
+        tokens = qkv.shape[0]
+        heads = qkv.view(tokens, shape.heads + 2 * shape.kv_heads, shape.head_dim)
+        q, k, v = heads.split([shape.heads, shape.kv_heads, shape.kv_heads], dim=1)
+        if q_norm is not None and k_norm is not None:
+            q, k = rms_norm(q, q_norm, eps), rms_norm(k, k_norm, eps)
+        angles = rope[view.positions.long()].unsqueeze(2)  # [T, 2, 1, head_dim / 2]
+        q, k = rotate(q, angles), rotate(k, angles)
+        keys, values = (part.view(-1, shape.kv_heads, shape.head_dim) for part in cache)
+        if view.all_live:
+            keys.index_copy_(0, view.live_slots, k)
+            values.index_copy_(0, view.live_slots, v)
+        else:
+            keys.index_copy_(0, view.live_slots, k[view.live])
+            values.index_copy_(0, view.live_slots, v[view.live])
+            out.zero_()
+        result = out.view(tokens, shape.heads, shape.head_dim)
+        group = shape.heads // shape.kv_heads
+        if count := view.singles.numel():
+            # The query heads of one KV head stand where SDPA expects query positions.
+            own_q = q[view.singles].view(count, shape.kv_heads, group, shape.head_dim)
+            past_k, past_v = (
+                part.index_select(0, view.singles_cache)
+                .view(count, -1, shape.kv_heads, shape.head_dim)
+                .transpose(1, 2)
+                for part in (keys, values)
+            )
+            mask = view.singles_mask
+            if shape.sliding_window is not None and past_k.shape[2] > shape.sliding_window:
+                oldest = view.positions[view.singles].view(count, 1, 1, 1) - shape.sliding_window
+                near = torch.arange(past_k.shape[2], device=qkv.device) > oldest
+                mask = near if mask is None else mask & near
+            attended = F.scaled_dot_product_attention(own_q, past_k, past_v, attn_mask=mask, scale=shape.scale)
+            result[view.singles] = attended.reshape(count, shape.heads, shape.head_dim)
+        for start, end, length, slots in view.chunks:
+            own_q = q[start:end].transpose(0, 1).unsqueeze(0)
+            past_k, past_v = (
+                part.index_select(0, slots).transpose(0, 1).repeat_interleave(group, 0).unsqueeze(0)
+                for part in (keys, values)
+            )
+            fresh = length == end - start
+            if fresh and shape.sliding_window is None:
+                attended = F.scaled_dot_product_attention(own_q, past_k, past_v, is_causal=True, scale=shape.scale)
+            else:
+                query = torch.arange(length - (end - start), length, device=qkv.device).unsqueeze(1)
+                key = torch.arange(length, device=qkv.device)
+                mask = key <= query
+                if shape.sliding_window is not None:
+                    mask &= key > query - shape.sliding_window
+                attended = F.scaled_dot_product_attention(
+                    own_q, past_k, past_v, attn_mask=mask, scale=shape.scale
+                )
+            result[start:end] = attended[0].transpose(0, 1)
+
+    def linear_add(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, residual: torch.Tensor
+    ) -> None:
+        torch.addmm(residual, x, weight.t(), out=residual)
+        if bias is not None:
+            residual.add_(bias)
+
+    def norm_gate_up(
+        self,
+        x: torch.Tensor,
+        norm: torch.Tensor,
+        eps: float,
+        weight: torch.Tensor,
+        *,
+        normed: torch.Tensor,
+        gate_up: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        linear(rms_norm(x, norm, eps), weight, None, gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
+        torch.mul(F.silu(gate), up, out=out)
+
+    def norm_head(
+        self,
+        x: torch.Tensor,
+        last_index: torch.Tensor,
+        norm: torch.Tensor,
+        eps: float,
+        weight: torch.Tensor,
+        *,
+        last: torch.Tensor,
+        logits: torch.Tensor,
+    ) -> None:
+        torch.index_select(x, 0, last_index, out=last)
+        normed = rms_norm(last, norm, eps)
+        if logits.dtype == weight.dtype:
+            linear(normed, weight, None, logits)
+        else:
+            logits.copy_(normed @ weight.t())
+
+    def sample(
+        self,
+        logits: torch.Tensor,
+        rows: torch.Tensor,
+        positions: torch.Tensor,
+        inputs: StaticInputs,
+        state: StepState,
+        *,
+        variant: SamplerVariant,
+        workspace: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        sampling.sample(logits, rows, positions, inputs, state, variant=variant, out=out)
+
+    def advance(self, batch: Batch, view: StepView, tokens: torch.Tensor) -> None:
+        static, state = batch.static, batch.state
+        samples = torch.ones_like(view.seq_lens) if batch.decode else batch.samples
+        live = (view.seq_lens > 0) & (samples != 0)
+        state.emitted[: batch.num_seqs] = torch.where(live, tokens, -1)
+        columns = live.nonzero().squeeze(1)
+        rows, tokens = batch.rows[columns].long(), tokens[columns]
+        positions = view.seq_lens[columns]  # the new token stands right after the context
+        state.last_token[rows] = tokens
+        state.position[rows] = positions
+        stop_ids = static.stop_ids[rows]
+        counted = torch.arange(stop_ids.shape[1], device=rows.device) < static.num_stop_ids[rows].unsqueeze(1)
+        stopped = ((stop_ids == tokens.unsqueeze(1)) & counted).any(1) & (positions >= static.min_position[rows])
+        state.active[rows] = (~stopped & (positions < static.last_position[rows])).int()
+        counts = (static.flags[rows] & FLAG_PENALTIES) != 0
+        rows, tokens = rows[counts], tokens[counts].long()
+        state.output_counts[rows, tokens] = (state.output_counts[rows, tokens].int() + 1).clamp(max=32767).short()
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Root-mean-square norm over the last dimension, in float32 (Zhang and Sennrich, 2019)."""
+    if x.dtype == torch.float32:
+        return F.rms_norm(x, x.shape[-1:], weight, eps)
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return weight * wide.to(x.dtype)
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+    """out = x @ weight.T + bias."""
+    if bias is None:
+        torch.mm(x, weight.t(), out=out)
+    else:
+        torch.addmm(bias, x, weight.t(), out=out)
+
+
+def rotate(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding (Su et al., 2021): x [T, heads, d], angles [T, 2, 1, d / 2]."""
+    cos, sin = angles[:, 0], angles[:, 1]
+    low, high = x.float().chunk(2, dim=-1)
+    return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1).to(x.dtype)

@@ -1,0 +1,551 @@
+"""The types that travel along the step. Pure Python: no tensors, no torch.
+
+`SamplingParams` (user) -> `Request` (engine) -> `Schedule` (scheduler) -> `Route` (plan)
+-> `Batch` (inputs) -> `Pending` (runner) -> `RequestOutput`. `Batch` and `Pending` hold
+tensors and live in `inputs.py` and `graphs/runner.py`. All but `Request` are frozen.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from enum import Enum, IntEnum
+from typing import Any, NamedTuple, Protocol
+
+from .errors import SamplingParamsError, UnknownOptionError
+
+MAX_LOGPROBS = 20
+"""Most alternatives a token can report; the device buffers are this wide."""
+MAX_STOP_IDS = 64
+"""Most stop token ids a request can have, end-of-sequence ids included."""
+MAX_LOGIT_BIAS = 512
+"""Most `logit_bias` entries a request can have."""
+
+_SEED_LIMIT = 2**63
+
+
+class RequestOutputKind(Enum):
+    """What a stream of `RequestOutput` carries."""
+
+    CUMULATIVE = 0
+    """Each output repeats everything so far."""
+    DELTA = 1
+    """Each output holds only what is new."""
+    FINAL_ONLY = 2
+    """One output, when the request ends."""
+
+
+class SamplerVariant(IntEnum):
+    """Which sampler a step needs; each includes the ones before it. Part of the graph key."""
+
+    GREEDY = 0
+    """argmax; the lowest index wins a tie."""
+    SAMPLE = 1
+    """temperature, min-p, top-k, top-p."""
+    FULL = 2
+    """penalties, bias, masks, logprobs on top."""
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to choose tokens for one request; names and defaults follow vLLM.
+
+    Filters apply in this order: mask (`allowed_token_ids`, `bad_words`, `min_tokens`),
+    `logit_bias`, penalties, temperature, min-p, top-k, top-p. Ties at a threshold are kept.
+    `temperature=0` is greedy. `logprobs` and `prompt_logprobs` are of the raw distribution,
+    before any of these. The random number for the token at position p depends on (`seed`, p)
+    alone, so a seed gives the same tokens in whatever batch the request runs.
+
+    Raises:
+        SamplingParamsError: a field is out of range; the message names it.
+        UnknownOptionError: from `SamplingParams.from_dict`, for a field that does not exist.
+    """
+
+    n: int = 1
+    """Completions for the prompt; completion i uses `seed + i`."""
+    temperature: float = 1.0
+    top_p: float = 1.0
+    """Keep the smallest set of most likely tokens with at least this mass; (0, 1]."""
+    top_k: int = 0
+    """Keep this many most likely tokens; 0 or -1 keeps all."""
+    min_p: float = 0.0
+    """Keep tokens at least this fraction as likely as the most likely one; [0, 1]."""
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: str | Sequence[str] | None = None
+    """Strings that end the request; they may span tokens."""
+    stop_token_ids: Sequence[int] | None = None
+    ignore_eos: bool = False
+    max_tokens: int | None = 16
+    """Most tokens to generate; None: as many as the model's length allows."""
+    min_tokens: int = 0
+    """No end-of-sequence or stop token id before this many tokens."""
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    detokenize: bool = True
+    skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+    logit_bias: Mapping[int, float] | None = None
+    allowed_token_ids: Sequence[int] | None = None
+    bad_words: Sequence[str] | None = None
+    output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
+
+    def __post_init__(self) -> None:
+        _int("n", self.n, 1, 1024)
+        _float("temperature", self.temperature, 0.0, math.inf)
+        _float("top_p", self.top_p, 0.0, 1.0, above=True)
+        _int("top_k", self.top_k, -1, 2**31 - 1)
+        _float("min_p", self.min_p, 0.0, 1.0)
+        _float("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _float("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _float("repetition_penalty", self.repetition_penalty, 0.0, math.inf, above=True)
+        if self.seed is not None:
+            _int("seed", self.seed, -_SEED_LIMIT, _SEED_LIMIT - 1)
+        if self.max_tokens is not None:
+            _int("max_tokens", self.max_tokens, 1, 2**31 - 1)
+        _int("min_tokens", self.min_tokens, 0, 2**31 - 1)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise SamplingParamsError(
+                f"min_tokens must be at most max_tokens ({self.max_tokens}), got {self.min_tokens}"
+            )
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            if value is not None:
+                _int(name, value, 0, MAX_LOGPROBS)
+        for name in ("ignore_eos", "detokenize", "skip_special_tokens", "include_stop_str_in_output"):
+            if not isinstance(getattr(self, name), bool):
+                raise SamplingParamsError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        if not isinstance(self.output_kind, RequestOutputKind):
+            raise SamplingParamsError(
+                f"output_kind must be a RequestOutputKind, got {self.output_kind!r}"
+            )
+        # Sequences become tuples, so that a later change of the caller's list changes nothing.
+        object.__setattr__(self, "stop", _strings("stop", self.stop))
+        object.__setattr__(self, "bad_words", _strings("bad_words", self.bad_words))
+        object.__setattr__(self, "stop_token_ids", _ids("stop_token_ids", self.stop_token_ids))
+        if self.allowed_token_ids is not None:
+            allowed = _ids("allowed_token_ids", self.allowed_token_ids)
+            if not allowed:
+                raise SamplingParamsError("allowed_token_ids must not be empty; leave it None to allow all")
+            object.__setattr__(self, "allowed_token_ids", allowed)
+        if self.logit_bias is not None:
+            object.__setattr__(self, "logit_bias", _bias(self.logit_bias))
+        if self.stop_strings and not self.detokenize:
+            raise SamplingParamsError("stop strings need detokenize=True; use stop_token_ids instead")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> SamplingParams:
+        """Build from a mapping; an unknown field raises and names the nearest known one."""
+        known = [f.name for f in fields(cls)]
+        for name in values:
+            if name not in known:
+                raise UnknownOptionError(name, known, "SamplingParams")
+        return cls(**values)
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        return self.stop or ()  # type: ignore[return-value]  # a tuple since __post_init__
+
+    @property
+    def has_penalties(self) -> bool:
+        return (
+            self.presence_penalty != 0.0
+            or self.frequency_penalty != 0.0
+            or self.repetition_penalty != 1.0
+        )
+
+    @property
+    def sampler_variant(self) -> SamplerVariant:
+        """The smallest variant that serves this request."""
+        if (
+            self.has_penalties
+            or self.logprobs is not None
+            or self.logit_bias
+            or self.allowed_token_ids
+            or self.bad_words
+            or self.min_tokens > 0
+        ):
+            return SamplerVariant.FULL
+        return SamplerVariant.GREEDY if self.temperature == 0.0 else SamplerVariant.SAMPLE
+
+
+def _int(name: str, value: Any, low: int, high: int) -> None:
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise SamplingParamsError(f"{name} must be an integer, got {value!r}")
+    if not low <= value.__index__() <= high:
+        raise SamplingParamsError(f"{name} must be in [{low}, {high}], got {value}")
+
+
+def _float(name: str, value: Any, low: float, high: float, *, above: bool = False) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise SamplingParamsError(f"{name} must be a number, got {value!r}")
+    ok = (low < value if above else low <= value) and value <= high
+    if not ok or not math.isfinite(value):  # a NaN fails every comparison
+        bracket = "(" if above else "["
+        raise SamplingParamsError(f"{name} must be a finite number in {bracket}{low}, {high}], got {value}")
+
+
+def _strings(name: str, value: str | Sequence[str] | None) -> tuple[str, ...]:
+    items = (value,) if isinstance(value, str) else tuple(value or ())
+    if not all(isinstance(item, str) and item for item in items):
+        raise SamplingParamsError(f"{name} must be non-empty strings, got {value!r}")
+    return items
+
+
+def _ids(name: str, value: Sequence[int] | None) -> tuple[int, ...]:
+    items = tuple(value or ())
+    for item in items:
+        _int(name, item, 0, 2**31 - 1)
+    return items
+
+
+def _bias(value: Mapping[int, float]) -> dict[int, float]:
+    if not isinstance(value, Mapping):
+        raise SamplingParamsError(f"logit_bias must map token ids to numbers, got {value!r}")
+    if len(value) > MAX_LOGIT_BIAS:
+        raise SamplingParamsError(f"logit_bias has {len(value)} entries, at most {MAX_LOGIT_BIAS} are supported")
+    bias: dict[int, float] = {}
+    for token, amount in value.items():
+        try:
+            token = int(token)  # JSON has only string keys
+        except (TypeError, ValueError):
+            raise SamplingParamsError(f"logit_bias: {token!r} is not a token id") from None
+        _int("logit_bias", token, 0, 2**31 - 1)
+        _float("logit_bias", amount, -1e9, 1e9)
+        bias[token] = float(amount)
+    return bias
+
+
+# --- one request -----------------------------------------------------------------------
+
+
+class Logprob(NamedTuple):
+    """One candidate token: natural-log probability, rank (1 is the most likely), its text."""
+
+    logprob: float
+    rank: int | None = None
+    decoded_token: str | None = None
+
+
+TokenLogprobs = dict[int, Logprob]
+"""Candidates at one position by token id: the chosen token and the `k` most likely."""
+
+
+class TextSink(Protocol):
+    """Turns the tokens of one request into text as they arrive; owned by the request."""
+
+    @property
+    def text(self) -> str:
+        """Text so far that no later token can change and no stop string can take back."""
+        ...
+
+    def push(self, token_id: int) -> str | None:
+        """Add one token; the stop string that it completed, or None.
+
+        After a match `text` ends before the stop string (or after it, where the request
+        asked for that), and no further push is allowed.
+        """
+        ...
+
+    def finish(self) -> str:
+        """The whole text, held-back characters included; called once, when the request ends."""
+        ...
+
+
+class RequestStatus(Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class FinishReason(str, Enum):
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+@dataclass(eq=False)
+class Request:
+    """One sequence to generate. Made by the engine; afterwards only the scheduler changes it.
+
+    A prompt with n > 1 is n requests with one `prompt_id`. Positions count tokens from the
+    start of the prompt. "Launched" tokens are sampled on the device but not yet known here.
+    """
+
+    request_id: str
+    prompt_id: str
+    """Shared by the n completions of one prompt; equals `request_id` where n is 1."""
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams
+    stop_token_ids: frozenset[int]
+    """End-of-sequence ids (unless ignored) and the user's own: at most `MAX_STOP_IDS`."""
+    max_total_tokens: int
+    """Prompt plus output at the most; never above the model's length."""
+    seed: int
+    """Resolved: the user's, or drawn by the engine."""
+    index: int = 0
+    """Which of the n completions."""
+    bad_word_ids: tuple[tuple[int, ...], ...] = ()
+    """Token sequences that must not be completed."""
+    sink: TextSink | None = None
+
+    # Progress: written by the scheduler alone.
+    status: RequestStatus = RequestStatus.WAITING
+    output_token_ids: list[int] = field(default_factory=list)
+    """Known (committed) tokens."""
+    num_launched: int = 0
+    """Sampled by steps in flight, so not yet known."""
+    num_computed: int = 0
+    """Tokens whose KV is in the cache or in flight."""
+    num_cached_tokens: int = 0
+    """Prompt tokens that the prefix cache supplied at first admission."""
+    row: int = -1
+    """Row of the device buffers while running, else -1."""
+    blocks: list[int] = field(default_factory=list)
+    block_hashes: list[int] = field(default_factory=list)
+    """Chained hashes of the full blocks of known tokens, extended as they fill."""
+    on_device: bool = False
+    """Its last token and position live in `StepState`: the next step is a decode."""
+    epoch: int = 0
+    """Raised by preemption: tokens launched under an older epoch are dropped."""
+    num_preemptions: int = 0
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+    cumulative_logprob: float = 0.0
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+
+    @property
+    def num_known(self) -> int:
+        return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        """Known and launched."""
+        return self.num_known + self.num_launched
+
+    @property
+    def finished(self) -> bool:
+        return self.status is RequestStatus.FINISHED
+
+    @property
+    def host_dependent(self) -> bool:
+        """Its next mask depends on its last token, so it must not run ahead of commit."""
+        return any(len(word) > 1 for word in self.bad_word_ids)
+
+    def token_ids(self, start: int, stop: int) -> tuple[int, ...]:
+        """Known tokens at positions [start, stop)."""
+        n = len(self.prompt_token_ids)
+        if stop <= n:
+            return self.prompt_token_ids[start:stop]
+        tail = tuple(self.output_token_ids[max(start - n, 0) : stop - n])
+        return self.prompt_token_ids[start:n] + tail if start < n else tail
+
+    def banned_next(self) -> tuple[int, ...]:
+        """Tokens that would complete a bad word after the known tokens."""
+        banned = []
+        for word in self.bad_word_ids:
+            need = len(word) - 1
+            if need <= self.num_known and self.token_ids(self.num_known - need, self.num_known) == word[:-1]:
+                banned.append(word[-1])
+        return tuple(banned)
+
+
+# --- one step --------------------------------------------------------------------------
+
+
+class StepKind(str, Enum):
+    DECODE = "decode"
+    """Every row computes one token, which the device already holds."""
+    PREFILL = "prefill"
+    """Chunks of prompts only."""
+    MIXED = "mixed"
+    """Chunks of prompts beside decodes."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledRow:
+    """One request's part of a step."""
+
+    request: Request
+    row: int
+    """Device row."""
+    start: int
+    """Position of the first token that this step computes."""
+    length: int
+    """Tokens that this step computes: 1 for a decode."""
+    decode: bool
+    """The token comes from `StepState`; otherwise the host supplies `length` known tokens."""
+    samples: bool
+    """The step samples this request's next token, at position start + length."""
+    joins: bool
+    """First step since admission: everything about the row has to be written."""
+    num_blocks_before: int
+    """Blocks already in the row's table on the device."""
+    new_blocks: tuple[int, ...]
+    """Blocks appended to the row's table before this step runs."""
+    epoch: int
+    """The request's epoch at launch."""
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """What one step runs. No tensors; `to_json` with the parameters can be replayed."""
+
+    step: int
+    kind: StepKind
+    rows: tuple[ScheduledRow, ...]
+    """In order of device row for a decode step, in order of admission otherwise."""
+    leaves: tuple[int, ...]
+    """Device rows that nobody uses any more: written inactive before this step."""
+    moves: tuple[tuple[int, int], ...]
+    """(from, to) device rows: compaction before this step, before anything else is written."""
+    sampler: SamplerVariant
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(row.length for row in self.rows)
+
+    @property
+    def num_seqs(self) -> int:
+        """Rows the step spans: for a decode step up to the highest device row, holes included."""
+        if self.kind is StepKind.DECODE:
+            return max(row.row for row in self.rows) + 1
+        return len(self.rows)
+
+    @property
+    def needs_prompt_logprobs(self) -> bool:
+        return any(
+            r.request.params.prompt_logprobs is not None and r.start < len(r.request.prompt_token_ids)
+            for r in self.rows
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain-data image of the schedule: requests by id, numbers, strings."""
+        return {
+            "step": self.step,
+            "kind": self.kind.value,
+            "rows": [
+                {
+                    "request_id": r.request.request_id,
+                    **{f: getattr(r, f) for f in ("row", "start", "length", "decode", "samples", "joins")},
+                    "num_blocks_before": r.num_blocks_before,
+                    "new_blocks": list(r.new_blocks),
+                    "epoch": r.epoch,
+                }
+                for r in self.rows
+            ],
+            "leaves": list(self.leaves),
+            "moves": [list(m) for m in self.moves],
+            "sampler": self.sampler.name.lower(),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class GraphKey:
+    """Everything that captured kernels depend on, and nothing else."""
+
+    kind: StepKind
+    num_tokens: int
+    num_seqs: int
+    sampler: SamplerVariant
+
+    def __str__(self) -> str:
+        return f"{self.kind.value}[tokens={self.num_tokens}, seqs={self.num_seqs}, {self.sampler.name.lower()}]"
+
+
+class Reason(str, Enum):
+    """Why a step ran without a graph."""
+
+    DISABLED = "disabled"
+    """Graphs are off: no GPU, `enforce_eager=True` or `cudagraph_mode="NONE"`."""
+    NO_KEY_YET = "no_key_yet"
+    """The key was not captured yet; it is after `min_hits` hits."""
+    OVER_MAX = "over_max"
+    """More sequences than the largest captured size."""
+    CAPTURE_FAILED = "capture_failed"
+    NOT_CAPTURED = "prefill_not_captured"
+    """Prefill and mixed steps have no graphs."""
+    NEEDS_PROMPT_LOGPROBS = "needs_prompt_logprobs"
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Where a schedule runs: on a graph, or eagerly and why. Every schedule has exactly one."""
+
+    key: GraphKey
+    """The padded shape that the step runs at, on a graph or not."""
+    reason: Reason | None
+    """None: on the graph of `key`."""
+    capture: bool = False
+    """The key's graph is to be captured before this step runs on it."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step produced, on the host. Column of a row: its device row for a decode step,
+    its place in `Schedule.rows` otherwise."""
+
+    tokens: Sequence[int]
+    """Sampled token by column; -1 where nothing was sampled."""
+    logprobs: Mapping[int, tuple[Logprob, TokenLogprobs]] = field(default_factory=dict)
+    """By column: the sampled token's own, and the most likely ones, in order, `MAX_LOGPROBS` wide."""
+    prompt_logprobs: Mapping[int, Sequence[TokenLogprobs]] = field(default_factory=dict)
+    """By column: candidates for positions start + 1 ... of a prompt chunk."""
+
+
+# --- what the user gets ----------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionOutput:
+    """One of the n completions of a prompt."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    cumulative_logprob: float | None = None
+    logprobs: list[TokenLogprobs] | None = None
+    finish_reason: str | None = None
+    """"stop", "length", "abort", "error", or None while it runs."""
+    stop_reason: int | str | None = None
+    """The stop string or stop token id that ended it; None for end-of-sequence."""
+
+
+@dataclass(frozen=True, slots=True)
+class RequestMetrics:
+    """Times are seconds on `time.monotonic()`."""
+
+    arrival_time: float
+    first_scheduled_time: float | None = None
+    first_token_time: float | None = None
+    finished_time: float | None = None
+    num_preemptions: int = 0
+    graph_steps: int = 0
+    """Steps that ran on a graph while this request was running."""
+    eager_steps: Mapping[str, int] = field(default_factory=dict)
+    """Steps that ran eagerly meanwhile, by reason code."""
+
+    @property
+    def time_to_first_token(self) -> float | None:
+        return None if self.first_token_time is None else self.first_token_time - self.arrival_time
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOutput:
+    """The answer to one prompt. Every request ends in one; a refused one carries `error`."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    metrics: RequestMetrics | None = None
+    num_cached_tokens: int = 0
+    error: Exception | None = None
+    """Why the request was refused or failed; None otherwise."""
