@@ -282,6 +282,7 @@ class StepBuffers:
             *(getattr(self.state, name) for name in (*state_rows, "output_counts", "prompt_mask")),
         ]
         self._enabled: set[int] = set()
+        self._held: set[int] = set()
         self._views: dict[GraphKey, tuple[torch.Tensor, ...]] = {}
         self._ring = [_Staging(self.words) for _ in range(depth + 1)]
         self._turn = 0
@@ -296,6 +297,10 @@ class StepBuffers:
         own = (vars(self.state) | vars(self.static)).items()
         covered = self.words.untyped_storage().data_ptr()
         return {"words": self.words} | {n: t for n, t in own if t.untyped_storage().data_ptr() != covered}
+
+    def free_rows(self) -> list[int]:
+        """Device rows that no request holds."""
+        return sorted(set(range(self.shapes.max_num_seqs)) - self._held)
 
     def write(self, schedule: Schedule, route: Route) -> Batch:
         """Bring the device buffers up to date for a schedule; only what changed travels.
@@ -312,6 +317,7 @@ class StepBuffers:
         edits = _Edits(self._offset, self._width)
         for row in schedule.leaves:
             self._disable(edits, row)
+            self._held.discard(row)
         for item in schedule.rows:
             if item.joins:
                 self._join(edits, item)
@@ -357,6 +363,7 @@ class StepBuffers:
         request, row = item.request, item.row
         params, prompt = request.params, len(request.prompt_token_ids)
         self._disable(edits, row)
+        self._held.add(row)
         masked = params.allowed_token_ids is not None or bool(request.bad_word_ids)
         flags = FLAG_PENALTIES * params.has_penalties + FLAG_MASK * masked
         flags += FLAG_BIAS * bool(params.logit_bias) + FLAG_LOGPROBS * (params.logprobs is not None)
@@ -436,9 +443,10 @@ class StepBuffers:
         self.state.active[source] = 0
         self.static.enabled[source] = 0
         for a, b in moves:
-            if a in self._enabled:
-                self._enabled.remove(a)
-                self._enabled.add(b)
+            for rows in (self._enabled, self._held):
+                if a in rows:
+                    rows.remove(a)
+                    rows.add(b)
 
 
 class _Edits:

@@ -521,7 +521,6 @@ class RequestMetrics:
     """Times are seconds on `time.monotonic()`."""
 
     arrival_time: float
-    first_scheduled_time: float | None = None
     first_token_time: float | None = None
     finished_time: float | None = None
     num_preemptions: int = 0

@@ -1,0 +1,554 @@
+"""The engine: the order in which it is built, and the step.
+
+`build` is the written order of memory (contract line 8); `Engine.step` is the main loop. The
+engine owns nothing that a step reads: it passes things between their makers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import random
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .config import EngineConfig, EngineOptions, available_memory, resolve
+from .errors import EngineDeadError, KVCacheError, OstinatoError, RequestError
+from .graphs.plan import CudaGraphMode, Plan
+from .graphs.runner import Arena, EagerRunner, Pending, ResultRing, Runner, StepProgram
+from .inputs import BufferShapes, StepBuffers
+from .kv_blocks import BlockAllocator
+from .kv_cache import KVCache
+from .models.spec import ModelSpec
+from .ops import select
+from .outputs import OutputAssembler
+from .scheduler import Scheduler, SchedulerConfig
+from .types import (
+    MAX_STOP_IDS,
+    FinishReason,
+    GraphKey,
+    Request,
+    RequestOutput,
+    Route,
+    SamplerVariant,
+    SamplingParams,
+    Schedule,
+    StepKind,
+)
+
+if TYPE_CHECKING:
+    from .models.checkpoint import Checkpoint
+    from .models.decoder import Decoder
+    from .tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+_CPU_CACHE_BYTES = 1 << 30
+"""KV cache on a CPU, unless asked otherwise."""
+
+
+@dataclass(frozen=True)
+class MemoryLine:
+    """One line of the memory order."""
+
+    name: str
+    nbytes: int
+
+
+class Engine:
+    """Runs requests. One thread; `step` does one round of the main loop."""
+
+    def __init__(
+        self,
+        *,
+        config: EngineConfig,
+        spec: ModelSpec,
+        tokenizer: Tokenizer | None,
+        eos_token_ids: frozenset[int],
+        scheduler: Scheduler,
+        plan: Plan,
+        buffers: StepBuffers,
+        runner: Runner,
+        context: Callable[[], AbstractContextManager[Any]],
+        memory: Sequence[MemoryLine],
+        startup: Mapping[str, float],
+    ) -> None:
+        """Parts that fit together; `build` makes them.
+
+        Args:
+            config: resolved options.
+            spec: the model's sizes.
+            tokenizer: None where prompts are token ids and no text is wanted.
+            eos_token_ids: tokens that end a sequence.
+            scheduler: says what runs.
+            plan: says on which graph.
+            buffers: what a step reads.
+            runner: what launches a step.
+            context: entered around all device work (the engine's stream on a GPU).
+            memory: what was allocated, in order.
+            startup: seconds of each stage of the start.
+        """
+        self.config, self.spec, self.tokenizer = config, spec, tokenizer
+        self.scheduler, self.plan, self.buffers, self.runner = scheduler, plan, buffers, runner
+        self.memory, self.startup = tuple(memory), dict(startup)
+        self.eos_token_ids = eos_token_ids
+        self.outputs = OutputAssembler(plan)
+        self._context = context
+        self._inflight: deque[tuple[Schedule, Pending]] = deque()
+        self._seeds = random.Random(config.seed)
+        self._counter = 0
+        self._dead: BaseException | None = None
+
+    # --- the main loop -----------------------------------------------------------------
+
+    def step(self) -> list[RequestOutput]:
+        """Launch one step, and commit the oldest one in flight once the pipeline is full.
+
+        Returns:
+            Outputs of requests that got a token or ended, as their `output_kind` asks.
+        """
+        self._check_alive()
+        try:
+            with self._context():
+                schedule = self.scheduler.schedule()
+                if schedule is not None:
+                    route = self.plan.route(schedule)
+                    batch = self.buffers.write(schedule, route)
+                    self._inflight.append((schedule, self.runner.run(batch)))
+                if len(self._inflight) >= self.config.pipeline_depth or (schedule is None and self._inflight):
+                    launched, pending = self._inflight.popleft()
+                    return self.outputs.make(self.scheduler.commit(launched, pending.result()))
+                return []
+        except BaseException as error:
+            self._abandon(error)
+            raise
+
+    @property
+    def has_unfinished(self) -> bool:
+        return self.scheduler.has_unfinished or bool(self._inflight)
+
+    # --- requests ----------------------------------------------------------------------
+
+    def add_request(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams,
+        request_id: str | None = None,
+        *,
+        add_special_tokens: bool = True,
+    ) -> str:
+        """Queue a prompt; returns its id.
+
+        Raises:
+            RequestError: the prompt or a parameter cannot be served by this model.
+        """
+        self._check_alive()
+        text, ids = self._encode(prompt, add_special_tokens)
+        self._check(ids, params)
+        self._counter += 1
+        prompt_id = request_id if request_id is not None else str(self._counter)
+        if prompt_id in self.outputs:
+            raise RequestError(f"request id {prompt_id!r} is already running")
+        seed = self._seeds.getrandbits(62) if params.seed is None else params.seed
+        limit = self.config.max_model_len
+        if params.max_tokens is not None:
+            limit = min(limit, len(ids) + params.max_tokens)
+        stop_ids = frozenset(params.stop_token_ids or ()) | (frozenset() if params.ignore_eos else self.eos_token_ids)
+        bad_words = self._bad_words(params)
+        requests = [
+            Request(
+                request_id=prompt_id if params.n == 1 else f"{prompt_id}-{i}",
+                prompt_id=prompt_id,
+                prompt_token_ids=ids,
+                params=params,
+                stop_token_ids=stop_ids,
+                max_total_tokens=limit,
+                seed=seed + i,
+                index=i,
+                bad_word_ids=bad_words,
+                sink=self.tokenizer.stream(params, ids) if self.tokenizer and params.detokenize else None,
+            )
+            for i in range(params.n)
+        ]
+        self.outputs.add(prompt_id, text, requests, params, self.token_text)
+        for request in requests:
+            self.scheduler.add(request)
+        return prompt_id
+
+    def abort(self, prompt_ids: Iterable[str]) -> list[RequestOutput]:
+        """End requests now; their outputs carry what they have, with finish_reason "abort"."""
+        ended = []
+        for prompt_id in prompt_ids:
+            for request in self.outputs.running(prompt_id):
+                if self.scheduler.abort(request.request_id) is not None:
+                    ended.append(request)
+        return self.outputs.make(ended)
+
+    def token_text(self, token_id: int) -> str | None:
+        """Text of one token, for logprobs."""
+        return self.tokenizer.token_text(token_id) if self.tokenizer else None
+
+    def _encode(self, prompt: str | Sequence[int], add_special_tokens: bool) -> tuple[str | None, tuple[int, ...]]:
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise RequestError("this model has no tokenizer: pass token ids instead of text")
+            return prompt, tuple(self.tokenizer.encode(prompt, add_special_tokens))
+        ids = tuple(prompt)
+        for token in ids:
+            if isinstance(token, bool) or not hasattr(token, "__index__"):
+                raise RequestError(f"a prompt must be text or a list of token ids, got {token!r} in it")
+        return None, tuple(int(token) for token in ids)
+
+    def _check(self, ids: tuple[int, ...], params: SamplingParams) -> None:
+        vocab, longest = self.spec.vocab_size, self.config.max_model_len
+        if not ids:
+            raise RequestError("the prompt is empty: it needs at least one token")
+        if len(ids) >= longest:
+            raise RequestError(
+                f"the prompt has {len(ids)} tokens; with max_model_len={longest} it may have at most {longest - 1}, "
+                "so that one more fits"
+            )
+        named = {
+            "prompt": ids,
+            "stop_token_ids": params.stop_token_ids or (),
+            "allowed_token_ids": params.allowed_token_ids or (),
+            "logit_bias": tuple(params.logit_bias or ()),
+        }
+        for name, tokens in named.items():
+            wrong = next((t for t in tokens if not 0 <= t < vocab), None)
+            if wrong is not None:
+                raise RequestError(f"{name}: token id {wrong} is out of range; the vocabulary has ids 0 to {vocab - 1}")
+        stops = len(set(params.stop_token_ids or ()) | self.eos_token_ids)
+        if stops > MAX_STOP_IDS:
+            raise RequestError(
+                f"stop_token_ids: {stops} ids with the end-of-sequence ids, at most {MAX_STOP_IDS} are supported"
+            )
+        if self.tokenizer is None and (params.stop_strings or params.bad_words):
+            raise RequestError("stop and bad_words need a tokenizer; use stop_token_ids or allowed_token_ids")
+
+    def _bad_words(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
+        """Token sequences of each bad word, at the start of a text and after a space."""
+        found: dict[tuple[int, ...], None] = {}
+        for word in params.bad_words or ():
+            assert self.tokenizer is not None
+            for spelling in (word, " " + word.lstrip()):
+                ids = tuple(self.tokenizer.encode(spelling, False))
+                if ids:
+                    found[ids] = None
+        return tuple(found)
+
+    # --- failure -----------------------------------------------------------------------
+
+    def _check_alive(self) -> None:
+        if self._dead is not None:
+            raise EngineDeadError(f"the engine failed earlier ({self._dead!r}); make a new one") from self._dead
+
+    def _abandon(self, error: BaseException) -> None:
+        """A step failed: end every request, forget what was in flight, stay usable if the device is."""
+        launched, self._inflight = self._inflight, deque()
+        try:
+            for _, pending in launched:
+                pending.result()
+        except Exception as second:  # the device itself is gone: the first error is the one raised
+            logger.exception("the device does not answer after a failed step")
+            self._dead = second
+        reason = FinishReason.ABORT if isinstance(error, KeyboardInterrupt) else FinishReason.ERROR
+        self.outputs.fail(self.scheduler.reset(reason), error)
+
+    def close(self) -> None:
+        """End all requests and free graphs; the engine cannot be used afterwards."""
+        if self._dead is None:
+            self.outputs.fail(self.scheduler.reset(FinishReason.ABORT), None)
+            self._inflight.clear()
+            self.runner.close()
+            self._dead = EngineDeadError("closed")
+
+    # --- what it is and what it did ----------------------------------------------------
+
+    def metrics(self) -> dict[str, Any]:
+        """Counters since the start; plain data."""
+        plan, scheduler = self.plan, self.scheduler
+        return {
+            "num_requests_running": scheduler.num_running,
+            "num_requests_waiting": scheduler.num_waiting,
+            "num_preemptions": scheduler.num_preemptions,
+            "kv_cache_usage": scheduler.allocator.usage,
+            "graph_steps": {str(key): count for key, count in plan.graph_steps.items()},
+            "eager_steps": {reason.value: count for reason, count in plan.eager_steps.items()},
+            "memory_bytes": {line.name: line.nbytes for line in self.memory},
+            "startup_seconds": dict(self.startup),
+        }
+
+
+# --- building --------------------------------------------------------------------------
+
+
+class _Stages:
+    """Seconds of each stage of the start, logged as they end."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def done(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name], self._last = now - self._last, now
+        logger.info("%s: %.3f s", name, self.seconds[name])
+
+
+def build(options: EngineOptions) -> Engine:
+    """Make an engine. The order of what follows is the memory order; each line reports its bytes.
+
+    Raises:
+        ConfigError, ModelError: before anything large is loaded, wherever that is possible.
+    """
+    from .models.decoder import load, random_decoder
+    from .models.registry import spec_from_config
+
+    stages, memory = _Stages(), []
+    checkpoint, model_config = _open(options)
+    spec = spec_from_config(model_config)
+    config = resolve(
+        options,
+        model_dtype=model_config.get("dtype") or model_config.get("torch_dtype"),
+        model_positions=spec.max_positions,
+    )
+    device = config.device
+    ops = select(device)
+    stages.done("open")
+
+    with ThreadPoolExecutor(1) as pool, torch.inference_mode():
+        tokenizer = _start_tokenizer(pool, options, checkpoint)
+        model: Decoder
+        if checkpoint is None:
+            model = random_decoder(
+                spec, dtype=config.dtype, device=device, positions=config.max_model_len, seed=config.seed
+            )
+        else:
+            model = load(spec, checkpoint, dtype=config.dtype, device=device, positions=config.max_model_len)
+        memory.append(MemoryLine("weights", model.nbytes))
+        stages.done("weights")
+
+        arena = Arena(
+            max_tokens=config.max_num_batched_tokens,
+            max_seqs=config.max_num_seqs,
+            hidden=spec.hidden_size,
+            intermediate=spec.intermediate_size,
+            vocab=spec.vocab_size,
+            attention=spec.attention,
+            ops=ops,
+            dtype=config.dtype,
+            device=device,
+        )
+        memory.append(MemoryLine("arena", arena.nbytes))
+        shapes = BufferShapes(
+            max_num_seqs=config.max_num_seqs,
+            max_num_tokens=config.max_num_batched_tokens,
+            max_blocks_per_seq=config.max_blocks_per_seq,
+            block_size=config.block_size,
+            vocab_size=spec.vocab_size,
+        )
+        buffers = StepBuffers(shapes, device, config.pipeline_depth)
+        memory.append(MemoryLine("static inputs and step state", buffers.nbytes))
+        plan = Plan(
+            mode=config.cudagraph_mode,
+            capture_sizes=config.capture_sizes,
+            min_hits=config.cudagraph_min_hits,
+            pad=device.type == "cuda" or config.strict,
+            fail_on_fallback=config.fail_on_fallback,
+            token_multiple=16 if device.type == "cuda" or config.strict else 1,
+        )
+        ring = ResultRing(buffers, config.pipeline_depth)
+        context = _device_context(device)
+
+        def program_over(num_blocks: int) -> StepProgram:
+            cache = KVCache.allocate(
+                layers=spec.num_layers,
+                num_blocks=num_blocks,
+                block_size=config.block_size,
+                kv_heads=spec.attention.kv_heads,
+                head_dim=spec.attention.head_dim,
+                dtype=config.dtype,
+                device=device,
+            )
+            return StepProgram(model, cache, arena, ops)
+
+        if device.type == "cuda":
+            with context():
+                _warm_up(program_over(1), buffers)
+        stages.done("warm-up")
+        config, num_blocks = _size_cache(config, spec, memory)
+        program = program_over(num_blocks)
+        memory.append(MemoryLine("KV cache", program.cache.data.numel() * program.cache.data.element_size()))
+        stages.done("KV cache")
+        runner = _make_runner(config, program, ring, plan, buffers)
+        words = tokenizer.result()
+        stages.done("tokenizer")
+
+    allocator = BlockAllocator(num_blocks, config.block_size, config.enable_prefix_caching)
+    scheduler = Scheduler(
+        SchedulerConfig(
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_model_len=config.max_model_len,
+            block_size=config.block_size,
+            enable_prefix_caching=config.enable_prefix_caching,
+        ),
+        allocator,
+        plan.pad_seqs,
+    )
+    return Engine(
+        config=config,
+        spec=spec,
+        tokenizer=words,
+        eos_token_ids=_eos_ids(checkpoint, words, spec.vocab_size),
+        scheduler=scheduler,
+        plan=plan,
+        buffers=buffers,
+        runner=runner,
+        context=context,
+        memory=memory,
+        startup=stages.seconds,
+    )
+
+
+def _open(options: EngineOptions) -> tuple[Checkpoint | None, Mapping[str, Any]]:
+    """The checkpoint (none with random weights) and the model's config."""
+    if options.load_format == "dummy":
+        from .models.shapes import SHAPES
+
+        if options.model in SHAPES:
+            return None, SHAPES[options.model]
+        from .models.checkpoint import read_json
+        from .models.hub import resolve as find
+
+        return None, read_json(find(options.model, options.revision) / "config.json")
+    from .models.checkpoint import open_checkpoint
+    from .models.hub import resolve as find
+
+    checkpoint = open_checkpoint(find(options.model, options.revision))
+    return checkpoint, checkpoint.config
+
+
+def _start_tokenizer(
+    pool: ThreadPoolExecutor, options: EngineOptions, checkpoint: Checkpoint | None
+) -> Future[Tokenizer | None]:
+    """Load the tokenizer while the weights load."""
+
+    def load() -> Tokenizer | None:
+        if options.tokenizer is not None:
+            from .models.hub import resolve as find
+            from .tokenizer import Tokenizer
+
+            return Tokenizer.load(find(options.tokenizer, options.revision))
+        return None if checkpoint is None or options.skip_tokenizer_init else checkpoint.load_tokenizer()
+
+    return pool.submit(load)
+
+
+def _eos_ids(checkpoint: Checkpoint | None, tokenizer: Tokenizer | None, vocab_size: int) -> frozenset[int]:
+    """Tokens that end a sequence: the union of what the model's files say."""
+    found = set(tokenizer.eos_token_ids) if tokenizer else set()
+    if checkpoint is not None:
+        for source in (checkpoint.config, checkpoint.generation_config):
+            value = source.get("eos_token_id")
+            found.update([value] if isinstance(value, int) else value or [])
+    return frozenset(t for t in found if 0 <= t < vocab_size)
+
+
+def _device_context(device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
+    """A stream of the engine's own on a GPU: capture is not allowed on the default one."""
+    if device.type != "cuda":
+        return torch.inference_mode
+    stream = torch.cuda.Stream(device)
+
+    @contextlib.contextmanager
+    def enter() -> Any:
+        with torch.inference_mode(), torch.cuda.stream(stream):
+            yield
+
+    return enter
+
+
+def _warm_up(program: StepProgram, buffers: StepBuffers) -> None:
+    """Load kernels and make library workspaces, on rows that are all padding."""
+    from .inputs import Batch
+
+    empty = Schedule(0, StepKind.DECODE, (), (), (), SamplerVariant.GREEDY)
+    for kind, tokens, seqs in (
+        (StepKind.PREFILL, buffers.shapes.max_num_tokens, 1),
+        (StepKind.DECODE, 1, 1),
+    ):
+        for variant in SamplerVariant:
+            route = Route(GraphKey(kind, tokens, seqs, variant), None)
+            batch: Batch = buffers.write(Schedule(0, kind, (), (), (), variant) if kind is not StepKind.DECODE else empty, route)
+            program(batch)
+    torch.cuda.synchronize()
+
+
+def _size_cache(config: EngineConfig, spec: ModelSpec, memory: Sequence[MemoryLine]) -> tuple[EngineConfig, int]:
+    """How many blocks the KV cache gets, and the longest sequence that then fits."""
+    a, size = spec.attention, config.block_size
+    per_block = KVCache.bytes_per_block(spec.num_layers, size, a.kv_heads, a.head_dim, config.dtype)
+    # Every sequence at full length, and the guard block: more could never be used.
+    useful = config.max_num_seqs * config.max_blocks_per_seq + 1
+    if config.device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(config.device)
+        room = int(total * config.gpu_memory_utilization) - (total - free)
+        advice = "raise gpu_memory_utilization, lower max_num_seqs or max_num_batched_tokens, or free GPU memory"
+        default = room
+    else:
+        room = available_memory()
+        default = min(_CPU_CACHE_BYTES, room // 2)
+        advice = "use a smaller model or a machine with more memory"
+    asked = config.kv_cache_memory_bytes
+    if config.num_blocks_override is not None:
+        blocks, asked = config.num_blocks_override, config.num_blocks_override * per_block
+    else:
+        blocks = min((asked if asked is not None else max(default, 0)) // per_block, useful)
+        asked = asked if asked is not None else blocks * per_block
+    if asked > max(room, 0):
+        raise KVCacheError(
+            f"the KV cache was asked to take {asked / 2**20:,.0f} MiB, but only {max(room, 0) / 2**20:,.0f} MiB are "
+            "left: lower kv_cache_memory_bytes or num_gpu_blocks_override"
+        )
+    fits = (blocks - 1) * size
+    if fits < min(config.max_model_len, 2):
+        used = ", ".join(f"{line.name} {line.nbytes / 2**20:,.0f} MiB" for line in memory)
+        raise KVCacheError(
+            f"no room for a KV cache: {max(room, 0) / 2**20:,.0f} MiB are left, a block takes "
+            f"{per_block / 2**20:,.2f} MiB ({used}); {advice}"
+        )
+    if fits < config.max_model_len:
+        if config.source["max_model_len"] == "user":
+            raise KVCacheError(
+                f"max_model_len={config.max_model_len} needs {config.max_blocks_per_seq + 1} KV blocks, but only "
+                f"{blocks} fit: use max_model_len={fits} or less, or {advice}"
+            )
+        logger.warning("max_model_len is %d instead of the model's %d: that is what the KV cache holds", fits, config.max_model_len)
+        config = config.with_max_model_len(fits)
+    return config, blocks
+
+
+def _make_runner(
+    config: EngineConfig, program: StepProgram, ring: ResultRing, plan: Plan, buffers: StepBuffers
+) -> Runner:
+    if config.cudagraph_mode is not CudaGraphMode.NONE:
+        from .graphs.cuda import CudaGraphRunner
+
+        return CudaGraphRunner(program, ring, plan, on_capture_error=config.on_capture_error)
+    if config.strict:
+        from .graphs.strict import StrictRunner
+
+        return StrictRunner(program, ring, buffers)
+    return EagerRunner(program, ring)
+
+
+__all__ = ["Engine", "MemoryLine", "OstinatoError", "build"]

@@ -1,0 +1,1 @@
+"""Graphs: which step runs on which one (plan), and what runs it (runners)."""

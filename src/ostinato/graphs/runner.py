@@ -1,0 +1,255 @@
+"""Runners: what executes a batch. The eager one defines correct.
+
+A `StepProgram` is the step itself, the same for every runner: prepare, model, sample,
+advance. A runner decides how it is launched, and brings its tokens back through a ring of
+pinned host buffers, one event a step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from .. import sampling
+from ..inputs import Batch, PromptLogprobsJob, StepBuffers
+from ..kv_cache import KVCache
+from ..models.decoder import Decoder
+from ..ops import AttentionShape, OpSet, Scratch
+from ..types import Logprob, StepResult, TokenLogprobs
+
+
+class Arena:
+    """The one allocation that holds every intermediate of a step (contract line 7).
+
+    Sized for the largest step, handed out as views that start at the same addresses whatever
+    the shape. Contents mean nothing between steps.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_tokens: int,
+        max_seqs: int,
+        hidden: int,
+        intermediate: int,
+        vocab: int,
+        attention: AttentionShape,
+        ops: OpSet,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        f32, i32 = torch.float32, torch.int32
+        by_token = {
+            "x": (hidden, dtype),
+            "normed": (hidden, dtype),
+            "qkv": (attention.qkv_size, dtype),
+            "attn": (attention.q_size, dtype),
+            "gate_up": (2 * intermediate, dtype),
+            "act": (intermediate, dtype),
+            "ids": (0, i32),
+            "positions": (0, i32),
+            "slots": (0, i32),
+        }
+        by_seq = {
+            "last": (hidden, dtype),
+            "logits": (vocab, f32),
+            "tokens": (0, i32),
+            "next_positions": (0, i32),
+            "seq_lens": (0, i32),
+            "last_index": (0, i32),
+        }
+        flat = {
+            "attention": (ops.attention_words(attention, max_seqs), f32),
+            "sampler": (ops.sampler_words(max_seqs, vocab), i32),
+        }
+        layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+        for group, count in ((by_token, max_tokens), (by_seq, max_seqs)):
+            for name, (width, kind) in group.items():
+                layout[name] = ((count, width) if width else (count,), kind)
+        for name, (words, kind) in flat.items():
+            layout[name] = ((words,), kind)
+        sizes = {name: int(np.prod(shape)) * kind.itemsize for name, (shape, kind) in layout.items()}
+        self.data = torch.zeros(sum((n + 255) // 256 * 256 for n in sizes.values()), dtype=torch.uint8, device=device)
+        self._full: dict[str, torch.Tensor] = {}
+        start = 0
+        for name, (shape, kind) in layout.items():
+            self._full[name] = self.data[start : start + sizes[name]].view(kind).view(shape)
+            start += (sizes[name] + 255) // 256 * 256
+        self._by_token, self._by_seq = tuple(by_token), tuple(by_seq)
+        self._views: dict[tuple[int, int], Scratch] = {}
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.numel()
+
+    def view(self, num_tokens: int, num_seqs: int) -> Scratch:
+        """The scratch of a step at padded shapes."""
+        found = self._views.get((num_tokens, num_seqs))
+        if found is None:
+            full = self._full
+            parts = {name: full[name][:num_tokens] for name in self._by_token}
+            parts |= {name: full[name][:num_seqs] for name in self._by_seq}
+            found = Scratch(**parts, attention=full["attention"], sampler=full["sampler"])
+            self._views[num_tokens, num_seqs] = found
+        return found
+
+
+@dataclass(frozen=True)
+class StepProgram:
+    """The step: everything that it reads besides the batch is a field here."""
+
+    model: Decoder
+    cache: KVCache
+    arena: Arena
+    ops: OpSet
+
+    def __call__(self, batch: Batch) -> None:
+        """Run a batch. Results land in `batch.state`; on a GPU nothing is allocated or awaited."""
+        ops, scratch = self.ops, self.arena.view(batch.num_tokens, batch.num_seqs)
+        view = ops.prepare(batch, scratch)
+        self.model.forward(view, self.cache, scratch, ops)
+        # A sampled token stands right after its context, so its position is the context's length.
+        ops.sample(
+            scratch.logits,
+            view.rows,
+            view.seq_lens,
+            batch.static,
+            batch.state,
+            variant=batch.key.sampler,
+            workspace=scratch.sampler,
+            out=scratch.tokens,
+        )
+        ops.advance(batch, view, scratch.tokens)
+
+    def prompt_logprobs(self, batch: Batch) -> dict[int, list[TokenLogprobs]]:
+        """Candidates at prompt positions, from the hidden states that the step left in the arena.
+
+        Runs after the step, outside any graph; waits for the device.
+        """
+        scratch = self.arena.view(batch.num_tokens, batch.num_seqs)
+        return {job.column: self._prompt_job(job, scratch) for job in batch.prompt_logprobs}
+
+    def _prompt_job(self, job: PromptLogprobsJob, scratch: Scratch) -> list[TokenLogprobs]:
+        model, device = self.model, scratch.x.device
+        room = self.arena.view(1, self.arena._full["logits"].shape[0])
+        found: list[TokenLogprobs] = []
+        for begin in range(0, len(job.targets), room.logits.shape[0]):
+            targets = torch.tensor(job.targets[begin : begin + room.logits.shape[0]], dtype=torch.int32, device=device)
+            n = len(targets)
+            first = job.first_token + begin
+            index = torch.arange(first, first + n, dtype=torch.int32, device=device)
+            logits = room.logits[:n]
+            self.ops.norm_head(
+                scratch.x, index, model.final_norm, model.spec.norm_eps, model.head, last=room.last[:n], logits=logits
+            )
+            values, ids, rank = (t.tolist() for t in sampling.prompt_logprobs(logits, targets))
+            found.extend(_candidates(*row) for row in zip(values, ids, rank, strict=True))
+        return found
+
+
+def _candidates(values: list[float], ids: list[int], rank: int) -> TokenLogprobs:
+    """The target first, then the most likely tokens in order."""
+    result = {ids[0]: Logprob(values[0], rank)}
+    for place, (token, value) in enumerate(zip(ids[1:], values[1:], strict=True), 1):
+        result.setdefault(token, Logprob(value, place))
+    return result
+
+
+class Pending:
+    """A step's tokens on their way to the host."""
+
+    def __init__(
+        self,
+        slot: _RingSlot,
+        columns: int,
+        logprobs: bool,
+        prompt: dict[int, list[TokenLogprobs]],
+    ) -> None:
+        self._slot, self._columns, self._logprobs, self._prompt = slot, columns, logprobs, prompt
+
+    def result(self) -> StepResult:
+        """Wait for the step and read what it produced."""
+        slot, n = self._slot, self._columns
+        if slot.arrived is not None:
+            slot.arrived.synchronize()
+        tokens = slot.tokens[:n].tolist()
+        chosen: dict[int, tuple[Logprob, TokenLogprobs]] = {}
+        if self._logprobs:
+            values, ids = slot.values[:n].tolist(), slot.ids[:n].tolist()
+            for column, (v, i, rank) in enumerate(zip(values, ids, slot.rank[:n].tolist(), strict=True)):
+                top = {token: Logprob(value, k) for k, (token, value) in enumerate(zip(i[1:], v[1:], strict=True), 1)}
+                chosen[column] = (Logprob(v[0], rank), top)
+        return StepResult(tokens, chosen, self._prompt)
+
+
+class _RingSlot:
+    """Host memory for one step's results; pinned where there is a GPU."""
+
+    def __init__(self, buffers: StepBuffers) -> None:
+        state, pin = buffers.state, buffers.device.type == "cuda"
+
+        def like(t: torch.Tensor) -> torch.Tensor:
+            return torch.zeros(t.shape, dtype=t.dtype, pin_memory=pin)
+
+        self.tokens = like(state.emitted)
+        self.values = like(state.logprob_values)
+        self.ids = like(state.logprob_ids)
+        self.rank = like(state.logprob_rank)
+        self.arrived = torch.cuda.Event() if pin else None
+
+
+class ResultRing:
+    """As many result slots as there can be steps in flight, and one more."""
+
+    def __init__(self, buffers: StepBuffers, depth: int) -> None:
+        self._slots = [_RingSlot(buffers) for _ in range(depth + 1)]
+        self._turn = 0
+
+    def send(self, batch: Batch, prompt: dict[int, list[TokenLogprobs]]) -> Pending:
+        """Start the copy of a step's results, in stream order behind the step."""
+        slot = self._slots[self._turn]
+        self._turn = (self._turn + 1) % len(self._slots)
+        state, n = batch.state, batch.num_seqs
+        slot.tokens[:n].copy_(state.emitted[:n], non_blocking=True)
+        if batch.logprobs:
+            slot.values[:n].copy_(state.logprob_values[:n], non_blocking=True)
+            slot.ids[:n].copy_(state.logprob_ids[:n], non_blocking=True)
+            slot.rank[:n].copy_(state.logprob_rank[:n], non_blocking=True)
+        if slot.arrived is not None:
+            slot.arrived.record()
+        return Pending(slot, n, batch.logprobs, prompt)
+
+
+class Runner(Protocol):
+    """Executes batches in the order they come."""
+
+    def run(self, batch: Batch) -> Pending:
+        """Launch a step; does not wait for it."""
+        ...
+
+    def close(self) -> None:
+        """Wait for what is in flight and free what the runner holds."""
+        ...
+
+
+class EagerRunner:
+    """Launches every op of a step by itself. What it computes is correct by definition."""
+
+    def __init__(self, program: StepProgram, ring: ResultRing) -> None:
+        self.program, self._ring = program, ring
+
+    def run(self, batch: Batch) -> Pending:
+        self.program(batch)
+        return self.deliver(batch)
+
+    def deliver(self, batch: Batch) -> Pending:
+        """Send home the results of a step that was just launched."""
+        prompt = self.program.prompt_logprobs(batch) if batch.prompt_logprobs else {}
+        return self._ring.send(batch, prompt)
+
+    def close(self) -> None:
+        if self.program.arena.data.is_cuda:
+            torch.cuda.synchronize()

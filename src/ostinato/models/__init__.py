@@ -1,0 +1,1 @@
+"""Models: the registry of architectures, one file a family, and the decoder they share."""

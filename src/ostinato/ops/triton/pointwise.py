@@ -1,0 +1,246 @@
+"""The small Triton kernels: everything but attention and sampling.
+
+Model constants (widths, head counts, block size) are `constexpr`; what a key fixes (T, S) is a
+run-time integer that is never specialized, so one compiled kernel serves every key. Rows of
+all tensors are contiguous. Grids depend on shapes alone.
+"""
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit(do_not_specialize=["num_seqs"])
+def prepare_decode(
+    rows, enabled, active, last_token, position, block_table,
+    ids, positions, slots, seq_lens, last_index,
+    num_seqs,
+    TABLE_WIDTH: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One token for each sequence, from the state of its row. Grid: (S / BLOCK)."""
+    s = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = s < num_seqs
+    row = tl.load(rows + s, mask=inside, other=-1)
+    live = row >= 0
+    live &= tl.load(enabled + row, mask=live, other=0) != 0
+    live &= tl.load(active + row, mask=live, other=0) != 0
+    at = tl.load(position + row, mask=live, other=0)
+    entry = row.to(tl.int64) * TABLE_WIDTH + at // BLOCK_SIZE
+    block = tl.load(block_table + entry, mask=live, other=0)
+    tl.store(ids + s, tl.load(last_token + row, mask=live, other=0), mask=inside)
+    tl.store(positions + s, at, mask=inside)
+    tl.store(slots + s, tl.where(live, block * BLOCK_SIZE + at % BLOCK_SIZE, -1), mask=inside)
+    tl.store(seq_lens + s, tl.where(live, at + 1, 0), mask=inside)
+    tl.store(last_index + s, s, mask=inside)
+
+
+@triton.jit
+def _token_live(t, inside, tokens, token_rows, enabled, active):
+    """(live, token id or -1, device row) of tokens; one that comes from the state needs its row awake."""
+    token = tl.load(tokens + t, mask=inside, other=0)
+    row = tl.load(token_rows + t, mask=inside, other=-1)
+    live = row >= 0
+    from_state = live & (token < 0)
+    awake = tl.load(enabled + row, mask=from_state, other=0) != 0
+    awake &= tl.load(active + row, mask=from_state, other=0) != 0
+    return live & ((token >= 0) | awake), token, row
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_seqs"])
+def prepare_mixed(
+    rows, query_start, step_seq_lens, tokens, token_positions, token_rows,
+    enabled, active, last_token, block_table,
+    ids, positions, slots, seq_lens, last_index,
+    num_tokens, num_seqs,
+    TABLE_WIDTH: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Tokens and sequences as the host laid them out. Grid: (max(T, S) / BLOCK)."""
+    t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = t < num_tokens
+    live, token, row = _token_live(t, inside, tokens, token_rows, enabled, active)
+    own = tl.load(last_token + row, mask=live & (token < 0), other=0)
+    at = tl.load(token_positions + t, mask=live, other=0)
+    entry = row.to(tl.int64) * TABLE_WIDTH + at // BLOCK_SIZE
+    block = tl.load(block_table + entry, mask=live, other=0)
+    tl.store(ids + t, tl.where(live, tl.where(token < 0, own, token), 0), mask=inside)
+    tl.store(positions + t, at, mask=inside)
+    tl.store(slots + t, tl.where(live, block * BLOCK_SIZE + at % BLOCK_SIZE, -1), mask=inside)
+
+    s = t  # the same lanes, now as sequences
+    inside = s < num_seqs
+    real = tl.load(rows + s, mask=inside, other=-1) >= 0
+    last = tl.maximum(tl.load(query_start + s + 1, mask=inside, other=0) - 1, 0)
+    live, token, row = _token_live(last, real, tokens, token_rows, enabled, active)
+    length = tl.load(step_seq_lens + s, mask=live, other=0)
+    tl.store(seq_lens + s, length, mask=inside)
+    tl.store(last_index + s, tl.where(length > 0, last, 0), mask=inside)
+
+
+@triton.jit
+def embed(ids, table, out, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """out[t] = table[ids[t]]. Grid: (T, WIDTH / BLOCK)."""
+    t = tl.program_id(0).to(tl.int64)
+    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    token = tl.load(ids + t).to(tl.int64)
+    tl.store(out + t * WIDTH + i, tl.load(table + token * WIDTH + i, mask=i < WIDTH), mask=i < WIDTH)
+
+
+@triton.jit
+def rms_norm(x, index, weight, out, eps, WIDTH: tl.constexpr, GATHER: tl.constexpr, BLOCK: tl.constexpr):
+    """out[r] = weight * norm(x[r]), or of x[index[r]] with GATHER. Grid: (rows). BLOCK >= WIDTH."""
+    r = tl.program_id(0).to(tl.int64)
+    source = tl.load(index + r).to(tl.int64) if GATHER else r
+    i = tl.arange(0, BLOCK)
+    value = tl.load(x + source * WIDTH + i, mask=i < WIDTH, other=0.0).to(tl.float32)
+    scaled = value * tl.rsqrt(tl.sum(value * value, 0) / WIDTH + eps)
+    # Rounded before the weight, as Hugging Face models do.
+    scaled = scaled.to(x.dtype.element_ty).to(tl.float32)
+    gain = tl.load(weight + i, mask=i < WIDTH, other=0.0).to(tl.float32)
+    tl.store(out + r * WIDTH + i, (gain * scaled).to(out.dtype.element_ty), mask=i < WIDTH)
+
+
+@triton.jit
+def add_bias(out, bias, WIDTH: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr):
+    """out[t] = bias, or out[t] += bias with ADD. Grid: (T, WIDTH / BLOCK)."""
+    t = tl.program_id(0).to(tl.int64)
+    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(bias + i, mask=i < WIDTH, other=0.0).to(tl.float32)
+    if ADD:
+        value += tl.load(out + t * WIDTH + i, mask=i < WIDTH, other=0.0).to(tl.float32)
+    tl.store(out + t * WIDTH + i, value.to(out.dtype.element_ty), mask=i < WIDTH)
+
+
+@triton.jit
+def silu_mul(gate_up, out, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """out[t] = silu(gate_up[t, :WIDTH]) * gate_up[t, WIDTH:]. Grid: (T, WIDTH / BLOCK)."""
+    t = tl.program_id(0).to(tl.int64)
+    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    row = gate_up + t * 2 * WIDTH
+    gate = tl.load(row + i, mask=i < WIDTH, other=0.0).to(tl.float32)
+    up = tl.load(row + WIDTH + i, mask=i < WIDTH, other=0.0).to(tl.float32)
+    act = (gate / (1.0 + tl.exp(-gate))).to(gate_up.dtype.element_ty).to(tl.float32)
+    tl.store(out + t * WIDTH + i, (act * up).to(out.dtype.element_ty), mask=i < WIDTH)
+
+
+@triton.jit
+def _norm_heads(low, high, weight, i, inside, eps, dtype: tl.constexpr, HALF: tl.constexpr):
+    """RMS norm of heads given as two halves, each [heads, HALF padded] float32."""
+    mean = (tl.sum(low * low, 1) + tl.sum(high * high, 1)) / (2 * HALF)
+    factor = tl.rsqrt(mean + eps)[:, None]
+    gain_low = tl.load(weight + i, mask=inside, other=0.0).to(tl.float32)[None, :]
+    gain_high = tl.load(weight + HALF + i, mask=inside, other=0.0).to(tl.float32)[None, :]
+    low = gain_low * (low * factor).to(dtype).to(tl.float32)
+    high = gain_high * (high * factor).to(dtype).to(tl.float32)
+    return low.to(dtype).to(tl.float32), high.to(dtype).to(tl.float32)
+
+
+@triton.jit
+def rope_kv_write(
+    qkv, positions, slots, rope, q_norm, k_norm, keys, values, out, eps,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr,
+    GROUP_PAD: tl.constexpr, HALF_PAD: tl.constexpr,
+):  # fmt: skip
+    """Norm and rotate q in place and k into the cache, v into the cache. Grid: (T, KV_HEADS).
+
+    A token that is not live writes no KV: it zeroes its rows of `out`, which attention leaves
+    alone.
+    """
+    t = tl.program_id(0).to(tl.int64)
+    h = tl.program_id(1)
+    GROUP: tl.constexpr = HEADS // KV_HEADS
+    DIM: tl.constexpr = 2 * HALF
+    dtype: tl.constexpr = qkv.dtype.element_ty
+    g = tl.arange(0, GROUP_PAD)[:, None]
+    i = tl.arange(0, HALF_PAD)
+    inside = i < HALF
+    many = (g < GROUP) & inside[None, :]
+    head = (h * GROUP + g) * DIM + i[None, :]
+    slot = tl.load(slots + t).to(tl.int64)
+    if slot < 0:
+        zero = tl.zeros((GROUP_PAD, HALF_PAD), out.dtype.element_ty)
+        tl.store(out + t * (HEADS * DIM) + head, zero, mask=many)
+        tl.store(out + t * (HEADS * DIM) + HALF + head, zero, mask=many)
+    else:
+        row = qkv + t * ((HEADS + 2 * KV_HEADS) * DIM)
+        angles = rope + tl.load(positions + t).to(tl.int64) * DIM
+        cos = tl.load(angles + i, mask=inside, other=0.0)[None, :]
+        sin = tl.load(angles + HALF + i, mask=inside, other=0.0)[None, :]
+
+        low = tl.load(row + head, mask=many, other=0.0).to(tl.float32)
+        high = tl.load(row + HALF + head, mask=many, other=0.0).to(tl.float32)
+        if NORM:
+            low, high = _norm_heads(low, high, q_norm, i, inside, eps, dtype, HALF)
+        tl.store(row + head, (low * cos - high * sin).to(dtype), mask=many)
+        tl.store(row + HALF + head, (high * cos + low * sin).to(dtype), mask=many)
+
+        one = inside[None, :]
+        key = row + (HEADS + h) * DIM + i[None, :]
+        low = tl.load(key, mask=one, other=0.0).to(tl.float32)
+        high = tl.load(key + HALF, mask=one, other=0.0).to(tl.float32)
+        if NORM:
+            low, high = _norm_heads(low, high, k_norm, i, inside, eps, dtype, HALF)
+        place = slot * (KV_HEADS * DIM) + h * DIM + i[None, :]
+        kind = keys.dtype.element_ty
+        tl.store(keys + place, (low * cos - high * sin).to(dtype).to(kind), mask=one)
+        tl.store(keys + place + HALF, (high * cos + low * sin).to(dtype).to(kind), mask=one)
+
+        value = key + KV_HEADS * DIM
+        tl.store(values + place, tl.load(value, mask=one).to(kind), mask=one)
+        tl.store(values + place + HALF, tl.load(value + HALF, mask=one).to(kind), mask=one)
+
+
+@triton.jit(do_not_specialize=["num_seqs"])
+def advance(
+    rows, seq_lens, samples, tokens,
+    emitted, last_token, position, active, output_counts,
+    stop_ids, num_stop_ids, min_position, last_position, flags,
+    num_seqs,
+    DECODE: tl.constexpr, VOCAB: tl.constexpr, STOP_IDS: tl.constexpr, COUNT_FLAG: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Make sampled tokens the next inputs; see `OpSet.advance`. Grid: (S / BLOCK)."""
+    s = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = s < num_seqs
+    at = tl.load(seq_lens + s, mask=inside, other=0)  # the new token stands right after the context
+    live = at > 0
+    if not DECODE:
+        live &= tl.load(samples + s, mask=inside, other=0) != 0
+    token = tl.load(tokens + s, mask=live, other=-1)
+    tl.store(emitted + s, token, mask=inside)
+    row = tl.load(rows + s, mask=live, other=0)
+    tl.store(last_token + row, token, mask=live)
+    tl.store(position + row, at, mask=live)
+
+    j = tl.arange(0, STOP_IDS)[None, :]
+    counted = live[:, None] & (j < tl.load(num_stop_ids + row, mask=live, other=0)[:, None])
+    stop = tl.load(stop_ids + row[:, None] * STOP_IDS + j, mask=counted, other=0)
+    hit = tl.max((counted & (stop == token[:, None])).to(tl.int32), 1) != 0
+    hit &= at >= tl.load(min_position + row, mask=live, other=0)
+    goes_on = (hit == 0) & (at < tl.load(last_position + row, mask=live, other=0))
+    tl.store(active + row, goes_on.to(tl.int32), mask=live)
+
+    counts = live & ((tl.load(flags + row, mask=live, other=0) & COUNT_FLAG) != 0)
+    count = output_counts + row.to(tl.int64) * VOCAB + token
+    often = tl.load(count, mask=counts, other=0).to(tl.int32) + 1
+    tl.store(count, tl.minimum(often, 32767).to(tl.int16), mask=counts)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def matmul_float32(
+    x, weight, out, num_rows,
+    WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """out = x @ weight.T in float32, where torch has no such product. Grid: (rows, columns) / BLOCK."""
+    m = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)[:, None]
+    n = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)[None, :]
+    k = tl.arange(0, BLOCK_K)
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, WIDTH, BLOCK_K):
+        at = start + k
+        a = tl.load(x + m * WIDTH + at[None, :], mask=(m < num_rows) & (at < WIDTH)[None, :], other=0.0)
+        b = tl.load(weight + n * WIDTH + at[:, None], mask=(n < COLUMNS) & (at < WIDTH)[:, None], other=0.0)
+        total = tl.dot(a, b, total, input_precision="ieee")
+    tl.store(out + m * COLUMNS + n, total, mask=(m < num_rows) & (n < COLUMNS))

@@ -1,0 +1,166 @@
+"""Builds what the user gets: one `RequestOutput` for a prompt, from its n requests."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from .graphs.plan import Plan
+from .types import (
+    CompletionOutput,
+    Request,
+    RequestMetrics,
+    RequestOutput,
+    RequestOutputKind,
+    SamplingParams,
+    TokenLogprobs,
+)
+
+
+@dataclass
+class _Prompt:
+    """One prompt under way."""
+
+    prompt: str | None
+    requests: Sequence[Request]
+    params: SamplingParams
+    arrival: float
+    graph_steps: int
+    """The plan's counters at arrival: the difference is what ran meanwhile."""
+    eager_steps: Counter[str]
+    first_token: float | None = None
+    sent_text: list[int] = field(default_factory=list)
+    """Characters of each completion already delivered (DELTA)."""
+    sent_tokens: list[int] = field(default_factory=list)
+    final_text: dict[int, str] = field(default_factory=dict)
+
+
+class OutputAssembler:
+    """Knows every prompt under way and how its caller wants to hear of it."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._prompts: dict[str, _Prompt] = {}
+        self._token_text: Callable[[int], str | None] = lambda token: None
+        self._failed: list[RequestOutput] = []
+
+    def __contains__(self, prompt_id: str) -> bool:
+        return prompt_id in self._prompts
+
+    def add(
+        self,
+        prompt_id: str,
+        prompt: str | None,
+        requests: Sequence[Request],
+        params: SamplingParams,
+        token_text: Callable[[int], str | None],
+    ) -> None:
+        """Register a prompt and its requests."""
+        graph, eager = self._counts()
+        n = len(requests)
+        self._prompts[prompt_id] = _Prompt(
+            prompt, requests, params, time.monotonic(), graph, eager, sent_text=[0] * n, sent_tokens=[0] * n
+        )
+        self._token_text = token_text
+
+    def running(self, prompt_id: str) -> list[Request]:
+        """The prompt's requests that have not ended; empty for an unknown id."""
+        found = self._prompts.get(prompt_id)
+        return [r for r in found.requests if not r.finished] if found else []
+
+    def make(self, changed: Iterable[Request]) -> list[RequestOutput]:
+        """Outputs for requests that got a token or ended, in the order given."""
+        outputs = []
+        now: float | None = None
+        for prompt_id in dict.fromkeys(r.prompt_id for r in changed):
+            entry = self._prompts[prompt_id]
+            if entry.first_token is None and any(r.output_token_ids for r in entry.requests):
+                now = entry.first_token = now or time.monotonic()
+            done = all(r.finished for r in entry.requests)
+            if done or entry.params.output_kind is not RequestOutputKind.FINAL_ONLY:
+                outputs.append(self._output(prompt_id, entry, done))
+            if done:
+                del self._prompts[prompt_id]
+        return outputs
+
+    def fail(self, ended: Iterable[Request], error: BaseException | None) -> None:
+        """Requests that a failed step ended: their outputs wait in `take_failed`."""
+        for prompt_id in dict.fromkeys(r.prompt_id for r in ended):
+            entry = self._prompts.pop(prompt_id)
+            cause = error if isinstance(error, Exception) else None
+            self._failed.append(self._output(prompt_id, entry, True, cause))
+
+    def take_failed(self) -> list[RequestOutput]:
+        """Outputs of requests that ended in a failed step: every request gets an answer."""
+        failed, self._failed = self._failed, []
+        return failed
+
+    def _output(
+        self, prompt_id: str, entry: _Prompt, done: bool, error: Exception | None = None
+    ) -> RequestOutput:
+        first = entry.requests[0]
+        return RequestOutput(
+            request_id=prompt_id,
+            prompt=entry.prompt,
+            prompt_token_ids=list(first.prompt_token_ids),
+            outputs=[self._completion(entry, r) for r in entry.requests],
+            finished=done,
+            prompt_logprobs=self._prompt_logprobs(first),
+            metrics=self._metrics(entry, done),
+            num_cached_tokens=first.num_cached_tokens,
+            error=error,
+        )
+
+    def _completion(self, entry: _Prompt, request: Request) -> CompletionOutput:
+        i, tokens = request.index, request.output_token_ids
+        text = self._text(entry, request)
+        logprobs = request.logprobs if request.params.logprobs is not None else None
+        if request.params.output_kind is RequestOutputKind.DELTA:
+            from_text, from_token = entry.sent_text[i], entry.sent_tokens[i]
+            entry.sent_text[i], entry.sent_tokens[i] = len(text), len(tokens)
+            text, tokens = text[from_text:], tokens[from_token:]
+            logprobs = logprobs[from_token:] if logprobs is not None else None
+        return CompletionOutput(
+            index=i,
+            text=text,
+            token_ids=list(tokens),
+            cumulative_logprob=request.cumulative_logprob if logprobs is not None else None,
+            logprobs=[self._spell(entry_) for entry_ in logprobs] if logprobs is not None else None,
+            finish_reason=request.finish_reason.value if request.finish_reason else None,
+            stop_reason=request.stop_reason,
+        )
+
+    @staticmethod
+    def _text(entry: _Prompt, request: Request) -> str:
+        if request.sink is None:
+            return ""
+        if not request.finished:
+            return request.sink.text
+        if request.index not in entry.final_text:
+            entry.final_text[request.index] = request.sink.finish()
+        return entry.final_text[request.index]
+
+    def _prompt_logprobs(self, request: Request) -> list[TokenLogprobs | None] | None:
+        if request.params.prompt_logprobs is None:
+            return None
+        return [None if at is None else self._spell(at) for at in request.prompt_logprobs]
+
+    def _spell(self, candidates: TokenLogprobs) -> TokenLogprobs:
+        return {t: p._replace(decoded_token=self._token_text(t)) for t, p in candidates.items()}
+
+    def _counts(self) -> tuple[int, Counter[str]]:
+        plan = self._plan
+        return plan.graph_steps.total(), Counter({r.value: n for r, n in plan.eager_steps.items()})
+
+    def _metrics(self, entry: _Prompt, done: bool) -> RequestMetrics:
+        graph, eager = self._counts()
+        return RequestMetrics(
+            arrival_time=entry.arrival,
+            first_token_time=entry.first_token,
+            finished_time=time.monotonic() if done else None,
+            num_preemptions=sum(r.num_preemptions for r in entry.requests),
+            graph_steps=graph - entry.graph_steps,
+            eager_steps=dict(eager - entry.eager_steps),
+        )

@@ -1,0 +1,692 @@
+"""Who runs in the next step, and what a finished step means. Pure Python, no tensors.
+
+Knows: the queue, the device rows, the blocks, and which steps were launched but not committed.
+Does not know whether a step ran on a graph, and does not need the tokens of launched steps:
+the device holds each decoding row's last token, so a row whose last token is unknown here can
+be scheduled again. Not promised: that a launched row still runs. After a stop token the device
+deactivates it and emits -1; its columns in flight are dropped when the request has finished.
+
+Order: first come, first served. A step takes one token of every decoding request, then chunks
+of prompts that run already, then new ones, up to the token budget. One exception: a request
+that shares uncomputed prompt blocks with a running one is passed over until they are
+committed, so that a shared prompt is computed once; it keeps its place.
+"""
+
+from __future__ import annotations
+
+import heapq
+from bisect import insort
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from operator import attrgetter
+
+from .errors import ConfigError, KVCacheError, RequestError
+from .kv_blocks import BlockAllocator, extend_hashes
+from .types import (
+    FinishReason,
+    Logprob,
+    Request,
+    RequestStatus,
+    SamplerVariant,
+    Schedule,
+    ScheduledRow,
+    StepKind,
+    StepResult,
+    TokenLogprobs,
+)
+
+_NEVER = 1 << 62
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    """Limits of a step and of the queue.
+
+    Raises:
+        ConfigError: a limit cannot work; the message says what to change.
+    """
+
+    max_num_seqs: int
+    """Device rows: most requests running at once."""
+    max_num_batched_tokens: int
+    """Most tokens in one step."""
+    max_model_len: int
+    block_size: int
+    blocks_ahead: int = 4
+    """Blocks handed to a decoding row at once while many are free: fewer host writes."""
+    enable_prefix_caching: bool = True
+    max_lag: int = 3
+    """Most launched steps without a commit when another is made; `schedule` returns None beyond."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "block_size", "blocks_ahead"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.max_lag < 0:
+            raise ConfigError(f"max_lag must be at least 0, got {self.max_lag}")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ConfigError(
+                f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least max_num_seqs "
+                f"({self.max_num_seqs}): a decode step takes one token of every sequence"
+            )
+
+
+class _Entry:
+    """What the scheduler keeps about a request beside the request itself."""
+
+    __slots__ = (
+        "arrival",
+        "capacity",
+        "host_dependent",
+        "last_start",
+        "marked",
+        "max_blocks",
+        "next_full",
+        "registered",
+        "request",
+        "variant",
+    )
+
+    def __init__(self, request: Request, arrival: int, block_size: int) -> None:
+        self.request = request
+        self.arrival = arrival
+        self.variant = int(request.params.sampler_variant)
+        self.host_dependent = request.host_dependent
+        self.last_start = request.max_total_tokens - 1
+        """No step starts here: the last token's KV is never needed."""
+        self.max_blocks = _ceil_div(self.last_start, block_size)
+        self.capacity = 0
+        """Tokens that its blocks can hold."""
+        self.registered = 0
+        """Leading blocks that are in the prefix cache."""
+        self.next_full = _NEVER
+        """Tokens computed and committed that fill its next block."""
+        self.marked = 0
+        """Blocks [registered, marked) stand in `Scheduler._computing` on its behalf."""
+
+
+class Scheduler:
+    """Turns requests into schedules, and results into tokens.
+
+    `schedule` may be called up to `max_lag + 1` times before the first `commit`; commits come
+    in the order of the schedules.
+
+    Args:
+        pad_seqs: padded size of a decode step with that many rows (the graph ladder); never
+            falling. Rows are compacted only where this makes the step smaller.
+
+    Raises:
+        ConfigError: config and allocator disagree.
+    """
+
+    def __init__(
+        self, config: SchedulerConfig, allocator: BlockAllocator, pad_seqs: Callable[[int], int]
+    ) -> None:
+        for name in ("block_size", "enable_prefix_caching"):
+            if getattr(config, name) != getattr(allocator, name):
+                raise ConfigError(
+                    f"{name} is {getattr(config, name)} for the scheduler "
+                    f"but {getattr(allocator, name)} for the allocator"
+                )
+        self.config = config
+        self.allocator = allocator
+        self.pad_seqs = pad_seqs
+        self.num_steps = 0
+        self.num_preemptions = 0
+        self.num_compactions = 0
+        self.num_host_dependency = 0
+        """Times a row was held back because its next mask depends on an unknown token."""
+        self.num_block_stalls = 0
+        """Times a running row was held back because no block was free for it."""
+        self.num_passed_over = 0
+        """Times a waiting request was passed over because its prefix was being computed."""
+        self.prefix_cache_queries = 0
+        """Tokens of admitted requests that were looked up."""
+        self.prefix_cache_hits = 0
+        """Tokens of admitted requests that were found."""
+        self._num_arrived = 0
+        self._entries: dict[str, _Entry] = {}  # every unfinished request
+        self._running: list[_Entry] = []  # by arrival
+        # A heap by arrival. Finished entries are skipped when they come up; no entry stands twice.
+        self._waiting: list[tuple[int, _Entry]] = []
+        self._free_rows = list(range(config.max_num_seqs))  # a heap
+        self._stale_rows: set[int] = set()  # vacated, and the device was not told yet
+        self._inflight: deque[Schedule] = deque()
+        self._computing: Counter[int] = Counter()  # block hash: running requests that will compute it
+        self._passed_over: dict[int, list[_Entry]] = {}  # by the last block hash they wait for
+        # The head of the queue that did not fit, and `num_releases` then: until a release it still does not.
+        self._blocked: tuple[_Entry, int] | None = None
+
+    # --- the queue ---------------------------------------------------------------------
+
+    @property
+    def has_unfinished(self) -> bool:
+        return bool(self._entries)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Not running and not finished; preempted and passed-over requests are among them."""
+        return len(self._entries) - len(self._running)
+
+    @property
+    def num_in_flight(self) -> int:
+        """Steps launched but not committed."""
+        return len(self._inflight)
+
+    @property
+    def running(self) -> list[Request]:
+        """Requests that hold a device row, by arrival."""
+        return [entry.request for entry in self._running]
+
+    @property
+    def unfinished(self) -> list[Request]:
+        """Every request that has not finished, by arrival."""
+        return [entry.request for entry in self._entries.values()]
+
+    def add(self, request: Request) -> None:
+        """Queue a new request.
+
+        Raises:
+            RequestError: the id is taken, or the lengths are impossible.
+            KVCacheError: the whole KV cache is too small for it.
+        """
+        if request.request_id in self._entries:
+            raise RequestError(f"request id {request.request_id!r} is in use; choose another")
+        if request.status is not RequestStatus.WAITING or request.blocks or request.row != -1:
+            raise RequestError(f"request {request.request_id!r} has been scheduled before; make a new one")
+        prompt = len(request.prompt_token_ids)
+        if not 0 < prompt < request.max_total_tokens <= self.config.max_model_len:
+            raise RequestError(
+                f"request {request.request_id!r}: expected 0 < prompt length < max_total_tokens <= max_model_len, "
+                f"got {prompt}, {request.max_total_tokens} and {self.config.max_model_len}"
+            )
+        entry = _Entry(request, self._num_arrived, self.config.block_size)
+        if entry.max_blocks > self.allocator.num_usable:
+            raise KVCacheError(
+                f"request {request.request_id!r} needs {entry.max_blocks} KV blocks for {request.max_total_tokens} "
+                f"tokens, the cache has {self.allocator.num_usable}; raise gpu_memory_utilization or lower max_model_len"
+            )
+        self._num_arrived += 1
+        self._entries[request.request_id] = entry
+        heapq.heappush(self._waiting, (entry.arrival, entry))
+
+    def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> Request | None:
+        """End a request in whatever state it is; None if it is not known or has ended."""
+        entry = self._entries.get(request_id)
+        if entry is None:
+            return None
+        self._finish(entry, reason)
+        return entry.request
+
+    def reset(self, reason: FinishReason) -> list[Request]:
+        """End every request and forget what is in flight: a step failed, so no result will come."""
+        ended = [entry.request for entry in self._entries.values()]
+        for request in ended:
+            self.abort(request.request_id, reason)
+        self._inflight.clear()
+        self.allocator.reset_cache()  # what the failed steps wrote is not to be trusted
+        return ended
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget all cached blocks; False, and nothing happens, while a request is running."""
+        if self._running:
+            return False
+        self.allocator.reset_cache()
+        return True
+
+    def check(self) -> None:
+        """Compare blocks, rows and marks with the running requests; AssertionError if they differ."""
+        self.allocator.check(request.blocks for request in self.running)
+        rows = [request.row for request in self.running]
+        marks = Counter(h for e in self._running for h in e.request.block_hashes[e.registered : e.marked])
+        if sorted(rows + self._free_rows) != list(range(self.config.max_num_seqs)):
+            raise AssertionError(f"rows in use are {rows}, free ones {sorted(self._free_rows)}")
+        if not self._stale_rows <= set(self._free_rows):
+            raise AssertionError(
+                f"rows {sorted(self._stale_rows - set(self._free_rows))} would leave while in use"
+            )
+        if marks != self._computing or not self._passed_over.keys() <= marks.keys():
+            raise AssertionError("requests wait for blocks that nobody computes")
+
+    # --- making a step -----------------------------------------------------------------
+
+    def schedule(self) -> Schedule | None:
+        """The next step, counted as launched; None if nothing can be launched before a commit."""
+        if len(self._inflight) > self.config.max_lag:
+            return None
+        rows: list[ScheduledRow] = []
+        preemptions = self.num_preemptions
+        prefilling, variant = self._schedule_decodes(rows)
+        kind = StepKind.DECODE
+        if prefilling or self._waiting:
+            num_decodes = len(rows)
+            budget = self.config.max_num_batched_tokens - num_decodes
+            budget = self._schedule_chunks(prefilling, rows, budget)
+            chunks = rows[num_decodes:]
+            if self.num_preemptions == preemptions:
+                # Not after a preemption: it would take the blocks that were just made free.
+                self._admit(prefilling, rows, budget)
+                chunks = rows[num_decodes:]
+            elif any(row.epoch != row.request.epoch for row in rows):
+                # A chunk took the blocks of rows that were in this step already.
+                rows = [row for row in rows if row.epoch == row.request.epoch]
+                chunks = [row for row in rows if not row.decode]
+                num_decodes, variant = len(rows) - len(chunks), self._variant(rows)
+            if chunks:
+                kind = StepKind.MIXED if num_decodes else StepKind.PREFILL
+                variant = max(variant, self._variant(chunks))
+        if not rows:
+            return None
+        moves: tuple[tuple[int, int], ...] = ()
+        if kind is StepKind.DECODE:
+            rows.sort(key=_BY_ROW)
+            if rows[-1].row >= len(self._running) and not any(e.request.row >= 0 for e in prefilling):
+                moves = self._compact(rows)
+        leaves = tuple(sorted(self._stale_rows))
+        self._stale_rows.clear()
+        schedule = Schedule(self.num_steps, kind, tuple(rows), leaves, moves, SamplerVariant(variant))
+        self.num_steps += 1
+        self._inflight.append(schedule)
+        return schedule
+
+    def _schedule_decodes(self, rows: list[ScheduledRow]) -> tuple[list[_Entry], int]:
+        """One token of every row the device can continue alone; the others, and the sampler variant."""
+        prefilling = []
+        variant = 0
+        for entry in tuple(self._running):  # a copy, as entries at its end may be preempted
+            request = entry.request
+            if not request.on_device:
+                prefilling.append(entry)
+                continue
+            start = request.num_computed
+            if start >= entry.last_start:
+                continue  # its last token is in flight
+            if entry.host_dependent and request.num_launched:
+                self.num_host_dependency += 1
+                continue
+            num_blocks = len(request.blocks)
+            new_blocks: tuple[int, ...] = ()
+            if start >= entry.capacity:
+                grown = self._grow(entry, start + 1, ahead=self.config.blocks_ahead)
+                if grown is None:
+                    continue
+                new_blocks = grown
+            rows.append(
+                _row(request, request.row, start, 1, True, True, False, num_blocks, new_blocks, request.epoch)
+            )
+            request.num_computed = start + 1
+            request.num_launched += 1
+            if entry.variant > variant:
+                variant = entry.variant
+        return prefilling, variant
+
+    def _schedule_chunks(self, prefilling: list[_Entry], rows: list[ScheduledRow], budget: int) -> int:
+        """The next chunk of every running prompt; the budget that is left."""
+        for entry in prefilling:
+            request = entry.request
+            if budget == 0:
+                break
+            if request.status is not RequestStatus.RUNNING:
+                continue  # preempted meanwhile
+            num_blocks = len(request.blocks)
+            start = request.num_computed
+            length = min(budget, request.num_known - start)
+            new_blocks = self._grow(entry, start + length)
+            if new_blocks is None:
+                continue
+            rows.append(self._chunk(request, length, False, num_blocks, new_blocks))
+            budget -= length
+        return budget
+
+    def _admit(self, prefilling: list[_Entry], rows: list[ScheduledRow], budget: int) -> None:
+        """Start waiting requests, in order, while tokens, rows and blocks last."""
+        size, allocator = self.config.block_size, self.allocator
+        reserved = -1  # blocks that running prompts will still take; counted when first needed
+        while self._waiting and self._free_rows and budget > 0:
+            entry = self._waiting[0][1]
+            request = entry.request
+            if request.finished:
+                heapq.heappop(self._waiting)
+                continue
+            if self._blocked == (entry, allocator.num_releases):
+                return
+            cached = self._cached_prefix(entry)
+            if cached is None:
+                heapq.heappop(self._waiting)
+                self.num_passed_over += 1
+                continue
+            if reserved < 0:
+                reserved = sum(
+                    _ceil_div(e.request.num_known, size) - len(e.request.blocks)
+                    for e in prefilling
+                    if not e.request.on_device
+                )
+            # Room for all its known tokens, so that it is not preempted before its first token.
+            needed = _ceil_div(request.num_known, size) - len(cached)
+            spare = allocator.num_free - reserved - needed - allocator.num_idle(cached)
+            if self._running and spare < allocator.num_usable // 100:
+                self._blocked = (entry, allocator.num_releases)
+                return
+            heapq.heappop(self._waiting)
+            start = len(cached) * size
+            length = min(budget, request.num_known - start)
+            allocator.acquire(cached)
+            new = allocator.allocate(_ceil_div(start + length, size) - len(cached))
+            if new is None:
+                raise RuntimeError(f"request {request.request_id!r} does not fit an idle KV cache")
+            request.blocks = cached + new
+            request.status = RequestStatus.RUNNING
+            request.row = heapq.heappop(self._free_rows)
+            request.num_computed = start
+            self._stale_rows.discard(request.row)  # joining rewrites the row
+            if request.num_preemptions == 0:
+                request.num_cached_tokens = start
+            entry.capacity = len(request.blocks) * size
+            insort(self._running, entry, key=_BY_ARRIVAL)
+            if self.config.enable_prefix_caching:
+                self.prefix_cache_queries += request.num_known
+                self.prefix_cache_hits += start
+                entry.registered = len(cached)
+                entry.next_full = start + size
+                entry.marked = request.num_known // size
+                self._computing.update(request.block_hashes[len(cached) : entry.marked])
+            rows.append(self._chunk(request, length, True, 0, tuple(request.blocks)))
+            budget -= length
+            reserved += needed - len(new)
+
+    def _cached_prefix(self, entry: _Entry) -> list[int] | None:
+        """Cached blocks that a waiting request starts from, or None if it was passed over instead."""
+        request = entry.request
+        if not self.config.enable_prefix_caching:
+            return []
+        size, hashes = self.config.block_size, request.block_hashes
+        extend_hashes(request, size, request.num_known // size)
+        wants_logits = request.params.prompt_logprobs is not None
+        if wants_logits and len(request.prompt_logprobs) < len(request.prompt_token_ids):
+            return []  # those of every prompt token
+        limit = (request.num_known - 1) // size  # one token at least is computed, to sample the next
+        cached = self.allocator.lookup(hashes, limit)
+        end = len(cached)
+        while end < limit and hashes[end] in self._computing:
+            end += 1
+        if end > len(cached):
+            # Waiting for the last of them is enough: blocks are committed in order, and all
+            # marks go when their owner stops running.
+            self._passed_over.setdefault(hashes[end - 1], []).append(entry)
+            return None
+        return cached
+
+    def _chunk(
+        self, request: Request, length: int, joins: bool, num_blocks: int, new_blocks: tuple[int, ...]
+    ) -> ScheduledRow:
+        """Launch `length` known tokens; the last ones also sample."""
+        start = request.num_computed
+        samples = start + length == request.num_known
+        request.num_computed = start + length
+        if samples:
+            request.num_launched = 1
+            request.on_device = True
+        return _row(
+            request, request.row, start, length, False, samples, joins, num_blocks, new_blocks, request.epoch
+        )
+
+    def _variant(self, rows: list[ScheduledRow]) -> int:
+        return max((self._entries[row.request.request_id].variant for row in rows if row.samples), default=0)
+
+    def _compact(self, rows: list[ScheduledRow]) -> tuple[tuple[int, int], ...]:
+        """Move the highest rows of a decode step into holes, where that makes the step smaller.
+
+        A move leaves its source inactive on the device, so the source need not leave as well.
+        """
+        target = self.pad_seqs(len(self._running))
+        if target >= self.pad_seqs(rows[-1].row + 1):
+            return ()
+        moves = []
+        while rows[-1].row >= target:
+            last = rows.pop()
+            hole = heapq.heappop(self._free_rows)
+            self._stale_rows.discard(hole)
+            heapq.heappush(self._free_rows, last.row)
+            moves.append((last.row, hole))
+            last.request.row = hole
+            insort(rows, replace(last, row=hole), key=_BY_ROW)
+        self.num_compactions += 1
+        return tuple(moves)
+
+    # --- blocks ------------------------------------------------------------------------
+
+    def _grow(self, entry: _Entry, num_tokens: int, ahead: int = 0) -> tuple[int, ...] | None:
+        """Blocks appended so that `num_tokens` fit; None: none are free, and the row waits.
+
+        Takes up to `ahead` blocks at once while many are free. Where too few are free, requests
+        that arrived later are preempted; the latest waits for blocks and keeps its own.
+        """
+        request, allocator = entry.request, self.allocator
+        needed = _ceil_div(num_tokens, self.config.block_size) - len(request.blocks)
+        if needed <= 0:
+            return ()
+        count = needed
+        if ahead > needed and allocator.num_free > 2 * len(self._running) * ahead:
+            count = max(needed, min(ahead, entry.max_blocks - len(request.blocks)))
+        new = allocator.allocate(count)
+        if new is None:
+            for victim in self._victims(entry, needed):
+                self._preempt(victim)
+            new = allocator.allocate(needed)
+            if new is None:
+                self.num_block_stalls += 1
+                return None
+        request.blocks += new
+        entry.capacity = len(request.blocks) * self.config.block_size
+        return tuple(new)
+
+    def _victims(self, entry: _Entry, needed: int) -> list[_Entry]:
+        """The latest requests whose end makes `needed` blocks free; none if all after `entry` do not suffice."""
+        victims: list[_Entry] = []
+        dropped: Counter[int] = Counter()
+        missing = needed - self.allocator.num_free
+        for victim in reversed(self._running):
+            if victim is entry:
+                return []
+            victims.append(victim)
+            for block in victim.request.blocks:
+                dropped[block] += 1
+                missing -= dropped[block] == self.allocator.ref_count(block)
+            if missing <= 0:
+                return victims
+        return []
+
+    def _preempt(self, entry: _Entry) -> None:
+        """Back to the queue, at its old place; what it has in flight is dropped, and computed again."""
+        request = entry.request
+        self._vacate(entry)
+        request.status = RequestStatus.WAITING
+        request.epoch += 1
+        request.num_preemptions += 1
+        self.num_preemptions += 1
+        heapq.heappush(self._waiting, (entry.arrival, entry))
+
+    def _vacate(self, entry: _Entry) -> None:
+        """Give back the row, the blocks and the marks of a running request."""
+        request = entry.request
+        self._running.remove(entry)
+        heapq.heappush(self._free_rows, request.row)
+        self._stale_rows.add(request.row)
+        self.allocator.release(request.blocks)
+        self._unmark(request.block_hashes[entry.registered : entry.marked])
+        entry.registered = entry.marked = entry.capacity = 0
+        entry.next_full = _NEVER
+        request.row = -1
+        request.blocks = []
+        request.num_launched = request.num_computed = 0
+        request.on_device = False
+
+    def _unmark(self, hashes: Iterable[int]) -> None:
+        """These blocks are cached now, or their owner gave up: whoever waits for them looks again."""
+        for block_hash in hashes:
+            self._computing[block_hash] -= 1
+            if self._computing[block_hash] == 0:
+                del self._computing[block_hash]
+            for entry in self._passed_over.pop(block_hash, ()):
+                heapq.heappush(self._waiting, (entry.arrival, entry))
+
+    # --- taking a result ---------------------------------------------------------------
+
+    def commit(self, schedule: Schedule, result: StepResult) -> list[Request]:
+        """Take the tokens of the oldest launched step; the requests that got one, finished or not.
+
+        Raises:
+            RuntimeError: the result contradicts the schedule: a bug, after which the scheduler
+                must not be used.
+        """
+        if not self._inflight or self._inflight[0] is not schedule:
+            raise RuntimeError(
+                f"step {schedule.step} is not the oldest one in flight; commit in order of launch"
+            )
+        self._inflight.popleft()
+        by_row = schedule.kind is StepKind.DECODE
+        entries, tokens = self._entries, result.tokens
+        changed = []
+        for column, row in enumerate(schedule.rows):
+            request = row.request
+            if request.epoch != row.epoch or request.status is RequestStatus.FINISHED:
+                continue  # launched before it was preempted or ended
+            if by_row:
+                column = row.row
+            entry = entries[request.request_id]
+            end = row.start + row.length
+            if end >= entry.next_full:
+                self._register(entry, end)
+            params = request.params
+            if not row.decode and params.prompt_logprobs is not None:
+                _keep_prompt_logprobs(row, result.prompt_logprobs.get(column, ()))
+            if not row.samples:
+                continue
+            token = tokens[column]
+            if token < 0:
+                raise RuntimeError(
+                    f"step {schedule.step}, column {column}: no token for live request {request.request_id!r}; "
+                    f"the device stopped it and the host did not"
+                )
+            output = request.output_token_ids
+            output.append(token)
+            request.num_launched -= 1
+            changed.append(request)
+            if params.logprobs is not None:
+                _keep_logprobs(request, token, result.logprobs.get(column))
+            # The device masks stop ids before `min_tokens`. Stop strings it does not know: a match
+            # before that is ignored, as in vLLM. A stop token is kept in the output, but not its text.
+            may_stop = len(output) >= params.min_tokens
+            if may_stop and token in request.stop_token_ids:
+                request.stop_reason = token if token in (params.stop_token_ids or ()) else None
+                self._finish(entry, FinishReason.STOP)
+                continue
+            if request.sink is not None:
+                match = request.sink.push(token)
+                if match is not None and may_stop:
+                    request.stop_reason = match
+                    self._finish(entry, FinishReason.STOP)
+                    continue
+            if end >= entry.last_start:
+                self._finish(entry, FinishReason.LENGTH)
+        return changed
+
+    def _register(self, entry: _Entry, end: int) -> None:
+        """Make the blocks that `end` committed tokens fill findable."""
+        request, size = entry.request, self.config.block_size
+        full = end // size
+        extend_hashes(request, size, full)
+        for i in range(entry.registered, full):
+            self.allocator.register(request.blocks[i], request.block_hashes[i])
+        self._unmark(request.block_hashes[entry.registered : min(full, entry.marked)])
+        entry.registered = full
+        entry.next_full = (full + 1) * size
+
+    def _finish(self, entry: _Entry, reason: FinishReason) -> None:
+        request = entry.request
+        if request.status is RequestStatus.RUNNING:
+            self._vacate(entry)
+        del self._entries[request.request_id]
+        request.status = RequestStatus.FINISHED
+        request.finish_reason = reason
+
+
+def _keep_logprobs(request: Request, token: int, result: tuple[Logprob, TokenLogprobs] | None) -> None:
+    """Append the chosen token's logprob and the `params.logprobs` most likely ones."""
+    if result is None:
+        raise RuntimeError(f"request {request.request_id!r} asked for logprobs, the result has none")
+    chosen, likely = result
+    kept = {token: chosen}
+    for other, _ in zip(likely, range(request.params.logprobs or 0), strict=False):
+        kept.setdefault(other, likely[other])
+    request.logprobs.append(kept)
+    request.cumulative_logprob += chosen.logprob
+
+
+def _keep_prompt_logprobs(row: ScheduledRow, entries: Sequence[TokenLogprobs]) -> None:
+    """Append those of a chunk; positions known from before a preemption are left alone."""
+    request = row.request
+    kept, most = request.prompt_logprobs, request.params.prompt_logprobs or 0
+    if not kept:
+        kept.append(None)  # the first token has no predecessor
+    end = min(row.start + row.length + 1, len(request.prompt_token_ids))
+    if len(kept) < end and len(entries) < end - row.start - 1:
+        raise RuntimeError(
+            f"request {request.request_id!r}: expected prompt logprobs of positions "
+            f"{row.start + 1} to {end - 1}, got {len(entries)} entries"
+        )
+    for position in range(len(kept), end):
+        token = request.prompt_token_ids[position]
+        entry = entries[position - row.start - 1]
+        kept.append({t: p for t, p in entry.items() if t == token or p.rank is None or p.rank <= most})
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+_BY_ROW = attrgetter("row")
+_BY_ARRIVAL = attrgetter("arrival")
+
+# A frozen dataclass checks every assignment, which at 256 rows costs more than all the rest of a
+# step here. Slots can be filled directly.
+_new_row = object.__new__
+(_set0, _set1, _set2, _set3, _set4, _set5, _set6, _set7, _set8, _set9) = (
+    getattr(ScheduledRow, name).__set__
+    for name in (
+        *("request", "row", "start", "length", "decode", "samples", "joins"),
+        *("num_blocks_before", "new_blocks", "epoch"),
+    )
+)
+
+
+def _row(
+    request: Request,
+    row: int,
+    start: int,
+    length: int,
+    decode: bool,
+    samples: bool,
+    joins: bool,
+    num_blocks_before: int,
+    new_blocks: tuple[int, ...],
+    epoch: int,
+) -> ScheduledRow:
+    """`ScheduledRow(...)`, faster."""
+    made = _new_row(ScheduledRow)
+    _set0(made, request)
+    _set1(made, row)
+    _set2(made, start)
+    _set3(made, length)
+    _set4(made, decode)
+    _set5(made, samples)
+    _set6(made, joins)
+    _set7(made, num_blocks_before)
+    _set8(made, new_blocks)
+    _set9(made, epoch)
+    return made

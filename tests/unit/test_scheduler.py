@@ -1,0 +1,600 @@
+"""The scheduler against a fake device: every request must get the tokens it gets alone.
+
+The fake device executes schedules in order of launch, and results are committed some steps
+later. Its KV cache holds, per slot, a digest of the whole sequence up to that token, and its
+next token depends on every slot that it reads through the block table: a block that is shared,
+reused or skipped by mistake changes the tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from dataclasses import dataclass, field, replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ostinato.errors import ConfigError, KVCacheError, RequestError
+from ostinato.kv_blocks import BlockAllocator
+from ostinato.scheduler import Scheduler, SchedulerConfig
+from ostinato.types import (
+    FinishReason,
+    Logprob,
+    Request,
+    RequestStatus,
+    SamplerVariant,
+    SamplingParams,
+    StepKind,
+    StepResult,
+)
+
+VOCAB = 23
+POISON = -1  # content of a slot that nobody wrote
+
+
+# --- the model: a pure function ---------------------------------------------------------
+
+
+def kv_of(previous, token, position):
+    return hash((previous, token, position))
+
+
+def next_token(slots, seed, position, banned):
+    token = hash((seed, position, *slots)) % VOCAB
+    while token in banned:
+        token = (token + 1) % VOCAB
+    return token
+
+
+def top_logprobs(slots):
+    """The most likely tokens in order, from what the cache holds."""
+    first = hash(tuple(slots)) % VOCAB
+    return {(first + i) % VOCAB: Logprob(-1.0 - i, i + 1) for i in range(5)}
+
+
+def prompt_logprobs_at(slots, token):
+    top = top_logprobs(slots)
+    return {token: top.get(token, Logprob(-9.0, VOCAB))} | top
+
+
+class FakeSink:
+    """Matches where two given tokens follow each other, once `after` tokens were pushed."""
+
+    def __init__(self, pair, after=0):
+        self.pair, self.after, self.tokens, self.matched = pair, after, [], False
+
+    @property
+    def text(self):
+        return repr(self.tokens)
+
+    def push(self, token_id):
+        assert not self.matched, "no push after a match"
+        self.tokens.append(token_id)
+        self.matched = tuple(self.tokens[-2:]) == self.pair and len(self.tokens) >= self.after
+        return "stop!" if self.matched else None
+
+    def finish(self):
+        return self.text
+
+
+@dataclass
+class Spec:
+    """A request to make, with what happens to it from outside."""
+
+    prompt: tuple[int, ...]
+    max_tokens: int = 8
+    seed: int = 0
+    stop_ids: frozenset[int] = frozenset()
+    min_tokens: int = 0
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    stop_pair: tuple[int, int] | None = None
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    arrives: int = 0
+    aborted: int | None = None
+
+    def request(self, request_id):
+        params = SamplingParams(
+            max_tokens=self.max_tokens,
+            min_tokens=min(self.min_tokens, self.max_tokens),
+            temperature=0.0 if self.seed % 2 else 1.0,
+            logprobs=self.logprobs,
+            prompt_logprobs=self.prompt_logprobs,
+            stop_token_ids=[i for i in self.stop_ids if i != 0],  # 0 plays end-of-sequence
+        )
+        return Request(
+            request_id=request_id,
+            prompt_id=request_id,
+            prompt_token_ids=self.prompt,
+            params=params,
+            stop_token_ids=self.stop_ids,
+            max_total_tokens=len(self.prompt) + self.max_tokens,
+            seed=self.seed,
+            bad_word_ids=self.bad_words,
+            sink=FakeSink(self.stop_pair, params.min_tokens) if self.stop_pair else None,
+        )
+
+
+def banned_at(request, position, bad):
+    floor = len(request.prompt_token_ids) + request.params.min_tokens
+    return {*bad, *(request.stop_token_ids if position < floor else ())}
+
+
+def run_alone(request):
+    """The slow, obvious version: one request, all tokens, no cache. Returns the finished request."""
+    slots = []
+    for position, token in enumerate(request.prompt_token_ids):
+        if request.params.prompt_logprobs is not None:
+            entry = prompt_logprobs_at(slots, token) if position else None
+            if entry is not None:
+                k = request.params.prompt_logprobs
+                entry = {t: p for t, p in entry.items() if t == token or p.rank <= k}
+            request.prompt_logprobs.append(entry)
+        slots.append(kv_of(slots[-1] if slots else 0, token, position))
+    while request.finish_reason is None:
+        position = len(slots)
+        token = next_token(slots, request.seed, position, banned_at(request, position, request.banned_next()))
+        request.output_token_ids.append(token)
+        if request.params.logprobs is not None:
+            top = top_logprobs(slots)
+            kept = {token: top.get(token, Logprob(-9.0, VOCAB))}
+            kept |= {t: p for t, p in top.items() if p.rank <= request.params.logprobs}
+            request.logprobs.append(kept)
+            request.cumulative_logprob += kept[token].logprob
+        enough = len(request.output_token_ids) >= request.params.min_tokens
+        if token in request.stop_token_ids and enough:
+            request.finish_reason = FinishReason.STOP
+            request.stop_reason = token or None
+        elif request.sink and request.sink.push(token) is not None and enough:
+            request.finish_reason, request.stop_reason = FinishReason.STOP, "stop!"
+        elif position + 1 >= request.max_total_tokens:
+            request.finish_reason = FinishReason.LENGTH
+        slots.append(kv_of(slots[-1], token, position))
+    return request
+
+
+# --- the device -------------------------------------------------------------------------
+
+
+@dataclass
+class Row:
+    """One device row: what `StaticInputs` and `StepState` hold of it."""
+
+    request: Request
+    epoch: int
+    table: list[int] = field(default_factory=list)
+    active: bool = False
+    sampled: bool = False
+    last_token: int = -1
+    position: int = -1
+    """Of the token whose KV comes next."""
+
+
+class FakeDevice:
+    def __init__(self, config, num_blocks, pad_seqs):
+        self.config, self.pad_seqs = config, pad_seqs
+        self.slots = [POISON] * (num_blocks * config.block_size)
+        self.rows: dict[int, Row] = {}
+        """Rows that the host has written and not taken back."""
+
+    def read(self, row, stop):
+        size = self.config.block_size
+        slots = [self.slots[row.table[p // size] * size + p % size] for p in range(stop)]
+        assert POISON not in slots, "read a slot that was never written"
+        return slots
+
+    def write(self, row, position, token):
+        size = self.config.block_size
+        block = row.table[position // size]
+        assert block != 0, "wrote the guard block"
+        previous = self.read(row, position)[-1] if position else 0
+        self.slots[block * size + position % size] = kv_of(previous, token, position)
+
+    def sample(self, row, position, result, column):
+        request = row.request
+        assert position < request.max_total_tokens, "sampled past the last position"
+        slots = self.read(row, position)
+        bad = request.banned_next() if request.bad_word_ids else ()
+        token = next_token(slots, request.seed, position, banned_at(request, position, bad))
+        row.last_token, row.position, row.sampled = token, position, True
+        stopped = token in request.stop_token_ids  # those not allowed yet are masked
+        row.active = not stopped and position + 1 < request.max_total_tokens
+        result.tokens[column] = token
+        if request.params.logprobs is not None:
+            top = top_logprobs(slots)
+            result.logprobs[column] = (top.get(token, Logprob(-9.0, VOCAB)), top)
+
+    def run(self, schedule) -> StepResult:
+        """Moves, leaves, joins, new blocks; then the step."""
+        targets = {b for _, b in schedule.moves}
+        assert not targets & {a for a, _ in schedule.moves}, "a row is source and target of moves"
+        for source, target in schedule.moves:
+            assert schedule.kind is StepKind.DECODE
+            assert target not in self.rows or self.rows[target].request.row != target, "moved onto a live row"
+            assert self.rows[source].sampled, "moved a row whose state is not on the device"
+            self.rows[target] = self.rows.pop(source)
+        for row in schedule.leaves:
+            assert row not in targets, "a row left after it was moved onto"
+            assert row in self.rows, "a row left that nobody had"
+            del self.rows[row]
+        for r in schedule.rows:
+            if r.joins:
+                assert r.num_blocks_before == 0
+                self.rows[r.row] = Row(r.request, r.epoch)
+            row = self.rows[r.row]
+            assert (row.request, row.epoch) == (r.request, r.epoch), "a row of somebody else"
+            assert r.num_blocks_before == len(row.table)
+            row.table += r.new_blocks
+            assert len(row.table) * self.config.block_size >= r.start + r.length, "too few blocks"
+        decode = schedule.kind is StepKind.DECODE
+        width = self.config.max_num_seqs if decode else len(schedule.rows)
+        result = StepResult([-1] * width, {}, {})
+        if decode:
+            assert max(r.row for r in schedule.rows) < self.pad_seqs(schedule.num_seqs)
+        # Rows of one step do not see each other's writes in any promised order: run them both ways.
+        order = list(enumerate(schedule.rows))
+        for place, r in order if schedule.step % 2 else order[::-1]:
+            self.run_row(r, r.row if decode else place, result)
+        return result
+
+    def run_row(self, r, column, result):
+        row = self.rows[r.row]
+        if r.decode:
+            assert row.sampled, "decode of a row that has not sampled"
+            if not row.active:
+                return
+            assert (row.position, r.length, r.samples) == (r.start, 1, True)
+            self.write(row, row.position, row.last_token)
+            self.sample(row, row.position + 1, result, column)
+            return
+        assert not row.sampled
+        prompt = row.request.prompt_token_ids
+        token_ids = row.request.token_ids(r.start, r.start + r.length)
+        assert len(token_ids) == r.length, "a chunk of unknown tokens"
+        entries = []
+        for position, token in enumerate(token_ids, r.start):
+            self.write(row, position, token)
+            if position + 1 < len(prompt) and row.request.params.prompt_logprobs is not None:
+                entries.append(prompt_logprobs_at(self.read(row, position + 1), prompt[position + 1]))
+        if row.request.params.prompt_logprobs is not None:
+            result.prompt_logprobs[column] = entries
+        if r.samples:
+            self.sample(row, r.start + r.length, result, column)
+
+
+# --- driving ----------------------------------------------------------------------------
+
+
+@dataclass
+class World:
+    """Limits of one run."""
+
+    max_num_seqs: int = 4
+    budget: int = 16
+    block_size: int = 4
+    num_blocks: int = 40
+    lag: int = 1
+    blocks_ahead: int = 2
+    caching: bool = True
+    ladder: tuple[int, ...] = (1, 2, 4, 8)
+
+    def pad_seqs(self, count):
+        return next((size for size in self.ladder if size >= count), self.max_num_seqs)
+
+
+class Engine:
+    """Scheduler and fake device, with every promise checked at every step."""
+
+    def __init__(self, world: World):
+        self.world = world
+        self.config = SchedulerConfig(
+            max_num_seqs=world.max_num_seqs,
+            max_num_batched_tokens=max(world.budget, world.max_num_seqs),
+            max_model_len=1000,
+            block_size=world.block_size,
+            blocks_ahead=world.blocks_ahead,
+            enable_prefix_caching=world.caching,
+            max_lag=world.lag,
+        )
+        self.allocator = BlockAllocator(world.num_blocks, world.block_size, world.caching)
+        self.scheduler = Scheduler(self.config, self.allocator, world.pad_seqs)
+        self.device = FakeDevice(self.config, world.num_blocks, world.pad_seqs)
+        self.inflight = []
+        self.requests: list[Request] = []
+        self.schedules = []
+        self.first_sampled: dict[str, int] = {}
+        self.chunk_tokens = 0
+
+    def add(self, request):
+        self.scheduler.add(request)
+        self.requests.append(request)
+
+    def launch(self):
+        """One schedule on the device, or None."""
+        before = {r.request_id: (r.num_tokens, r.num_launched) for r in self.requests if not r.finished}
+        preemptions = self.scheduler.num_preemptions
+        schedule = self.scheduler.schedule()
+        self.scheduler.check()
+        if schedule is None:
+            assert self.scheduler.num_preemptions == preemptions, "preempted for nothing"
+            return None
+        assert json.loads(json.dumps(schedule.to_json()))["step"] == schedule.step == len(self.schedules)
+        self.check_schedule(schedule, before)
+        self.check_order(schedule)
+        self.inflight.append((schedule, self.device.run(schedule)))
+        on_device = {row: (state.request, state.epoch) for row, state in self.device.rows.items()}
+        assert on_device == {r.row: (r, r.epoch) for r in self.scheduler.running}, "device rows differ"
+        self.schedules.append(schedule)
+        for r in schedule.rows:
+            self.chunk_tokens += 0 if r.decode else r.length
+            if r.samples:
+                self.first_sampled.setdefault(r.request.request_id, schedule.step)
+        return schedule
+
+    def check_schedule(self, schedule, before):
+        rows = schedule.rows
+        assert 0 < schedule.num_tokens <= self.config.max_num_batched_tokens
+        assert len(rows) <= self.config.max_num_seqs
+        assert len({r.row for r in rows}) == len({r.request.request_id for r in rows}) == len(rows)
+        kinds = {r.decode for r in rows}
+        assert schedule.kind is {
+            (True,): StepKind.DECODE,
+            (False,): StepKind.PREFILL,
+            (False, True): StepKind.MIXED,
+        }[tuple(sorted(kinds))]
+        if schedule.kind is StepKind.DECODE:
+            assert [r.row for r in rows] == sorted(r.row for r in rows)
+        variants = [r.request.params.sampler_variant for r in rows if r.samples]
+        assert schedule.sampler == max(variants, default=SamplerVariant.GREEDY)
+        assert not set(schedule.leaves) & {r.row for r in rows}
+        for r in rows:
+            request = r.request
+            tokens, launched = before[request.request_id]
+            assert (r.row, r.epoch) == (request.row, request.epoch)
+            assert request.num_computed == r.start + r.length
+            assert 0 < r.length <= self.config.max_num_batched_tokens
+            assert r.decode or launched == 0
+            assert r.samples == (r.start + r.length == tokens)
+            assert request.num_tokens == tokens + r.samples <= request.max_total_tokens
+            if request.host_dependent and r.samples:
+                assert launched == 0, "its mask depends on an unknown token"
+            size = self.config.block_size
+            assert len(request.blocks) <= -(-(request.max_total_tokens - 1) // size), "more blocks than needed"
+            if r.joins and request.num_preemptions == 0:
+                assert request.num_cached_tokens == r.start
+        if self.world.ladder and schedule.kind is StepKind.DECODE and schedule.moves:
+            high = max(r.row for r in rows)
+            assert self.world.pad_seqs(high + 1) <= self.world.pad_seqs(self.scheduler.num_running)
+
+    def check_order(self, schedule):
+        """Nobody is admitted before an earlier request, unless that one's prefix is being computed."""
+        joined = [self.requests.index(r.request) for r in schedule.rows if r.joins]
+        if not joined:
+            return
+        assert joined == sorted(joined)
+        for waiting in self.requests[: max(joined)]:
+            if waiting.status is RequestStatus.WAITING:
+                assert self.shares_uncomputed_block(waiting), "passed over for no reason"
+
+    def shares_uncomputed_block(self, waiting):
+        if not self.world.caching or wants_prompt_logits(waiting):
+            return False
+        cached = len(self.allocator.lookup(waiting.block_hashes, 99))
+        end = (cached + 1) * self.config.block_size
+        return end < waiting.num_known and any(
+            other.num_known >= end and other.token_ids(0, end) == waiting.token_ids(0, end)
+            for other in self.scheduler.running
+        )
+
+    def commit(self):
+        schedule, result = self.inflight.pop(0)
+        live = [
+            r.request.request_id
+            for r in schedule.rows
+            if r.samples and not r.request.finished and r.epoch == r.request.epoch
+        ]
+        changed = self.scheduler.commit(schedule, result)
+        assert [r.request_id for r in changed] == live
+        self.scheduler.check()
+        for request in changed:
+            if request.finished:
+                assert (request.row, request.blocks, request.num_launched) == (-1, [], 0)
+
+    def step(self, lag=None):
+        """As the engine does it: launch, then commit once enough is in flight."""
+        lag = self.world.lag if lag is None else lag
+        schedule = self.launch()
+        while len(self.inflight) > lag or (schedule is None and self.inflight):
+            self.commit()
+            schedule = True
+        return schedule
+
+    def finish(self, limit=10_000):
+        for _ in range(limit):
+            if not self.scheduler.has_unfinished:
+                break
+            assert self.step() is not None, "nothing can run, and nothing is in flight: a deadlock"
+        while self.inflight:
+            self.commit()
+        assert not self.scheduler.has_unfinished, "livelock"
+        self.check_idle()
+
+    def check_idle(self):
+        self.scheduler.check()
+        assert self.scheduler.num_running == self.scheduler.num_waiting == self.scheduler.num_in_flight == 0
+        assert self.allocator.num_free == self.allocator.num_usable
+        assert not self.scheduler._computing
+        assert not self.scheduler._passed_over
+
+
+def wants_prompt_logits(request):
+    return request.params.prompt_logprobs is not None and len(request.prompt_logprobs) < len(
+        request.prompt_token_ids
+    )
+
+
+def play(world, specs, lags=()):
+    """Run all specs through one engine and compare every request with the same one alone."""
+    engine = Engine(world)
+    requests = [spec.request(str(i)) for i, spec in enumerate(specs)]
+    pending = sorted(range(len(specs)), key=lambda i: specs[i].arrives)
+    aborts = {i: spec.aborted for i, spec in enumerate(specs) if spec.aborted is not None}
+    work = sum(len(s.prompt) + s.max_tokens for s in specs)
+    limit = 20 * work + sum(s.arrives for s in specs) + 100
+    tick = 0
+    while pending or engine.scheduler.has_unfinished:
+        assert tick < limit, "livelock"
+        while pending and specs[pending[0]].arrives <= tick:
+            engine.add(requests[pending.pop(0)])
+        for i, when in list(aborts.items()):
+            if when <= tick and requests[i] in engine.requests:
+                del aborts[i]
+                finished = requests[i].finished
+                assert engine.scheduler.abort(str(i)) is (None if finished else requests[i])
+                engine.scheduler.check()
+        lag = lags[tick % len(lags)] if lags else None
+        moved = engine.step(lag=None if lag is None else min(lag, world.lag))
+        assert moved is not None or pending or not engine.scheduler.has_unfinished, "deadlock"
+        tick += 1
+    while engine.inflight:
+        engine.commit()
+    engine.check_idle()
+    check_answers(engine, specs, requests)
+    return engine
+
+
+def check_answers(engine, specs, requests):
+    for spec, request in zip(specs, requests, strict=True):
+        alone = run_alone(spec.request("alone"))
+        got, want = request.output_token_ids, alone.output_token_ids
+        assert request.status is RequestStatus.FINISHED
+        if request.finish_reason is FinishReason.ABORT:
+            assert got == want[: len(got)]
+            assert request.logprobs == alone.logprobs[: len(got)]
+            continue
+        assert got == want
+        assert (request.finish_reason, request.stop_reason) == (alone.finish_reason, alone.stop_reason)
+        assert request.logprobs == alone.logprobs
+        assert request.prompt_logprobs == alone.prompt_logprobs
+        assert request.cumulative_logprob == pytest.approx(alone.cumulative_logprob)
+        if request.sink is not None:
+            assert request.sink.tokens == alone.sink.tokens
+    # Equal prompts get their first token in order of arrival.
+    seen: dict[tuple, int] = {}
+    for request in engine.requests:
+        if request.params.prompt_logprobs is None and request.request_id in engine.first_sampled:
+            step = engine.first_sampled[request.request_id]
+            assert step >= seen.get(request.prompt_token_ids, 0)
+            seen[request.prompt_token_ids] = step
+
+
+# --- properties -------------------------------------------------------------------------
+
+
+@st.composite
+def scenarios(draw):
+    size = draw(st.sampled_from([1, 2, 4]))
+    heads = [tuple(range(1, 1 + 3 * size)), tuple(range(1, 1 + 2 * size)), (5,) * (4 * size), ()]
+    optional = lambda s: st.none() | s  # noqa: E731
+    specs = draw(
+        st.lists(
+            st.builds(
+                Spec,
+                prompt=st.builds(
+                    lambda head, tail: head + tuple(tail),
+                    st.sampled_from(heads),
+                    st.lists(st.integers(0, 3), min_size=1, max_size=6),
+                ),
+                max_tokens=st.integers(1, 12),
+                seed=st.integers(0, 3),
+                stop_ids=st.sampled_from([frozenset(), frozenset({0}), frozenset({0, 3, 7, 11})]),
+                min_tokens=st.sampled_from([0, 0, 0, 3]),
+                bad_words=st.sampled_from([(), (), (), ((1,), (2, 3), *((i, i + 1) for i in range(9)))]),
+                stop_pair=st.sampled_from([None, None, (4, 9), (1, 1)]),
+                logprobs=optional(st.integers(0, 3)),
+                prompt_logprobs=st.sampled_from([None, None, None, 2]),
+                arrives=st.integers(0, 12),
+                aborted=st.sampled_from([None, None, None, 1, 5, 9, 14]),
+            ),
+            min_size=1,
+            max_size=8,
+        )
+    )
+    longest = max(len(s.prompt) + s.max_tokens - 1 for s in specs)
+    least = -(-longest // size) + 1
+    world = World(
+        max_num_seqs=draw(st.integers(1, 8)),
+        budget=draw(st.integers(1, 24)),
+        block_size=size,
+        num_blocks=least + draw(st.sampled_from([0, 0, 1, 2, 3, 5, 8, 20, 80])),
+        lag=draw(st.integers(0, 3)),
+        blocks_ahead=draw(st.integers(1, 4)),
+        caching=draw(st.sampled_from([True, True, False])),
+        ladder=draw(st.sampled_from([(1, 2, 4, 8), (4, 8), (8,), (1, 2, 3, 4, 5, 6, 7, 8)])),
+    )
+    return world, specs, draw(st.lists(st.integers(0, 3), max_size=4))
+
+
+@settings(max_examples=700, deadline=None, derandomize=True)
+@given(scenarios())
+def test_every_request_gets_the_tokens_it_gets_alone(scenario):
+    play(*scenario)
+
+
+def random_scenario(rng):
+    """Larger than `scenarios` and much cheaper to draw; does not shrink."""
+    size = rng.choice([1, 2, 3, 4])
+    heads = [[rng.randrange(VOCAB) for _ in range(rng.randrange(5 * size))] for _ in range(2)]
+    specs = [
+        Spec(
+            prompt=tuple(rng.choice(heads) + [rng.randrange(3) for _ in range(rng.randrange(1, 6))]),
+            max_tokens=rng.randrange(1, 16),
+            seed=rng.randrange(3),
+            stop_ids=frozenset(rng.sample(range(VOCAB), rng.choice([0, 0, 1, 3]))),
+            min_tokens=rng.choice([0, 0, 0, 4]),
+            bad_words=tuple((i, i + 1) for i in range(VOCAB)) if rng.random() < 0.1 else (),
+            stop_pair=rng.choice([None, None, None, (1, 2)]),
+            logprobs=rng.choice([None, None, 0, 2]),
+            prompt_logprobs=rng.choice([None] * 6 + [1]),
+            arrives=rng.randrange(rng.choice([1, 25])),
+            aborted=rng.choice([None] * 6 + [rng.randrange(30)]),
+        )
+        for _ in range(rng.randrange(2, 12))
+    ]
+    longest = max(len(s.prompt) + s.max_tokens - 1 for s in specs)
+    world = World(
+        max_num_seqs=rng.randrange(1, 9),
+        budget=rng.choice([1, 5, 12, 40]),
+        block_size=size,
+        num_blocks=-(-longest // size) + 1 + rng.choice([0, 1, 2, 4, 8, 100]),
+        lag=rng.randrange(4),
+        blocks_ahead=rng.randrange(1, 5),
+        caching=rng.random() < 0.8,
+        ladder=rng.choice([(1, 2, 4, 8), (2, 8), (1, 2, 3, 4, 5, 6, 7, 8)]),
+    )
+    return world, specs, [rng.randrange(4) for _ in range(rng.randrange(3))]
+
+
+@pytest.mark.parametrize("block", range(8))
+def test_many_random_scenarios(block):
+    seen = Counter()
+    for seed in range(block * 200, block * 200 + 200):
+        engine = play(*random_scenario(random.Random(seed)))
+        s = engine.scheduler
+        seen.update(
+            preemptions=s.num_preemptions,
+            compactions=s.num_compactions,
+            stalls=s.num_block_stalls,
+            held_back=s.num_host_dependency,
+            passed_over=s.num_passed_over,
+            cached=s.prefix_cache_hits,
+            evictions=engine.allocator.num_evictions,
+            mixed=sum(x.kind is StepKind.MIXED for x in engine.schedules),
+            reused=sum(r.joins and r.row in x.leaves for x in engine.schedules for r in x.rows),
+        )
+    # The scenarios are worth something only while they reach every path.
+    missing = {"preemptions", "compactions", "stalls", "held_back", "passed_over", "cached", "evictions", "mixed"}
+    assert missing <= {name for name, count in seen.items() if count}

@@ -1,0 +1,505 @@
+"""Triton ops against the plain-torch reference, in Triton's interpreter on the CPU.
+
+Inputs are random; the seed is logged and shown on failure, and OSTINATO_TEST_SEED repeats it.
+Whatever an op must not read is NaN or absurd: outputs, workspace, the guard block, cache slots
+past a context, padded tokens and rows that are asleep.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import subprocess
+import sys
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+pytest.importorskip("triton")
+
+from ostinato.inputs import FLAG_PENALTIES, Batch, BufferShapes, StepBuffers
+from ostinato.ops import AttentionShape, OpSet, Scratch, StepView
+from ostinato.ops.reference import ReferenceOps
+from ostinato.ops.triton import TritonOps
+from ostinato.types import GraphKey, Route, SamplerVariant, StepKind
+
+# The interpreter works on CPU tensors; with a GPU the kernels are compiled and tests/gpu runs them.
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu covers this on a GPU")
+pytestmark = interpreted
+
+ABSURD = 1_000_003
+EPS = 1e-5
+
+
+@dataclass(frozen=True)
+class Seq:
+    """One sequence of a step."""
+
+    context: int
+    """Tokens in the cache once the step has written."""
+    length: int = 1
+    """Tokens that the step computes."""
+    decode: bool = True
+    """Its token comes from the device state."""
+    active: bool = True
+    enabled: bool = True
+    samples: bool = True
+
+    @property
+    def live(self) -> bool:
+        return not self.decode or (self.active and self.enabled)
+
+
+@dataclass(frozen=True)
+class World:
+    """Everything that the ops of one layer read and write."""
+
+    shape: AttentionShape
+    buffers: StepBuffers
+    batch: Batch
+    scratch: Scratch
+    cache: tuple[torch.Tensor, torch.Tensor]
+    qkv: torch.Tensor
+    rope: torch.Tensor
+    q_norm: torch.Tensor
+    k_norm: torch.Tensor
+
+    def attend(self, ops: OpSet, norm: bool = False) -> torch.Tensor:
+        """Run `prepare` and `rope_paged_attention` once; the output."""
+        self.scratch.qkv.copy_(self.qkv)
+        ops.rope_paged_attention(
+            self.scratch.qkv,
+            ops.prepare(self.batch, self.scratch),
+            self.cache,
+            self.rope,
+            self.q_norm if norm else None,
+            self.k_norm if norm else None,
+            EPS,
+            self.shape,
+            workspace=self.scratch.attention,
+            out=self.scratch.attn,
+        )
+        return self.scratch.attn
+
+
+def make_scratch(
+    tokens: int, seqs: int, shape: AttentionShape, device: torch.device, dtype: torch.dtype, sizes: dict[str, int]
+) -> Scratch:
+    """Scratch full of NaN and absurd integers."""
+    hidden, inner, vocab = sizes["hidden"], sizes["intermediate"], sizes["vocab"]
+
+    def poison(*size: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        value = float("nan") if dtype.is_floating_point else ABSURD
+        return torch.full(size, value, dtype=dtype, device=device)
+
+    ints = {n: poison(tokens, dtype=torch.int32) for n in ("ids", "positions", "slots")}
+    ints |= {
+        n: poison(seqs, dtype=torch.int32) for n in ("tokens", "next_positions", "seq_lens", "last_index")
+    }
+    return Scratch(
+        x=poison(tokens, hidden),
+        normed=poison(tokens, hidden),
+        qkv=poison(tokens, shape.qkv_size),
+        attn=poison(tokens, shape.q_size),
+        gate_up=poison(tokens, 2 * inner),
+        act=poison(tokens, inner),
+        last=poison(seqs, hidden),
+        logits=poison(seqs, vocab, dtype=torch.float32),
+        attention=poison(TritonOps().attention_words(shape, seqs), dtype=torch.float32),
+        sampler=poison(1, dtype=torch.int32),
+        **ints,
+    )
+
+
+def make_world(
+    seed: int,
+    shape: AttentionShape,
+    seqs: list[Seq],
+    kind: StepKind,
+    *,
+    pad_tokens: int = 0,
+    pad_seqs: int = 0,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    block_size: int = 16,
+    hidden: int = 97,
+    intermediate: int = 53,
+    vocab: int = 211,
+) -> World:
+    """A step over `seqs`, the same for equal seeds on every device and in every dtype."""
+    rng = torch.Generator().manual_seed(seed)
+    target = torch.device(device)
+
+    def normal(*size: int) -> torch.Tensor:
+        return torch.randn(size, generator=rng).to(torch.bfloat16)  # exact in every dtype
+
+    decode = kind is StepKind.DECODE
+    count = len(seqs) + pad_seqs
+    tokens = count if decode else sum(q.length for q in seqs) + pad_tokens
+    per_seq = max(-(-q.context // block_size) for q in seqs) + 1
+    shapes = BufferShapes(count + 3, tokens + 5, per_seq, block_size, vocab)
+    buffers = StepBuffers(shapes, torch.device("cpu"), depth=1)
+    static, state = buffers.static, buffers.state
+    for name in ("tokens", "token_positions", "samples", "seq_lens"):
+        getattr(static, name).fill_(ABSURD)  # what no real token or sequence overwrites
+    static.token_rows.fill_(-1)
+    static.seq_rows.fill_(-1)
+    state.emitted.fill_(ABSURD)
+    state.last_token.fill_(ABSURD)
+    state.position.fill_(ABSURD)
+
+    sizes = [-(-q.context // block_size) for q in seqs]
+    blocks = (torch.randperm(sum(sizes) + 3, generator=rng) + 1).tolist()  # 3 belong to nobody
+    cache = torch.full(
+        (2, len(blocks) + 1, block_size, shape.kv_heads, shape.head_dim), float("nan"), dtype=torch.bfloat16
+    )
+    rows = list(range(len(seqs)))
+    if not decode:
+        rows = torch.randperm(shapes.max_num_seqs, generator=rng)[: len(seqs)].tolist()
+    at = 0
+    for column, (seq, row, size) in enumerate(zip(seqs, rows, sizes, strict=True)):
+        own = [blocks.pop() for _ in range(size)]
+        static.block_table[row, :size] = torch.tensor(own)
+        state.active[row], static.enabled[row] = seq.active, seq.enabled
+        if seq.live:
+            past = torch.arange(seq.context - seq.length)
+            block = torch.tensor(own)[past // block_size]
+            cache[:, block, past % block_size] = normal(2, len(past), shape.kv_heads, shape.head_dim)
+            if seq.decode:
+                state.position[row] = seq.context - 1
+                state.last_token[row] = column + 1
+        if not decode:
+            end = at + seq.length
+            ids = torch.randint(vocab, (seq.length,), generator=rng)
+            static.tokens[at:end] = -1 if seq.decode else ids
+            static.token_positions[at:end] = torch.arange(seq.context - seq.length, seq.context)
+            static.token_rows[at:end] = row
+            static.seq_rows[column], static.seq_lens[column] = row, seq.context
+            static.samples[column] = seq.samples
+            static.query_start[column + 1] = at = end
+    if not decode:
+        static.query_start[len(seqs) :] = at
+    static.flags.copy_(torch.randint(2, (shapes.max_num_seqs,), generator=rng) * FLAG_PENALTIES)
+    static.min_position.copy_(torch.randint(4, (shapes.max_num_seqs,), generator=rng) * 40)
+    static.last_position.copy_(torch.randint(1, 400, (shapes.max_num_seqs,), generator=rng))
+    static.num_stop_ids.copy_(torch.randint(0, 4, (shapes.max_num_seqs,), generator=rng))
+    static.stop_ids.copy_(torch.randint(0, 6, static.stop_ids.shape, generator=rng))
+    state.output_counts.copy_(torch.randint(32760, 32768, state.output_counts.shape, generator=rng))
+
+    half = shape.head_dim // 2
+    angle = torch.arange(max(q.context for q in seqs) + 1)[:, None] / 100 ** (torch.arange(half) / half)
+    qkv = normal(tokens, shape.qkv_size)
+    q_norm, k_norm = normal(shape.head_dim), normal(shape.head_dim)
+    if target.type != "cpu":
+        moved = StepBuffers(shapes, target, depth=1)
+        for name, tensor in buffers.tensors().items():
+            moved.tensors()[name].copy_(tensor)
+        buffers = moved
+    key = GraphKey(kind, tokens, count, SamplerVariant.GREEDY)
+    batch = Batch(
+        Route(key, None), False, (), block_size, buffers.static, buffers.state, *buffers._cut(key)
+    )
+    return World(
+        shape,
+        buffers,
+        batch,
+        make_scratch(
+            tokens, count, shape, target, dtype, dict(hidden=hidden, intermediate=intermediate, vocab=vocab)
+        ),
+        tuple(cache.to(target, dtype).unbind(0)),  # type: ignore[arg-type]
+        qkv.to(target, dtype),
+        torch.stack((angle.cos(), angle.sin()), 1).float().to(target),
+        q_norm.to(target, dtype),
+        k_norm.to(target, dtype),
+    )
+
+
+@pytest.fixture(autouse=True)
+def _interpreter_loops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton 3.6's interpreter takes a loop's bound by `int(array of one)`, which NumPy 2.4 refuses."""
+    from triton.runtime import interpreter
+
+    original = interpreter._patch_lang_tensor
+
+    def patched(tensor: Any, scope: Any) -> None:
+        original(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
+
+
+@pytest.fixture
+def seed() -> int:
+    value = int(os.environ.get("OSTINATO_TEST_SEED", random.SystemRandom().randrange(2**31)))
+    logging.warning("OSTINATO_TEST_SEED=%d", value)
+    return value
+
+
+SMOLLM = AttentionShape(heads=9, kv_heads=3, head_dim=64)
+DECODE = [
+    Seq(1),
+    Seq(16),
+    Seq(17),
+    Seq(30, active=False),
+    Seq(64),
+    Seq(65),
+    Seq(40, enabled=False),
+    Seq(300),
+]
+MIXED = [
+    Seq(19, 19, decode=False),
+    Seq(33),
+    Seq(50, active=False),
+    Seq(100, 37, decode=False, samples=False),
+    Seq(1, 1, decode=False),
+    Seq(70, 1, decode=False),
+    Seq(12, enabled=False),
+    Seq(129),
+]
+
+
+def steps(kind: StepKind) -> dict[str, object]:
+    """Sequences and padding of the standard step of a kind."""
+    if kind is StepKind.DECODE:
+        return {"seqs": DECODE, "pad_seqs": 2}
+    return {"seqs": MIXED, "pad_tokens": 11, "pad_seqs": 2}
+
+
+def both(seed: int, shape: AttentionShape, kind: StepKind, **more: object) -> tuple[World, World]:
+    """The same step twice: for the reference and for Triton."""
+    options = {**steps(kind), **more}
+    return tuple(make_world(seed, shape, kind=kind, **options) for _ in range(2))  # type: ignore
+
+
+@pytest.mark.parametrize("kind", [StepKind.DECODE, StepKind.MIXED])
+@pytest.mark.parametrize("pad_seqs", [0, 2, 150])
+def test_prepare(seed: int, kind: StepKind, pad_seqs: int) -> None:
+    ours, theirs = both(seed, SMOLLM, kind, pad_seqs=pad_seqs)
+    view, expected = TritonOps().prepare(ours.batch, ours.scratch), ReferenceOps().prepare(theirs.batch, theirs.scratch)
+    for field in fields(StepView):
+        a, b = getattr(view, field.name), getattr(expected, field.name)
+        assert torch.equal(a, b) if isinstance(b, torch.Tensor) else a == b, field.name
+    live = [q.context if q.live else 0 for q in ours_seqs(kind)]
+    assert view.seq_lens.tolist() == live + [0] * pad_seqs
+
+
+def ours_seqs(kind: StepKind) -> list[Seq]:
+    return DECODE if kind is StepKind.DECODE else MIXED
+
+
+def check_attention(ours: World, theirs: World, norm: bool = False) -> None:
+    """Outputs and caches agree, and what was poison and not written still is."""
+    actual, expected = ours.attend(TritonOps(), norm), theirs.attend(ReferenceOps(), norm)
+    assert not expected.isnan().any()
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    dead = ours.scratch.slots < 0
+    assert dead.any()
+    assert (actual[dead] == 0).all()
+    for mine, other in zip(ours.cache, theirs.cache, strict=True):
+        assert mine[0].isnan().all()
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("kind", [StepKind.DECODE, StepKind.MIXED])
+@pytest.mark.parametrize(
+    ("shape", "norm"),
+    [
+        (SMOLLM, False),
+        (AttentionShape(4, 4, 80), True),
+        (AttentionShape(8, 1, 10, sliding_window=40), True),
+        (AttentionShape(2, 1, 64, sliding_window=1), False),
+        (AttentionShape(4, 2, 16, sliding_window=100), False),
+    ],
+    ids=lambda v: "" if isinstance(v, bool) else f"{v.heads}-{v.kv_heads}-{v.head_dim}-{v.sliding_window}",
+)
+def test_attention(seed: int, shape: AttentionShape, norm: bool, kind: StepKind) -> None:
+    check_attention(*both(seed, shape, kind), norm)
+
+
+def test_long_contexts_use_chunks_above_the_least(seed: int) -> None:
+    seqs = [Seq(1023), Seq(1024), Seq(1025), Seq(2100), Seq(5, active=False)]
+    check_attention(*both(seed, AttentionShape(2, 1, 16), StepKind.DECODE, seqs=seqs))
+
+
+def test_prefill_of_many_short_sequences(seed: int) -> None:
+    """More sequences than query blocks, and starts that straddle block boundaries."""
+    lengths = torch.randint(1, 30, (14,), generator=torch.Generator().manual_seed(seed)).tolist()
+    seqs = [Seq(n + 7 * (i % 3), n, decode=False) for i, n in enumerate(lengths)]
+    check_attention(*both(seed, AttentionShape(4, 1, 16), StepKind.PREFILL, seqs=seqs))
+
+
+def test_head_groups_wider_than_a_tile(seed: int) -> None:
+    shape = AttentionShape(heads=71, kv_heads=1, head_dim=8)
+    check_attention(*both(seed, shape, StepKind.DECODE, seqs=[Seq(5), Seq(70)]))
+    seqs = [Seq(9, 6, decode=False), Seq(70)]
+    check_attention(*both(seed, shape, StepKind.MIXED, seqs=seqs))
+
+
+def test_a_decode_row_has_the_same_bits_alone_and_in_company(seed: int) -> None:
+    batched = make_world(seed, SMOLLM, DECODE, StepKind.DECODE, pad_seqs=2)
+    expected = batched.attend(TritonOps())
+    for row in (0, 2, 7):
+        alone = make_world(seed, SMOLLM, DECODE, StepKind.DECODE, pad_seqs=2)
+        state, static, scratch = alone.batch.state, alone.batch.static, alone.scratch
+        for tensor in (state.active, state.position, state.last_token, static.enabled, static.block_table):
+            tensor[0] = tensor[row].clone()
+        key = replace(alone.batch.key, num_tokens=1, num_seqs=1)
+        batch = replace(
+            alone.batch, route=Route(key, None), rows=alone.batch.rows[:1], query_start=alone.batch.query_start[:2]
+        )
+        small = {
+            f.name: t if t.dim() == 1 and t.numel() > 20 else t[:1]
+            for f in fields(Scratch)
+            if (t := getattr(scratch, f.name)) is not None
+        }
+        alone = replace(alone, batch=batch, scratch=Scratch(**small), qkv=alone.qkv[row : row + 1])
+        assert torch.equal(alone.attend(TritonOps())[0], expected[row])
+
+
+def test_embed(seed: int) -> None:
+    torch.manual_seed(seed)
+    table, ids = torch.randn(50, 1100), torch.randint(50, (7,), dtype=torch.int32)
+    out = torch.full((7, 1100), float("nan"))
+    TritonOps().embed(ids, table, out)
+    assert torch.equal(out, table[ids.long()])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("hidden", [576, 97])
+def test_linear_ops(seed: int, hidden: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(seed)
+    ops, reference = TritonOps(), ReferenceOps()
+    tokens, inner, vocab, nan = 5, 70, 131, float("nan")
+    x, norm = torch.randn(tokens, hidden, dtype=dtype), torch.randn(hidden, dtype=dtype)
+    exact = {"rtol": 1e-4, "atol": 1e-4} if dtype is torch.float32 else {"rtol": 5e-3, "atol": 5e-2}
+
+    def weight(n: int, k: int) -> torch.Tensor:
+        return torch.randn(n, k, dtype=dtype) / k**0.5
+
+    def poison(*size: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.full(size, nan, dtype=dtype)
+
+    w, b = weight(inner, hidden), torch.randn(inner, dtype=dtype)
+    for bias in (None, b):
+        actual, expected = poison(tokens, inner), poison(tokens, inner)
+        ops.norm_linear(x, norm, EPS, w, bias, normed=poison(tokens, hidden), out=actual)
+        reference.norm_linear(x, norm, EPS, w, bias, normed=poison(tokens, hidden), out=expected)
+        torch.testing.assert_close(actual, expected, **exact)
+
+    w, b, act = weight(hidden, inner), torch.randn(hidden, dtype=dtype), torch.randn(tokens, inner, dtype=dtype)
+    for bias in (None, b):
+        actual, expected = x.clone(), x.clone()
+        ops.linear_add(act, w, bias, residual=actual)
+        reference.linear_add(act, w, bias, residual=expected)
+        torch.testing.assert_close(actual, expected, **exact)
+
+    w = weight(2 * inner, hidden)
+    results = []
+    for which in (ops, reference):
+        results.append(poison(tokens, inner))
+        which.norm_gate_up(
+            x, norm, EPS, w, normed=poison(tokens, hidden), gate_up=poison(tokens, 2 * inner), out=results[-1]
+        )
+    torch.testing.assert_close(*results, **exact)
+
+    w, last_index = weight(vocab, hidden), torch.tensor([4, 0, 2], dtype=torch.int32)
+    results = []
+    for which in (ops, reference):
+        results.append(poison(3, vocab, dtype=torch.float32))
+        which.norm_head(x, last_index, norm, EPS, w, last=poison(3, hidden), logits=results[-1])
+    torch.testing.assert_close(*results, **exact)
+
+
+def test_head_without_a_widening_product(seed: int) -> None:
+    """The Triton product that stands in where torch cannot multiply into float32."""
+    torch.manual_seed(seed)
+    ops = TritonOps()
+    assert not ops._wide_mm
+    x, w = torch.randn(19, 72, dtype=torch.float16), torch.randn(1001, 72, dtype=torch.float16)
+    norm, index = torch.ones(72, dtype=torch.float16), torch.randperm(19).int()
+    logits, last = torch.full((19, 1001), float("nan")), torch.empty_like(x)
+    ops.norm_head(x, index, norm, EPS, w, last=last, logits=logits)
+    torch.testing.assert_close(logits.double(), last.double() @ w.double().t(), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [StepKind.DECODE, StepKind.MIXED])
+def test_advance(seed: int, kind: StepKind) -> None:
+    ours, theirs = both(seed, SMOLLM, kind, pad_seqs=9)
+    sampled = torch.randint(0, 6, (ours.batch.num_seqs,), dtype=torch.int32)
+    for world, ops in ((ours, TritonOps()), (theirs, ReferenceOps())):
+        view = ops.prepare(world.batch, world.scratch)
+        tokens = torch.where(view.seq_lens > 0, sampled, ABSURD)  # a row that is not live has no token
+        ops.advance(world.batch, view, tokens)
+    for name, expected in theirs.buffers.tensors().items():
+        assert torch.equal(ours.buffers.tensors()[name], expected), name
+    emitted = ours.batch.state.emitted[: len(ours_seqs(kind))].tolist()
+    assert [token >= 0 for token in emitted] == [q.live and q.samples for q in ours_seqs(kind)]
+
+
+def test_launches_compile_for_a_gpu(tmp_path: Path) -> None:
+    """Every launch, with its real arguments, compiles to machine code for an H100."""
+    script = Path(__file__).with_name("test_triton_ops.py")
+    env = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.split() == [
+        "add_bias", "advance", "decode_merge", "decode_partial", "embed", "matmul_float32",
+        "prepare_decode", "prepare_mixed", "rms_norm", "rope_kv_write", "silu_mul", "varlen",
+    ]  # fmt: skip
+
+
+def compile_launches() -> None:
+    """Run every op on CPU tensors with launches replaced by compilation; print the kernels' names."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.runtime.jit import JITFunction, mangle_type
+
+    seen: dict[tuple[object, ...], str] = {}
+
+    def build(self: JITFunction, *args: object, grid: object, warmup: bool, **options: object) -> None:
+        named = dict(zip(self.arg_names, args, strict=False))
+        named |= {k: options.pop(k) for k in list(options) if k in self.arg_names}
+        constant = {p.name for p in self.params if p.is_constexpr}
+        signature = {n: "constexpr" if n in constant else mangle_type(named[n]) for n in self.arg_names}
+        constexprs = {n: named[n] for n in constant}
+        aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(signature) if signature[n][0] == "*"}
+        key = (self.__name__, *signature.items(), *sorted(constexprs.items()))
+        if key not in seen:
+            seen[key] = self.__name__
+            source = ASTSource(self, signature, constexprs, aligned)
+            kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+            assert kernel.metadata.shared <= 227 * 1024
+
+    JITFunction.run = build
+    ops = TritonOps()
+    for dtype in (torch.bfloat16, torch.float32):
+        for kind in (StepKind.DECODE, StepKind.MIXED):
+            for shape in (AttentionShape(32, 8, 128), AttentionShape(4, 2, 256, sliding_window=100)):
+                world = make_world(0, shape, kind=kind, dtype=dtype, **steps(kind))  # type: ignore[arg-type]
+                world.attend(ops, norm=True)
+                s = world.scratch
+                view = ops.prepare(world.batch, s)
+                ops.advance(world.batch, view, s.tokens)
+                hidden, inner, vocab = s.x.shape[1], s.act.shape[1], s.logits.shape[1]
+                qkv, up, head, down = (
+                    torch.zeros(n, k, dtype=dtype)
+                    for n, k in ((shape.qkv_size, hidden), (2 * inner, hidden), (vocab, hidden), (hidden, inner))
+                )
+                norm = torch.zeros(hidden, dtype=dtype)
+                ops.embed(s.ids, head, s.x)
+                ops.norm_linear(s.x, norm, EPS, qkv, qkv[:, 0].contiguous(), normed=s.normed, out=s.qkv)
+                ops.linear_add(s.act, down, norm, residual=s.x)
+                ops.norm_gate_up(s.x, norm, EPS, up, normed=s.normed, gate_up=s.gate_up, out=s.act)
+                ops.norm_head(s.x, s.last_index, norm, EPS, head, last=s.last, logits=s.logits)
+    sys.stdout.write("\n".join(sorted(set(seen.values()))))
+
+
+if __name__ == "__main__":
+    compile_launches()
