@@ -68,6 +68,7 @@ class Engine:
     def __init__(
         self,
         *,
+        name: str,
         config: EngineConfig,
         spec: ModelSpec,
         tokenizer: Tokenizer | None,
@@ -83,6 +84,7 @@ class Engine:
         """Parts that fit together; `build` makes them.
 
         Args:
+            name: what to call the model.
             config: resolved options.
             spec: the model's sizes.
             tokenizer: None where prompts are token ids and no text is wanted.
@@ -95,7 +97,7 @@ class Engine:
             memory: what was allocated, in order.
             startup: seconds of each stage of the start.
         """
-        self.config, self.spec, self.tokenizer = config, spec, tokenizer
+        self.name, self.config, self.spec, self.tokenizer = name, config, spec, tokenizer
         self.scheduler, self.plan, self.buffers, self.runner = scheduler, plan, buffers, runner
         self.memory, self.startup = tuple(memory), dict(startup)
         self.eos_token_ids = eos_token_ids
@@ -272,6 +274,15 @@ class Engine:
 
     # --- what it is and what it did ----------------------------------------------------
 
+    @property
+    def why_no_graphs(self) -> str | None:
+        """Why no step of this engine can run on a graph; None if steps can."""
+        if self.plan.mode is not CudaGraphMode.NONE:
+            return None
+        if self.config.device.type != "cuda":
+            return "CUDA graphs need an NVIDIA GPU, and this runs on the CPU"
+        return "enforce_eager=True, enable_cuda_graph=False or cudagraph_mode='NONE' was asked for"
+
     def metrics(self) -> dict[str, Any]:
         """Counters since the start; plain data."""
         plan, scheduler = self.plan, self.scheduler
@@ -405,6 +416,7 @@ def build(options: EngineOptions) -> Engine:
         plan.pad_seqs,
     )
     return Engine(
+        name=checkpoint.path.name if checkpoint else str(options.model),
         config=config,
         spec=spec,
         tokenizer=words,

@@ -7,8 +7,10 @@ entries point to it, and checks fill it with poison (docs/graph-contract.md, lin
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 GUARD_BLOCK = 0
@@ -39,6 +41,10 @@ class KVCache:
     ) -> KVCache:
         """Zeroed blocks: what was never written must still be a number."""
         shape = (layers, 2, num_blocks, block_size, kv_heads, head_dim)
+        if device.type == "cpu":
+            # Zero pages straight from the system: 1 GiB costs nothing until it is used.
+            count = math.prod(shape) * dtype.itemsize
+            return cls(torch.from_numpy(np.zeros(count, np.uint8)).view(dtype).view(shape))
         return cls(torch.zeros(shape, dtype=dtype, device=device))
 
     @property

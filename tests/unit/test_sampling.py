@@ -638,7 +638,9 @@ def test_logprobs_are_of_the_raw_logits_by_column() -> None:
         if wanted[s]:
             assert_logprobs(logits[s], tokens[s], *got)
         else:
-            assert (got[0] == 77).all() and (got[1] == -77).all() and got[2] == -77
+            assert (got[0] == 77).all()
+            assert (got[1] == -77).all()
+            assert got[2] == -77
 
 
 # --- the boundary --------------------------------------------------------------------------------------

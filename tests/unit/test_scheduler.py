@@ -598,3 +598,364 @@ def test_many_random_scenarios(block):
     # The scenarios are worth something only while they reach every path.
     missing = {"preemptions", "compactions", "stalls", "held_back", "passed_over", "cached", "evictions", "mixed"}
     assert missing <= {name for name, count in seen.items() if count}
+
+
+# --- examples ---------------------------------------------------------------------------
+
+
+def make(*specs, **world):
+    engine = Engine(World(**world))
+    requests = [spec.request(str(i)) for i, spec in enumerate(specs)]
+    for request in requests:
+        engine.add(request)
+    return engine, requests
+
+
+def shape(schedule):
+    """(request id, device row, start, length) of each row."""
+    return [(r.request.request_id, r.row, r.start, r.length) for r in schedule.rows]
+
+
+def test_steps_run_ahead_of_commit_up_to_the_length_limit():
+    engine, (request,) = make(Spec((1, 2, 3), max_tokens=3), lag=3)
+    first, second, third = engine.launch(), engine.launch(), engine.launch()
+    assert [s.kind for s in (first, second, third)] == [StepKind.PREFILL, StepKind.DECODE, StepKind.DECODE]
+    assert [shape(s) for s in (first, second, third)] == [[("0", 0, 0, 3)], [("0", 0, 3, 1)], [("0", 0, 4, 1)]]
+    assert [r.joins for s in (first, second, third) for r in s.rows] == [True, False, False]
+    assert (request.num_launched, request.num_known, request.on_device) == (3, 3, True)
+    assert engine.launch() is None  # the last token is in flight
+    engine.finish()
+    assert request.finish_reason is FinishReason.LENGTH
+
+
+def test_no_more_steps_in_flight_than_max_lag_allows():
+    engine, _ = make(Spec((1,)), lag=1)
+    assert engine.launch()
+    assert engine.launch()
+    assert engine.launch() is None
+    engine.commit()
+    assert engine.launch()
+
+
+def test_prompts_are_chunked_and_decodes_come_first():
+    engine, _ = make(Spec((1, 2)), Spec(tuple(range(9))), budget=4, max_num_seqs=4)
+    a, b = engine.launch(), engine.launch()
+    assert shape(a) == [("0", 0, 0, 2), ("1", 1, 0, 2)]
+    assert [r.samples for r in a.rows] == [True, False]
+    assert shape(b) == [("0", 0, 2, 1), ("1", 1, 2, 3)]
+    assert b.kind is StepKind.MIXED
+    engine.commit()
+    c = engine.launch()
+    engine.commit()
+    d = engine.launch()
+    assert shape(c) == [("0", 0, 3, 1), ("1", 1, 5, 3)]
+    assert shape(d) == [("0", 0, 4, 1), ("1", 1, 8, 1)]
+    assert [r.decode for r in d.rows] == [True, False]  # one token of a prompt is not a decode
+    assert [r.samples for r in d.rows] == [True, True]
+    engine.finish()
+
+
+def test_completions_of_one_prompt_compute_it_once():
+    prompt = tuple(range(20))
+    engine, requests = make(*(Spec(prompt, seed=i) for i in range(4)), budget=64, lag=0)
+    engine.step()
+    assert engine.scheduler.num_running == 1
+    engine.step()
+    assert engine.scheduler.num_running == 4
+    engine.finish()
+    # limit: one token of each must be computed, and 16 of 20 stand in full blocks before it
+    assert engine.chunk_tokens == 20 + 3 * 4
+    assert [r.num_cached_tokens for r in requests] == [0, 16, 16, 16]
+    assert engine.scheduler.num_passed_over == 3
+
+
+def test_those_behind_a_passed_over_request_go_on():
+    shared = tuple(range(8))
+    engine, _ = make(Spec((*shared, 1)), Spec((*shared, 2)), Spec((9, 9, 9, 9, 9)), budget=64, lag=3)
+    assert [r.request.request_id for r in engine.launch().rows] == ["0", "2"]
+    engine.launch()
+    engine.commit()
+    assert [r.request.request_id for r in engine.launch().rows if r.joins] == ["1"]
+    engine.finish()
+
+
+def test_a_prefix_shorter_than_a_block_is_not_waited_for():
+    engine, _ = make(Spec((1, 2, 3)), Spec((1, 2, 3)), Spec((1, 2, 3, 4)), budget=64)
+    assert len(engine.launch().rows) == 3
+    engine.finish()
+
+
+@pytest.mark.parametrize("lag", [0, 2])
+def test_a_request_that_waits_for_a_prefix_goes_on_when_its_owner_is_aborted(lag):
+    prompt = tuple(range(12))
+    engine, (_, second) = make(Spec(prompt), Spec(prompt), budget=4, lag=lag)
+    engine.step()
+    assert second.status is RequestStatus.WAITING
+    engine.scheduler.abort("0")
+    assert [r.request for r in engine.launch().rows] == [second]
+    engine.finish()
+    assert second.output_token_ids == run_alone(Spec(prompt).request("x")).output_token_ids
+
+
+def test_a_vacated_row_leaves_with_the_next_step_unless_someone_joins_it():
+    specs = [Spec((i,), max_tokens=9) for i in range(3)]
+    engine, _ = make(*specs, max_num_seqs=3, ladder=(3,), lag=0)
+    engine.step()
+    engine.scheduler.abort("0")
+    engine.scheduler.abort("1")
+    engine.add(Spec((7,), max_tokens=9).request("new"))
+    schedule = engine.launch()
+    assert [(r.request.request_id, r.row, r.joins) for r in schedule.rows] == [("2", 2, False), ("new", 0, True)]
+    assert schedule.leaves == (1,)
+    engine.commit()
+    assert engine.launch().leaves == ()
+    engine.finish()
+
+
+def test_compaction_moves_the_highest_rows_only_where_the_step_becomes_smaller():
+    engine, requests = make(*(Spec((i,), max_tokens=20) for i in range(6)), max_num_seqs=6, lag=0)
+    engine.step()
+    for i in (0, 4):
+        engine.scheduler.abort(str(i))
+    schedule = engine.launch()  # four requests, highest row 5: a step of 4 instead of 8
+    assert schedule.moves == ((5, 0),)
+    assert schedule.leaves == (4,)  # not 0, which is in use again, nor 5, which the move emptied
+    assert shape(schedule) == [("5", 0, 1, 1), ("1", 1, 1, 1), ("2", 2, 1, 1), ("3", 3, 1, 1)]
+    engine.commit()
+    engine.scheduler.abort("1")
+    schedule = engine.launch()
+    assert (schedule.moves, schedule.num_seqs) == ((), 4)  # three requests pad to 4 as well
+    engine.commit()
+    engine.add(Spec((1, 2, 3)).request("new"))
+    engine.step()
+    assert engine.requests[-1].row == 1
+    assert requests[5].row == 0
+    engine.finish()
+
+
+def test_compaction_waits_while_a_prompt_is_being_computed():
+    specs = [*(Spec((i,), max_tokens=20) for i in range(4)), Spec(tuple(range(40)), max_tokens=2)]
+    engine, requests = make(*specs, max_num_seqs=8, budget=8, num_blocks=100, lag=0)
+    engine.step()
+    for i in range(3):
+        engine.scheduler.abort(str(i))
+    while requests[4].num_computed < 40:
+        assert engine.launch().moves == ()
+        engine.commit()
+    assert engine.launch().moves == ((4, 0), (3, 1))
+    engine.finish()
+
+
+def test_the_latest_request_is_preempted_and_computed_again():
+    specs = [Spec((i, i, i), max_tokens=12) for i in range(3)]
+    engine, requests = make(*specs, num_blocks=8, lag=2, blocks_ahead=1, caching=False)
+    engine.finish()
+    assert [r.num_preemptions > 0 for r in requests] == [False, False, True]
+    assert requests[2].epoch == requests[2].num_preemptions
+    check_answers(engine, specs, requests)
+    order = [r.request.request_id for s in engine.schedules for r in s.rows if r.joins]
+    assert order[:3] == ["0", "1", "2"]
+    assert set(order[3:]) == {"2"}
+
+
+def test_the_latest_request_keeps_its_blocks_while_it_waits_for_one():
+    engine, requests = make(Spec((1,), max_tokens=8), Spec((2,), max_tokens=8), num_blocks=4, lag=0)
+    while not engine.scheduler.num_block_stalls:
+        engine.step()
+    assert engine.scheduler.num_preemptions == 0
+    assert requests[1].status is RequestStatus.RUNNING
+    engine.finish()
+
+
+def test_a_preempted_request_goes_before_later_arrivals():
+    specs = [Spec((i, i, i), max_tokens=12) for i in range(3)]
+    engine, requests = make(*specs, num_blocks=8, lag=1, blocks_ahead=1, caching=False)
+    while not requests[2].num_preemptions:
+        engine.step()
+    engine.add(Spec((5,), max_tokens=1).request("late"))
+    engine.finish()
+    joins = [r.request.request_id for s in engine.schedules for r in s.rows if r.joins]
+    assert joins.index("late") > max(i for i, name in enumerate(joins) if name == "2")
+
+
+def test_a_preempted_request_finds_its_own_blocks_in_the_cache():
+    specs = [Spec(tuple(range(i, i + 9)), max_tokens=20) for i in range(3)]
+    engine, requests = make(*specs, num_blocks=18, budget=64, lag=0, blocks_ahead=1)
+    engine.finish()
+    assert requests[2].num_preemptions
+    assert engine.scheduler.prefix_cache_hits > 0
+    assert requests[2].num_cached_tokens == 0  # of the first admission
+    check_answers(engine, specs, requests)
+
+
+def test_blocks_are_handed_out_ahead_while_many_are_free():
+    engine, (request,) = make(Spec((1, 2, 3, 4), max_tokens=30), num_blocks=100, blocks_ahead=4, lag=0)
+    engine.finish()
+    new = [len(r.new_blocks) for s in engine.schedules for r in s.rows]
+    assert [n for n in new if n] == [1, 4, 4]  # 33 tokens are computed, in 9 blocks
+    assert request.finish_reason is FinishReason.LENGTH
+
+
+def test_host_dependent_requests_hold_back_only_themselves():
+    words = tuple((i, i + 1) for i in range(VOCAB))
+    specs = [Spec((1,), bad_words=words), Spec((2,))]
+    engine, requests = make(*specs, lag=1)
+    for _ in range(6):
+        engine.step()
+    names = [[r.request.request_id for r in s.rows] for s in engine.schedules]
+    assert names == [["0", "1"], ["1"], ["0", "1"], ["1"], ["0", "1"], ["1"]]
+    engine.finish()
+    assert engine.scheduler.num_host_dependency > 0
+    check_answers(engine, specs, requests)
+
+
+def test_tokens_after_a_stop_are_dropped():
+    want = run_alone(Spec((3, 1), max_tokens=9).request("x")).output_token_ids
+    stop = next(t for i, t in enumerate(want) if t and t not in want[:i] and i >= 2)
+    spec = Spec((3, 1), max_tokens=9, stop_ids=frozenset({stop, 0}))
+    engine, (request,) = make(spec, lag=3)
+    engine.finish()
+    assert request.output_token_ids == want[: want.index(stop) + 1]
+    assert (request.finish_reason, request.stop_reason) == (FinishReason.STOP, stop)
+
+
+def test_end_of_sequence_has_no_stop_reason():
+    alone = [run_alone(Spec((i,), max_tokens=30).request("x")).output_token_ids for i in range(20)]
+    prompt = next(i for i, tokens in enumerate(alone) if 0 in tokens[:-1])
+    engine, (request,) = make(Spec((prompt,), max_tokens=30, stop_ids=frozenset({0})), lag=2)
+    engine.finish()
+    assert (request.output_token_ids[-1], request.stop_reason) == (0, None)
+    assert request.finish_reason is FinishReason.STOP
+
+
+def test_a_stop_string_before_min_tokens_does_not_end_the_request():
+    request = Spec((1,), max_tokens=6, min_tokens=4).request("0")
+
+    class Eager(FakeSink):
+        def push(self, token_id):
+            self.tokens.append(token_id)
+            return "stop!"
+
+    request.sink = Eager((0, 0))
+    engine = Engine(World(lag=1))
+    engine.add(request)
+    engine.finish()
+    assert len(request.output_token_ids) == 4
+    assert request.stop_reason == "stop!"
+
+
+def test_prompt_logprobs_do_not_use_cached_blocks_and_are_complete():
+    prompt = tuple(range(11))
+    specs = [Spec(prompt), Spec(prompt, prompt_logprobs=2), Spec((4,), prompt_logprobs=0)]
+    engine, requests = make(*specs, budget=5, lag=1)
+    engine.finish()
+    assert requests[1].num_cached_tokens == 0
+    assert len(requests[1].prompt_logprobs) == 11
+    assert requests[2].prompt_logprobs == [None]
+    check_answers(engine, specs, requests)
+
+
+@pytest.mark.parametrize("lag", [0, 1, 3])
+def test_abort_in_every_state(lag):
+    specs = [Spec(tuple(range(i, i + 9)), max_tokens=9) for i in range(4)]
+    engine, requests = make(*specs, max_num_seqs=3, budget=12, lag=lag)
+    engine.step()
+    engine.step()
+    states = [(r.status, r.on_device) for r in requests]
+    assert states[0] == (RequestStatus.RUNNING, True)
+    assert (RequestStatus.RUNNING, False) in states
+    assert states[3] == (RequestStatus.WAITING, False)
+    for request in requests[:3]:
+        assert engine.scheduler.abort(request.request_id) is request
+    assert engine.scheduler.abort("3", FinishReason.ERROR) is requests[3]
+    assert engine.scheduler.abort("3") is None
+    assert engine.scheduler.abort("unknown") is None
+    assert [r.finish_reason for r in requests] == [FinishReason.ABORT] * 3 + [FinishReason.ERROR]
+    assert not engine.scheduler.has_unfinished
+    assert engine.launch() is None
+    engine.finish()
+
+
+def test_an_id_can_be_used_again_while_its_old_steps_are_in_flight():
+    spec = Spec((1, 2, 3), max_tokens=5)
+    engine, (old,) = make(spec, lag=3)
+    engine.launch()
+    engine.launch()
+    engine.scheduler.abort("0")
+    new = spec.request("0")
+    engine.add(new)
+    engine.finish()
+    assert old.output_token_ids == []
+    assert new.output_token_ids == run_alone(spec.request("x")).output_token_ids
+
+
+def test_requests_that_cannot_run_are_refused():
+    engine, (first,) = make(Spec((1,)), num_blocks=4)
+    with pytest.raises(RequestError, match="in use"):
+        engine.scheduler.add(Spec((1,)).request("0"))
+    with pytest.raises(RequestError, match="0 < prompt length"):
+        engine.scheduler.add(Spec(()).request("1"))
+    with pytest.raises(RequestError, match="max_model_len"):
+        engine.scheduler.add(Spec((1,), max_tokens=2000).request("1"))
+    with pytest.raises(KVCacheError, match="needs 4 KV blocks for 14 tokens, the cache has 3"):
+        engine.scheduler.add(Spec((1,), max_tokens=13).request("1"))
+    engine.scheduler.add(Spec((1,), max_tokens=12).request("1"))  # 12 computed tokens just fit
+    engine.finish()
+    with pytest.raises(RequestError, match="scheduled before"):
+        engine.scheduler.add(first)
+
+
+def test_config_that_cannot_work_is_refused():
+    good = SchedulerConfig(2, 8, 100, 4)
+    with pytest.raises(ConfigError, match="at least max_num_seqs"):
+        replace(good, max_num_seqs=9)
+    with pytest.raises(ConfigError, match="blocks_ahead must be at least 1"):
+        replace(good, blocks_ahead=0)
+    with pytest.raises(ConfigError, match="max_lag"):
+        replace(good, max_lag=-1)
+    with pytest.raises(ConfigError, match="block_size is 4 for the scheduler but 8"):
+        Scheduler(good, BlockAllocator(9, 8), int)
+    with pytest.raises(ConfigError, match="enable_prefix_caching"):
+        Scheduler(good, BlockAllocator(9, 4, False), int)
+
+
+def test_commit_refuses_a_wrong_order_and_a_missing_token():
+    engine, _ = make(Spec((1,)), lag=3)
+    first, second = engine.launch(), engine.launch()
+    with pytest.raises(RuntimeError, match="oldest one in flight"):
+        engine.scheduler.commit(second, StepResult([1]))
+    with pytest.raises(RuntimeError, match="no token for live request '0'"):
+        engine.scheduler.commit(first, StepResult([-1]))
+
+
+@pytest.mark.parametrize("field_", ["logprobs", "prompt_logprobs"])
+def test_commit_refuses_missing_logprobs(field_):
+    engine, _ = make(Spec((1, 2), **{field_: 1}))
+    with pytest.raises(RuntimeError, match=r"logprobs"):
+        engine.scheduler.commit(engine.launch(), StepResult([1]))
+
+
+def test_the_prefix_cache_is_reset_only_when_nothing_runs():
+    prompt = tuple(range(9))
+    engine, _ = make(Spec(prompt), lag=0)
+    engine.step()
+    assert not engine.scheduler.reset_prefix_cache()
+    engine.finish()
+    assert engine.scheduler.reset_prefix_cache()
+    engine.add(Spec(prompt).request("again"))
+    engine.finish()
+    assert engine.requests[-1].num_cached_tokens == 0
+
+
+def test_a_queue_that_cannot_move_costs_nothing(monkeypatch):
+    """The head does not fit: it is looked up again only after blocks were released."""
+    specs = [Spec((1,) * 30, max_tokens=9), *(Spec((i,) * 30, max_tokens=9) for i in range(2, 200))]
+    engine, _ = make(*specs, num_blocks=13, budget=64, max_num_seqs=8, lag=0)
+    engine.step()
+    looked_up = []
+    lookup = BlockAllocator.lookup
+    monkeypatch.setattr(BlockAllocator, "lookup", lambda *args: looked_up.append(1) or lookup(*args))
+    for _ in range(6):
+        engine.step()
+    assert engine.scheduler.num_running == 1
+    assert len(looked_up) <= 1

@@ -84,7 +84,7 @@ def test_greedy(vocab: int) -> None:
     assert_same(logits, make_inputs(1, vocab), rows=[0, 0, 0, 0, -1], variant=GREEDY)
 
 
-@pytest.mark.parametrize("vocab", [1, 33, 1000, 2501])
+@pytest.mark.parametrize("vocab", [1, 33, 2501])
 @pytest.mark.parametrize("scale", [0.0, 0.1, 3.0])
 def test_sample(vocab: int, scale: float) -> None:
     cases = [
@@ -108,11 +108,11 @@ def test_sample(vocab: int, scale: float) -> None:
 
 
 def test_sample_ties_at_every_threshold() -> None:
-    vocab, n = 1500, 10
+    vocab, n = 1500, 6
     g = torch.Generator().manual_seed(0)
     logits = (torch.randn(n, vocab, generator=g) * 2).round()
     logits[:, ::5] *= -0.0
-    inputs = make_inputs(n, vocab, top_k=torch.arange(n) * 40, top_p=torch.linspace(0.3, 1, n))
+    inputs = make_inputs(n, vocab, top_k=torch.arange(n) * 70, top_p=torch.linspace(0.3, 1, n))
     assert_same(logits, inputs, rows=range(n))
 
 
@@ -135,7 +135,7 @@ def test_broken_logits() -> None:
 
 @pytest.mark.parametrize("vocab", [15, 33, 1000, 2049])
 def test_full(vocab: int) -> None:
-    n = 16
+    n = 10
     logits, rows, positions, inputs, state = full_case(n, vocab, vocab)
     assert_same(logits, inputs, state, rows=rows, positions=positions, variant=FULL)
 

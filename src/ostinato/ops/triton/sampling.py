@@ -29,7 +29,7 @@ import triton.language as tl
 
 from ...inputs import FLAG_BIAS, FLAG_LOGPROBS, FLAG_MASK, FLAG_PENALTIES, StaticInputs, StepState
 from ...sampling import MAX_INVERSE_TEMPERATURE, MAX_VOCAB, WEIGHT_BITS
-from ...types import MAX_LOGIT_BIAS, MAX_LOGPROBS, SamplerVariant
+from ...types import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_IDS, SamplerVariant
 
 _INVERSE_LIMIT = tl.constexpr(MAX_INVERSE_TEMPERATURE)
 _WEIGHT_OF_ONE = tl.constexpr(float(2**WEIGHT_BITS))
@@ -39,6 +39,7 @@ _MASK = tl.constexpr(FLAG_MASK)
 _PENALTIES = tl.constexpr(FLAG_PENALTIES)
 _TOP = tl.constexpr(MAX_LOGPROBS)
 _BIAS_WIDTH = tl.constexpr(MAX_LOGIT_BIAS)
+_STOP_WIDTH = tl.constexpr(MAX_STOP_IDS)
 _PASSES = tl.constexpr(8)
 _STATES = tl.constexpr(18)  # two searches, each a state before every pass and one after the last
 _NONE = tl.constexpr(-(2**63))
@@ -190,7 +191,8 @@ def sample(
         for number in range(_PASSES.value):
             _search[grid](*row_values, *filters, *search, number, by_mass, num_warps=8, **cut)
     _chunk_mass[grid](*row_values, *filters, *search, t["mass"], **cut)
-    _draw[per_row](*row_values, *filters, t["bases"], t["mass"], positions, inputs.seed, inputs.seed.stride(0), out, **cut)
+    drawing = (t["bases"], t["mass"], positions, inputs.seed, inputs.seed.stride(0), out)
+    _draw[per_row](*row_values, *filters, *drawing, **cut)
 
     if variant is SamplerVariant.FULL:
         _count_above[grid](rows, inputs.flags, t["raw"], out, t["above"], **cut)
@@ -294,7 +296,7 @@ def _enter(
     here = sums + ((s * 2 + (number - 1) % 2).to(tl.int64) * CHUNKS + c) * 16 + j[None, :]
     at_least = tl.sum(tl.load(here, mask=c < CHUNKS, other=0), axis=0)  # [16], falling
     target = tl.load(targets + s * _STATES + state - 1)
-    if BY_MASS:
+    if BY_MASS:  # noqa: SIM102  (an outer `if` on a constexpr is decided when compiling)
         if number == 1:
             target = _share(tl.max(at_least, axis=0), share_of)
     digit = tl.sum((at_least >= target).to(tl.int32), axis=0) - 1
@@ -522,8 +524,11 @@ def _adjust(
                 words = tl.load(mask + row64 * mask_stride + v // 32, mask=real, other=0)
                 x = tl.where(((words >> (v % 32)) & 1) != 0, x, float("-inf"))
             if early:
-                for i in tl.range(0, tl.load(num_stop_ids + row)):
-                    x = tl.where(v == tl.load(stop_ids + row * stop_stride + i), float("-inf"), x)
+                i = tl.arange(0, _STOP_WIDTH)
+                count_here = tl.load(num_stop_ids + row)
+                stop = tl.load(stop_ids + row * stop_stride + i, mask=i < count_here, other=-1)
+                hits = tl.sum((v[None, :] == stop[:, None]).to(tl.int32), axis=0)
+                x = tl.where(hits > 0, float("-inf"), x)
             if (flag & _PENALTIES) != 0:
                 count = tl.load(output_counts + row64 * counts_stride + v, mask=real, other=0).to(tl.float32)
                 words = tl.load(prompt_mask + row64 * prompt_stride + v // 32, mask=real, other=0)
@@ -569,7 +574,8 @@ def _report(
         m = tl.load(raw_max + s * CHUNKS + c, mask=c < CHUNKS, other=float("-inf"))
         e = tl.load(chunk_exp + s * CHUNKS + c, mask=c < CHUNKS, other=0.0)
         largest = tl.max(m, axis=0)
-        total = largest + tl.log(tl.sum(tl.where(m == float("-inf"), 0.0, e * tl.exp(m - largest)), axis=0))
+        total = tl.sum(tl.where(m == float("-inf"), 0.0, e * tl.exp(m - largest)), axis=0)
+        total = largest + tl.log(total)
         counts = tl.load(above + s * CHUNKS + c, mask=c < CHUNKS, other=0)
         tl.store(rank + s, 1 + tl.sum(counts, axis=0))
 

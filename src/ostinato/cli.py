@@ -1,0 +1,172 @@
+"""The command line: `ostinato generate | chat`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from .errors import OstinatoError
+from .types import RequestOutput, SamplingParams
+
+if TYPE_CHECKING:
+    from .llm import LLM
+
+_START = time.perf_counter()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status: 0, 1 for an error, 130 after Ctrl-C."""
+    args = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="%(name)s: %(message)s")
+    try:
+        return int(args.run(args))
+    except OstinatoError as error:
+        print(f"ostinato: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()  # whoever read us has gone; there is nobody to tell
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="ostinato", description="Generate text with open-weight models.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Any, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(run=run)
+        _engine_options(sub)
+        _sampling_options(sub)
+        return sub
+
+    generate = command("generate", _generate, "Complete a prompt as it stands, streaming to the terminal.")
+    generate.add_argument("prompt")
+    chat = command("chat", _chat, "Talk with a model: one answer to MESSAGE, or a conversation without it.")
+    chat.add_argument("message", nargs="?")
+    chat.add_argument("--system", help="system message")
+    return parser
+
+
+def _engine_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("engine")
+    group.add_argument("--model", help="folder, .gguf file or hub id (default: SmolLM2-135M-Instruct)")
+    group.add_argument("--tokenizer", help="folder or file (default: the model's own)")
+    group.add_argument("--revision", help="branch, tag or commit of a hub model")
+    group.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    group.add_argument("--device", default="auto", help="auto, cuda or cpu")
+    group.add_argument("--max-model-len", type=int, help="longest prompt plus output, in tokens")
+    group.add_argument("--max-num-seqs", type=int, help="most sequences in one step")
+    group.add_argument("--max-num-batched-tokens", type=int, help="most tokens in one step")
+    group.add_argument("--gpu-memory-utilization", type=float, default=0.92, help="share of GPU memory to use")
+    group.add_argument("--enforce-eager", action="store_true", help="no CUDA graphs")
+    group.add_argument("--verbose", action="store_true", help="log what happens")
+
+
+def _sampling_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--max-tokens", type=int, default=256)
+    group.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    group.add_argument("--top-p", type=float, default=1.0)
+    group.add_argument("--top-k", type=int, default=0)
+    group.add_argument("--min-p", type=float, default=0.0)
+    group.add_argument("--repetition-penalty", type=float, default=1.0)
+    group.add_argument("--seed", type=int)
+    group.add_argument("--stop", action="append", help="string that ends the text; may be repeated")
+    group.add_argument("--ignore-eos", action="store_true")
+
+
+_SAMPLING = (
+    *("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty"),
+    *("seed", "stop", "ignore_eos"),
+)
+_ENGINE = (
+    *("tokenizer", "revision", "dtype", "device", "max_model_len", "max_num_seqs"),
+    *("max_num_batched_tokens", "gpu_memory_utilization", "enforce_eager"),
+)
+
+
+def _make(args: argparse.Namespace) -> tuple[LLM, SamplingParams]:
+    params = SamplingParams(**{name: getattr(args, name) for name in _SAMPLING})  # before anything is loaded
+    from .llm import LLM
+
+    return LLM(args.model, **{name: getattr(args, name) for name in _ENGINE}), params
+
+
+def _generate(args: argparse.Namespace) -> int:
+    llm, params = _make(args)
+    print(args.prompt, end="", flush=True)
+    output = _show(llm, args.prompt, params, chat=False)
+    _report(llm, output)
+    return 0
+
+
+def _chat(args: argparse.Namespace) -> int:
+    llm, params = _make(args)
+    tokenizer = llm.get_tokenizer()
+    messages: list[dict[str, Any]] = [{"role": "system", "content": args.system}] if args.system else []
+    while True:
+        message = args.message or _ask()
+        if not message:
+            return 0
+        messages.append({"role": "user", "content": message})
+        output = _show(llm, tokenizer.apply_chat_template(messages), params, chat=True)
+        messages.append({"role": "assistant", "content": output.outputs[0].text})
+        if args.message:
+            _report(llm, output)
+            return 0
+
+
+def _ask() -> str:
+    try:
+        return input("> ")
+    except EOFError:
+        return ""
+
+
+def _show(llm: LLM, prompt: str, params: SamplingParams, *, chat: bool) -> RequestOutput:
+    """Print a completion as it grows; returns the finished one."""
+    shown = 0
+    output = None
+    for output in llm.stream(prompt, params, chat=chat):
+        text = output.outputs[0].text
+        print(text[shown:], end="", flush=True)
+        shown = len(text)
+    print()
+    assert output is not None  # a stream ends with a finished output or an error
+    return output
+
+
+def _report(llm: LLM, output: RequestOutput) -> None:
+    """What ran: speed, and where each step ran and why."""
+    m, count = output.metrics, len(output.outputs[0].token_ids)
+    assert m is not None
+    assert m.first_token_time is not None
+    assert m.finished_time is not None
+    lines = [f"model        {llm.engine.name}, {llm.engine.config.dtype} on {llm.engine.config.device}".replace("torch.", "")]
+    decode = m.finished_time - m.first_token_time
+    speed = f", {(count - 1) / decode:.1f} tokens/s after the first" if count > 1 and decode > 0 else ""
+    lines.append(f"tokens       {len(output.prompt_token_ids)} in, {count} out{speed}")
+    lines.append(
+        f"first token  {m.first_token_time - m.arrival_time:.3f} s after the request, "
+        f"{time.perf_counter() - _START - (time.monotonic() - m.first_token_time):.2f} s after the command's start"
+    )
+    reasons = ", ".join(f"{n} {reason}" for reason, n in m.eager_steps.items())
+    steps = f"{m.graph_steps} on graphs, {sum(m.eager_steps.values())} eager"
+    lines.append(f"steps        {steps}" + (f" ({reasons})" if reasons else ""))
+    graphs = llm.get_metrics()["graph_steps"]
+    lines.extend(f"  {key}: {n}" for key, n in graphs.items())
+    why = llm.engine.why_no_graphs
+    if why:
+        lines.append(f"graphs       off: {why}")
+    print("\n" + "\n".join(lines), file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
