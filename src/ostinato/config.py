@@ -186,7 +186,8 @@ def resolve(options: EngineOptions, *, model_dtype: str | None, model_positions:
         raise ConfigError(f"pipeline_depth must be 1, 2 or 3, got {depth}")
     if options.load_format not in ("auto", "dummy"):
         raise ConfigError(f"load_format must be 'auto' or 'dummy', got {options.load_format!r}")
-    _positive("cudagraph_min_hits", options.cudagraph_min_hits)
+    if _positive("cudagraph_min_hits", options.cudagraph_min_hits) < 2:
+        raise ConfigError("cudagraph_min_hits must be at least 2: a key's first hit runs eagerly and loads its kernels")
     if options.on_capture_error not in ("eager", "raise"):
         raise ConfigError(f"on_capture_error must be 'eager' or 'raise', got {options.on_capture_error!r}")
     if options.strict and on_gpu:

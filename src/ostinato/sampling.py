@@ -42,8 +42,8 @@ Weights = npt.NDArray[np.int64]
 
 WEIGHT_BITS = 44
 """The most likely token weighs 2^WEIGHT_BITS."""
-MAX_VOCAB = 1 << (62 - WEIGHT_BITS)
-"""Above this many tokens a sum of weights could pass 2^62."""
+MAX_VOCAB = (1 << (63 - WEIGHT_BITS)) - 1
+"""Most tokens whose weights cannot pass 2^63 together: 524287."""
 MAX_INVERSE_TEMPERATURE = 1e30
 """Keeps 0 * (1 / temperature) a number for the smallest temperatures."""
 

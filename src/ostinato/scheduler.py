@@ -270,7 +270,7 @@ class Scheduler:
             chunks = rows[num_decodes:]
             if self.num_preemptions == preemptions:
                 # Not after a preemption: it would take the blocks that were just made free.
-                self._admit(prefilling, rows, budget)
+                self._admit(rows, budget)
                 chunks = rows[num_decodes:]
             elif any(row.epoch != row.request.epoch for row in rows):
                 # A chunk took the blocks of rows that were in this step already.
@@ -326,7 +326,11 @@ class Scheduler:
         return prefilling, variant
 
     def _schedule_chunks(self, prefilling: list[_Entry], rows: list[ScheduledRow], budget: int) -> int:
-        """The next chunk of every running prompt; the budget that is left."""
+        """The next chunk of every running prompt; the budget that is left for new ones.
+
+        That is none while a running prompt waits for blocks, or a new one would take them.
+        """
+        stalled = False
         for entry in prefilling:
             request = entry.request
             if budget == 0:
@@ -338,15 +342,15 @@ class Scheduler:
             length = min(budget, request.num_known - start)
             new_blocks = self._grow(entry, start + length)
             if new_blocks is None:
+                stalled = True
                 continue
             rows.append(self._chunk(request, length, False, num_blocks, new_blocks))
             budget -= length
-        return budget
+        return 0 if stalled else budget
 
-    def _admit(self, prefilling: list[_Entry], rows: list[ScheduledRow], budget: int) -> None:
+    def _admit(self, rows: list[ScheduledRow], budget: int) -> None:
         """Start waiting requests, in order, while tokens, rows and blocks last."""
         size, allocator = self.config.block_size, self.allocator
-        reserved = -1  # blocks that running prompts will still take; counted when first needed
         while self._waiting and self._free_rows and budget > 0:
             entry = self._waiting[0][1]
             request = entry.request
@@ -360,15 +364,9 @@ class Scheduler:
                 heapq.heappop(self._waiting)
                 self.num_passed_over += 1
                 continue
-            if reserved < 0:
-                reserved = sum(
-                    _ceil_div(e.request.num_known, size) - len(e.request.blocks)
-                    for e in prefilling
-                    if not e.request.on_device
-                )
             # Room for all its known tokens, so that it is not preempted before its first token.
             needed = _ceil_div(request.num_known, size) - len(cached)
-            spare = allocator.num_free - reserved - needed - allocator.num_idle(cached)
+            spare = allocator.num_free - needed - allocator.num_idle(cached)
             if self._running and spare < allocator.num_usable // 100:
                 self._blocked = (entry, allocator.num_releases)
                 return
@@ -397,7 +395,6 @@ class Scheduler:
                 self._computing.update(request.block_hashes[len(cached) : entry.marked])
             rows.append(self._chunk(request, length, True, 0, tuple(request.blocks)))
             budget -= length
-            reserved += needed - len(new)
 
     def _cached_prefix(self, entry: _Entry) -> list[int] | None:
         """Cached blocks that a waiting request starts from, or None if it was passed over instead."""
@@ -441,11 +438,10 @@ class Scheduler:
     def _compact(self, rows: list[ScheduledRow]) -> tuple[tuple[int, int], ...]:
         """Move the highest rows of a decode step into holes, where that makes the step smaller.
 
+        Only as many as that takes: every row at or above the padded number of running requests.
         A move leaves its source inactive on the device, so the source need not leave as well.
         """
         target = self.pad_seqs(len(self._running))
-        if target >= self.pad_seqs(rows[-1].row + 1):
-            return ()
         moves = []
         while rows[-1].row >= target:
             last = rows.pop()
@@ -455,7 +451,7 @@ class Scheduler:
             moves.append((last.row, hole))
             last.request.row = hole
             insort(rows, replace(last, row=hole), key=_BY_ROW)
-        self.num_compactions += 1
+        self.num_compactions += bool(moves)
         return tuple(moves)
 
     # --- blocks ------------------------------------------------------------------------

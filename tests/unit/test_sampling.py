@@ -452,6 +452,14 @@ def test_a_token_of_probability_2_to_the_minus_40_can_be_drawn(monkeypatch: pyte
         assert run(logits, make_inputs(1, 2)) == [expected]
 
 
+def test_the_largest_vocabulary_does_not_overflow(monkeypatch: pytest.MonkeyPatch) -> None:
+    vocab = sampling.MAX_VOCAB
+    logits = torch.zeros(3, vocab)
+    with_uniforms(monkeypatch, [0.0, 0.5, NEXT_TO_ONE])
+    assert run(logits, make_inputs(1, vocab)) == [0, vocab // 2, vocab - 1]
+    assert run(logits, make_inputs(1, vocab, top_p=0.999)) == [0, vocab // 2, vocab - 1]
+
+
 @pytest.mark.parametrize("temperature", [1e-45, 1e-30, 1e-6, 1e6, 3e38])
 def test_extreme_temperatures(temperature: float) -> None:
     logits = torch.tensor([0.0, 3.0, -3e38, 2.999, 1e-30]).expand(64, 5)
@@ -654,7 +662,7 @@ def test_logprobs_are_of_the_raw_logits_by_column() -> None:
         ({"rows": torch.zeros(3, dtype=torch.int32)}, r"rows must be i32 \[2\]"),
         ({"positions": torch.zeros(2, dtype=torch.int64)}, r"positions must be i32 \[2\]"),
         ({"out": torch.zeros(2)}, r"out must be i32 \[2\]"),
-        ({"logits": torch.zeros(2, 2**18 + 1)}, "vocabulary"),
+        ({"logits": torch.zeros(2, 2**19)}, "vocabulary"),
     ],
 )
 def test_wrong_tensors_are_refused(change: dict[str, torch.Tensor], message: str) -> None:

@@ -318,6 +318,10 @@ class Engine:
         preemptions = self.scheduler.num_preemptions
         schedule = self.scheduler.schedule()
         self.scheduler.check()
+        for request in self.requests:
+            if request.status is not RequestStatus.RUNNING:
+                assert (request.row, request.blocks, request.on_device) == (-1, [], False)
+                assert request.num_launched == request.num_computed == 0
         if schedule is None:
             assert self.scheduler.num_preemptions == preemptions, "preempted for nothing"
             return None
@@ -340,11 +344,14 @@ class Engine:
         assert len(rows) <= self.config.max_num_seqs
         assert len({r.row for r in rows}) == len({r.request.request_id for r in rows}) == len(rows)
         kinds = {r.decode for r in rows}
-        assert schedule.kind is {
-            (True,): StepKind.DECODE,
-            (False,): StepKind.PREFILL,
-            (False, True): StepKind.MIXED,
-        }[tuple(sorted(kinds))]
+        assert (
+            schedule.kind
+            is {
+                (True,): StepKind.DECODE,
+                (False,): StepKind.PREFILL,
+                (False, True): StepKind.MIXED,
+            }[tuple(sorted(kinds))]
+        )
         if schedule.kind is StepKind.DECODE:
             assert [r.row for r in rows] == sorted(r.row for r in rows)
         variants = [r.request.params.sampler_variant for r in rows if r.samples]
@@ -362,10 +369,13 @@ class Engine:
             if request.host_dependent and r.samples:
                 assert launched == 0, "its mask depends on an unknown token"
             size = self.config.block_size
-            assert len(request.blocks) <= -(-(request.max_total_tokens - 1) // size), "more blocks than needed"
+            assert len(request.blocks) <= -(-(request.max_total_tokens - 1) // size), (
+                "more blocks than needed"
+            )
             if r.joins and request.num_preemptions == 0:
                 assert request.num_cached_tokens == r.start
-        if self.world.ladder and schedule.kind is StepKind.DECODE and schedule.moves:
+        if schedule.moves:
+            assert all(request.on_device for request in self.scheduler.running)
             high = max(r.row for r in rows)
             assert self.world.pad_seqs(high + 1) <= self.world.pad_seqs(self.scheduler.num_running)
 
@@ -596,7 +606,16 @@ def test_many_random_scenarios(block):
             reused=sum(r.joins and r.row in x.leaves for x in engine.schedules for r in x.rows),
         )
     # The scenarios are worth something only while they reach every path.
-    missing = {"preemptions", "compactions", "stalls", "held_back", "passed_over", "cached", "evictions", "mixed"}
+    missing = {
+        "preemptions",
+        "compactions",
+        "stalls",
+        "held_back",
+        "passed_over",
+        "cached",
+        "evictions",
+        "mixed",
+    }
     assert missing <= {name for name, count in seen.items() if count}
 
 
@@ -620,7 +639,11 @@ def test_steps_run_ahead_of_commit_up_to_the_length_limit():
     engine, (request,) = make(Spec((1, 2, 3), max_tokens=3), lag=3)
     first, second, third = engine.launch(), engine.launch(), engine.launch()
     assert [s.kind for s in (first, second, third)] == [StepKind.PREFILL, StepKind.DECODE, StepKind.DECODE]
-    assert [shape(s) for s in (first, second, third)] == [[("0", 0, 0, 3)], [("0", 0, 3, 1)], [("0", 0, 4, 1)]]
+    assert [shape(s) for s in (first, second, third)] == [
+        [("0", 0, 0, 3)],
+        [("0", 0, 3, 1)],
+        [("0", 0, 4, 1)],
+    ]
     assert [r.joins for s in (first, second, third) for r in s.rows] == [True, False, False]
     assert (request.num_launched, request.num_known, request.on_device) == (3, 3, True)
     assert engine.launch() is None  # the last token is in flight
@@ -705,7 +728,10 @@ def test_a_vacated_row_leaves_with_the_next_step_unless_someone_joins_it():
     engine.scheduler.abort("1")
     engine.add(Spec((7,), max_tokens=9).request("new"))
     schedule = engine.launch()
-    assert [(r.request.request_id, r.row, r.joins) for r in schedule.rows] == [("2", 2, False), ("new", 0, True)]
+    assert [(r.request.request_id, r.row, r.joins) for r in schedule.rows] == [
+        ("2", 2, False),
+        ("new", 0, True),
+    ]
     assert schedule.leaves == (1,)
     engine.commit()
     assert engine.launch().leaves == ()
@@ -899,7 +925,7 @@ def test_requests_that_cannot_run_are_refused():
         engine.scheduler.add(Spec((1,), max_tokens=2000).request("1"))
     with pytest.raises(KVCacheError, match="needs 4 KV blocks for 14 tokens, the cache has 3"):
         engine.scheduler.add(Spec((1,), max_tokens=13).request("1"))
-    engine.scheduler.add(Spec((1,), max_tokens=12).request("1"))  # 12 computed tokens just fit
+    engine.add(Spec((1,), max_tokens=12).request("1"))  # 12 computed tokens just fit
     engine.finish()
     with pytest.raises(RequestError, match="scheduled before"):
         engine.scheduler.add(first)
@@ -959,3 +985,21 @@ def test_a_queue_that_cannot_move_costs_nothing(monkeypatch):
         engine.step()
     assert engine.scheduler.num_running == 1
     assert len(looked_up) <= 1
+
+
+def test_a_prompt_takes_blocks_from_a_later_decode_of_the_same_step():
+    """The earlier request was passed over, so the later one decodes already; it leaves the step again."""
+    shared = tuple(range(8))
+    specs = [
+        Spec((*shared, 1), max_tokens=25, seed=1),
+        Spec((*shared, *range(20)), max_tokens=3, seed=1),
+        Spec((1,), max_tokens=25, logprobs=1),
+    ]
+    engine, requests = make(*specs, num_blocks=11, max_num_seqs=3, budget=12, blocks_ahead=1, lag=0)
+    engine.scheduler.config = replace(engine.config, max_num_batched_tokens=12)
+    engine.step()
+    engine.step()
+    engine.config = engine.scheduler.config = replace(engine.config, max_num_batched_tokens=3)
+    engine.finish()
+    assert requests[2].num_preemptions
+    check_answers(engine, specs, requests)

@@ -89,7 +89,12 @@ class World:
 
 
 def make_scratch(
-    tokens: int, seqs: int, shape: AttentionShape, device: torch.device, dtype: torch.dtype, sizes: dict[str, int]
+    tokens: int,
+    seqs: int,
+    shape: AttentionShape,
+    device: torch.device,
+    dtype: torch.dtype,
+    sizes: dict[str, int],
 ) -> Scratch:
     """Scratch full of NaN and absurd integers."""
     hidden, inner, vocab = sizes["hidden"], sizes["intermediate"], sizes["vocab"]
@@ -202,15 +207,18 @@ def make_world(
             moved.tensors()[name].copy_(tensor)
         buffers = moved
     key = GraphKey(kind, tokens, count, SamplerVariant.GREEDY)
-    batch = Batch(
-        Route(key, None), False, (), block_size, buffers.static, buffers.state, *buffers._cut(key)
-    )
+    batch = Batch(Route(key, None), False, (), block_size, buffers.static, buffers.state, *buffers._cut(key))
     return World(
         shape,
         buffers,
         batch,
         make_scratch(
-            tokens, count, shape, target, dtype, dict(hidden=hidden, intermediate=intermediate, vocab=vocab)
+            tokens,
+            count,
+            shape,
+            target,
+            dtype,
+            {"hidden": hidden, "intermediate": intermediate, "vocab": vocab},
         ),
         tuple(cache.to(target, dtype).unbind(0)),  # type: ignore[arg-type]
         qkv.to(target, dtype),
@@ -264,33 +272,33 @@ MIXED = [
 ]
 
 
-def steps(kind: StepKind) -> dict[str, object]:
-    """Sequences and padding of the standard step of a kind."""
-    if kind is StepKind.DECODE:
-        return {"seqs": DECODE, "pad_seqs": 2}
-    return {"seqs": MIXED, "pad_tokens": 11, "pad_seqs": 2}
+SEQS = {StepKind.DECODE: DECODE, StepKind.MIXED: MIXED}
 
 
-def both(seed: int, shape: AttentionShape, kind: StepKind, **more: object) -> tuple[World, World]:
-    """The same step twice: for the reference and for Triton."""
-    options = {**steps(kind), **more}
-    return tuple(make_world(seed, shape, kind=kind, **options) for _ in range(2))  # type: ignore
+def standard(seed: int, shape: AttentionShape, kind: StepKind, **more: Any) -> World:
+    """A step with dead rows and padding, unless `more` says otherwise."""
+    options = {"seqs": SEQS.get(kind), "pad_tokens": 11, "pad_seqs": 2}
+    return make_world(seed, shape, kind=kind, **(options | more))
+
+
+def both(seed: int, shape: AttentionShape, kind: StepKind, **more: Any) -> tuple[World, World]:
+    """The same step twice: for Triton and for the reference."""
+    return standard(seed, shape, kind, **more), standard(seed, shape, kind, **more)
 
 
 @pytest.mark.parametrize("kind", [StepKind.DECODE, StepKind.MIXED])
 @pytest.mark.parametrize("pad_seqs", [0, 2, 150])
 def test_prepare(seed: int, kind: StepKind, pad_seqs: int) -> None:
     ours, theirs = both(seed, SMOLLM, kind, pad_seqs=pad_seqs)
-    view, expected = TritonOps().prepare(ours.batch, ours.scratch), ReferenceOps().prepare(theirs.batch, theirs.scratch)
+    view, expected = (
+        TritonOps().prepare(ours.batch, ours.scratch),
+        ReferenceOps().prepare(theirs.batch, theirs.scratch),
+    )
     for field in fields(StepView):
         a, b = getattr(view, field.name), getattr(expected, field.name)
         assert torch.equal(a, b) if isinstance(b, torch.Tensor) else a == b, field.name
-    live = [q.context if q.live else 0 for q in ours_seqs(kind)]
+    live = [q.context if q.live else 0 for q in SEQS[kind]]
     assert view.seq_lens.tolist() == live + [0] * pad_seqs
-
-
-def ours_seqs(kind: StepKind) -> list[Seq]:
-    return DECODE if kind is StepKind.DECODE else MIXED
 
 
 def check_attention(ours: World, theirs: World, norm: bool = False) -> None:
@@ -311,7 +319,7 @@ def check_attention(ours: World, theirs: World, norm: bool = False) -> None:
     ("shape", "norm"),
     [
         (SMOLLM, False),
-        (AttentionShape(4, 4, 80), True),
+        (AttentionShape(2, 2, 80), True),
         (AttentionShape(8, 1, 10, sliding_window=40), True),
         (AttentionShape(2, 1, 64, sliding_window=1), False),
         (AttentionShape(4, 2, 16, sliding_window=100), False),
@@ -341,25 +349,30 @@ def test_head_groups_wider_than_a_tile(seed: int) -> None:
     check_attention(*both(seed, shape, StepKind.MIXED, seqs=seqs))
 
 
+def alone(world: World, row: int) -> World:
+    """A batch of one: a decode row of `world`, moved to device row 0. Changes `world`'s buffers."""
+    state, static = world.batch.state, world.batch.static
+    for tensor in (state.active, state.position, state.last_token, static.enabled, static.block_table):
+        tensor[0] = tensor[row].clone()
+    key = replace(world.batch.key, num_tokens=1, num_seqs=1)
+    views = {"rows": world.batch.rows[:1], "query_start": world.batch.query_start[:2]}
+    workspaces = ("attention", "sampler")
+    scratch = {f.name: getattr(world.scratch, f.name) for f in fields(Scratch)}
+    return replace(
+        world,
+        batch=replace(world.batch, route=Route(key, None), **views),
+        scratch=Scratch(**{name: t if name in workspaces else t[:1] for name, t in scratch.items()}),
+        qkv=world.qkv[row : row + 1],
+    )
+
+
 def test_a_decode_row_has_the_same_bits_alone_and_in_company(seed: int) -> None:
-    batched = make_world(seed, SMOLLM, DECODE, StepKind.DECODE, pad_seqs=2)
-    expected = batched.attend(TritonOps())
+    def world() -> World:
+        return make_world(seed, SMOLLM, DECODE, StepKind.DECODE, pad_seqs=2)
+
+    expected = world().attend(TritonOps())
     for row in (0, 2, 7):
-        alone = make_world(seed, SMOLLM, DECODE, StepKind.DECODE, pad_seqs=2)
-        state, static, scratch = alone.batch.state, alone.batch.static, alone.scratch
-        for tensor in (state.active, state.position, state.last_token, static.enabled, static.block_table):
-            tensor[0] = tensor[row].clone()
-        key = replace(alone.batch.key, num_tokens=1, num_seqs=1)
-        batch = replace(
-            alone.batch, route=Route(key, None), rows=alone.batch.rows[:1], query_start=alone.batch.query_start[:2]
-        )
-        small = {
-            f.name: t if t.dim() == 1 and t.numel() > 20 else t[:1]
-            for f in fields(Scratch)
-            if (t := getattr(scratch, f.name)) is not None
-        }
-        alone = replace(alone, batch=batch, scratch=Scratch(**small), qkv=alone.qkv[row : row + 1])
-        assert torch.equal(alone.attend(TritonOps())[0], expected[row])
+        assert torch.equal(alone(world(), row).attend(TritonOps())[0], expected[row])
 
 
 def test_embed(seed: int) -> None:
@@ -392,7 +405,11 @@ def test_linear_ops(seed: int, hidden: int, dtype: torch.dtype) -> None:
         reference.norm_linear(x, norm, EPS, w, bias, normed=poison(tokens, hidden), out=expected)
         torch.testing.assert_close(actual, expected, **exact)
 
-    w, b, act = weight(hidden, inner), torch.randn(hidden, dtype=dtype), torch.randn(tokens, inner, dtype=dtype)
+    w, b, act = (
+        weight(hidden, inner),
+        torch.randn(hidden, dtype=dtype),
+        torch.randn(tokens, inner, dtype=dtype),
+    )
     for bias in (None, b):
         actual, expected = x.clone(), x.clone()
         ops.linear_add(act, w, bias, residual=actual)
@@ -438,10 +455,11 @@ def test_advance(seed: int, kind: StepKind) -> None:
         ops.advance(world.batch, view, tokens)
     for name, expected in theirs.buffers.tensors().items():
         assert torch.equal(ours.buffers.tensors()[name], expected), name
-    emitted = ours.batch.state.emitted[: len(ours_seqs(kind))].tolist()
-    assert [token >= 0 for token in emitted] == [q.live and q.samples for q in ours_seqs(kind)]
+    emitted = ours.batch.state.emitted[: len(SEQS[kind])].tolist()
+    assert [token >= 0 for token in emitted] == [q.live and q.samples for q in SEQS[kind]]
 
 
+@pytest.mark.slow
 def test_launches_compile_for_a_gpu(tmp_path: Path) -> None:
     """Every launch, with its real arguments, compiles to machine code for an H100."""
     script = Path(__file__).with_name("test_triton_ops.py")
@@ -479,25 +497,27 @@ def compile_launches() -> None:
 
     JITFunction.run = build
     ops = TritonOps()
-    for dtype in (torch.bfloat16, torch.float32):
+    for shape, dtype in (
+        (AttentionShape(32, 8, 128), torch.bfloat16),
+        (AttentionShape(4, 2, 256, sliding_window=100), torch.float32),
+    ):
         for kind in (StepKind.DECODE, StepKind.MIXED):
-            for shape in (AttentionShape(32, 8, 128), AttentionShape(4, 2, 256, sliding_window=100)):
-                world = make_world(0, shape, kind=kind, dtype=dtype, **steps(kind))  # type: ignore[arg-type]
-                world.attend(ops, norm=True)
-                s = world.scratch
-                view = ops.prepare(world.batch, s)
-                ops.advance(world.batch, view, s.tokens)
-                hidden, inner, vocab = s.x.shape[1], s.act.shape[1], s.logits.shape[1]
-                qkv, up, head, down = (
-                    torch.zeros(n, k, dtype=dtype)
-                    for n, k in ((shape.qkv_size, hidden), (2 * inner, hidden), (vocab, hidden), (hidden, inner))
-                )
-                norm = torch.zeros(hidden, dtype=dtype)
-                ops.embed(s.ids, head, s.x)
-                ops.norm_linear(s.x, norm, EPS, qkv, qkv[:, 0].contiguous(), normed=s.normed, out=s.qkv)
-                ops.linear_add(s.act, down, norm, residual=s.x)
-                ops.norm_gate_up(s.x, norm, EPS, up, normed=s.normed, gate_up=s.gate_up, out=s.act)
-                ops.norm_head(s.x, s.last_index, norm, EPS, head, last=s.last, logits=s.logits)
+            world = standard(0, shape, kind, dtype=dtype)
+            world.attend(ops, norm=True)
+            s = world.scratch
+            view = ops.prepare(world.batch, s)
+            ops.advance(world.batch, view, s.tokens)
+        hidden, inner, vocab = s.x.shape[1], s.act.shape[1], s.logits.shape[1]
+        qkv, up, head, down = (
+            torch.zeros(n, k, dtype=dtype)
+            for n, k in ((shape.qkv_size, hidden), (2 * inner, hidden), (vocab, hidden), (hidden, inner))
+        )
+        norm = torch.zeros(hidden, dtype=dtype)
+        ops.embed(s.ids, head, s.x)
+        ops.norm_linear(s.x, norm, EPS, qkv, qkv[:, 0].contiguous(), normed=s.normed, out=s.qkv)
+        ops.linear_add(s.act, down, norm, residual=s.x)
+        ops.norm_gate_up(s.x, norm, EPS, up, normed=s.normed, gate_up=s.gate_up, out=s.act)
+        ops.norm_head(s.x, s.last_index, norm, EPS, head, last=s.last, logits=s.logits)
     sys.stdout.write("\n".join(sorted(set(seen.values()))))
 
 

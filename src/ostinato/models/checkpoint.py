@@ -158,7 +158,9 @@ def _index(path: Path) -> dict[str, str] | None:
     for name, file in weight_map.items():
         # A path that leads out of the folder is not a shard.
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-            raise CheckpointError(f"{index}: {name!r} is in {file!r}, expected the name of a .safetensors file")
+            raise CheckpointError(
+                f"{index}: {name!r} is in {file!r}, expected the name of a .safetensors file"
+            )
     missing = sorted({file for file in weight_map.values() if not (path / file).is_file()})
     if missing:
         raise CheckpointError(

@@ -78,7 +78,9 @@ class _Cursor:
         self.data, self.path, self.at, self.size = data, path, 0, len(data)
 
     def fail(self, what: str) -> CheckpointError:
-        return CheckpointError(f"{self.path} is not a whole GGUF file: {what} (at byte {self.at} of {self.size})")
+        return CheckpointError(
+            f"{self.path} is not a whole GGUF file: {what} (at byte {self.at} of {self.size})"
+        )
 
     def unpack(self, fmt: str, count: int = 1) -> tuple[Any, ...]:
         full = f"<{count}{fmt}"
@@ -202,7 +204,9 @@ def _place(
     try:
         kind = GGMLQuantizationType(type_id)
     except ValueError:
-        raise UnsupportedModelError(f"{cursor.path}: tensor {name!r} has the unknown type {type_id}") from None
+        raise UnsupportedModelError(
+            f"{cursor.path}: tensor {name!r} has the unknown type {type_id}"
+        ) from None
     if kind.name not in NATIVE_TYPES + QUANTISED_TYPES:
         raise UnsupportedModelError(
             f"{cursor.path}: tensor {name!r} has type {kind.name}, which is not supported; "
@@ -210,7 +214,9 @@ def _place(
         )
     block, block_bytes = GGML_QUANT_SIZES[kind]
     if not shape or 0 in shape or shape[-1] % block:
-        raise cursor.fail(f"tensor {name!r} has shape {shape}, rows of {kind.name} hold whole blocks of {block}")
+        raise cursor.fail(
+            f"tensor {name!r} has shape {shape}, rows of {kind.name} hold whole blocks of {block}"
+        )
     if offset % alignment:
         raise cursor.fail(f"tensor {name!r} is at offset {offset}, not a multiple of {alignment}")
     row_bytes = shape[-1] // block * block_bytes
@@ -282,7 +288,9 @@ class _Metadata:
         self.path, self.values = file.path, file.metadata
         arch = file.metadata.get("general.architecture")
         if not isinstance(arch, str) or not arch:
-            raise CheckpointError(f"{self.path}: metadata has no general.architecture; is it a language model?")
+            raise CheckpointError(
+                f"{self.path}: metadata has no general.architecture; is it a language model?"
+            )
         self.arch = arch
 
     def get(self, key: str, kind: type, default: Any = None) -> Any:
@@ -297,7 +305,9 @@ class _Metadata:
         if kind is float and isinstance(value, int):
             value = float(value)
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            raise CheckpointError(f"{self.path}: metadata {full} must be {kind.__name__}, found {str(value)[:80]}")
+            raise CheckpointError(
+                f"{self.path}: metadata {full} must be {kind.__name__}, found {str(value)[:80]}"
+            )
         return value
 
     def need(self, key: str, kind: type) -> Any:
@@ -316,7 +326,9 @@ def _config(file: GGUFFile) -> dict[str, Any]:
         return config  # the registry refuses it by name; its metadata need not have these keys
     hidden, heads = meta.need("embedding_length", int), meta.need("attention.head_count", int)
     if heads <= 0 or hidden <= 0:
-        raise CheckpointError(f"{file.path}: embedding_length {hidden} and head_count {heads} must be positive")
+        raise CheckpointError(
+            f"{file.path}: embedding_length {hidden} and head_count {heads} must be positive"
+        )
     head_dim = meta.get("attention.key_length", int, hidden // heads)
     if meta.get("attention.value_length", int, head_dim) != head_dim:
         raise UnsupportedModelError(f"{file.path}: attention keys and values have different lengths")

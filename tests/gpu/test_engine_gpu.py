@@ -1,0 +1,218 @@
+"""The engine on a GPU: graph against eager bit for bit, capture, lags, families."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ostinato import LLM, SamplingParams
+from ostinato.errors import CaptureError
+from ostinato.types import StepKind
+
+pytestmark = pytest.mark.gpu
+
+
+def default_model() -> str | None:
+    """The default model's file, where a machine without network was given one."""
+    return os.environ.get("OSTINATO_TEST_MODEL")
+
+
+def make(**options: Any) -> LLM:
+    # Without prefix caching, so that a second run computes what the first did, at the same shapes.
+    defaults = {"max_num_seqs": 40, "max_model_len": 512, "max_num_batched_tokens": 512}
+    defaults |= {"kv_cache_memory_bytes": 1 << 30, "enable_prefix_caching": False}
+    return LLM(**{"model": default_model(), **defaults, **options})
+
+
+def random_prompts(vocab: int, count: int, seed: int) -> list[list[int]]:
+    g = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 60, (count,), generator=g).tolist()
+    return [torch.randint(0, vocab, (n,), generator=g).tolist() for n in lengths]
+
+
+def traced(llm: LLM, prompts: list[list[int]], params: SamplingParams) -> tuple[list[list[int]], list[tuple[str, torch.Tensor]]]:
+    """Tokens, and (key, logits of the live rows) of every decode step, in order."""
+    engine, steps = llm.engine, []
+    runner = engine.runner
+    program = getattr(runner, "eager", runner).program
+    run = runner.run
+
+    def recording(batch: Any) -> Any:
+        pending = run(batch)
+        if batch.key.kind is StepKind.DECODE:
+            scratch = program.arena.view(batch.num_tokens, batch.num_seqs)
+            live = batch.state.emitted[: batch.num_seqs] >= 0
+            steps.append((str(batch.key), scratch.logits[live].clone()))
+        return pending
+
+    runner.run = recording  # type: ignore[method-assign]
+    try:
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+    finally:
+        runner.run = run  # type: ignore[method-assign]
+    torch.cuda.synchronize()
+    return [o.outputs[0].token_ids for o in outputs], steps
+
+
+SAMPLERS = {
+    "greedy": SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True),
+    "sample": SamplingParams(temperature=0.8, top_p=0.95, seed=7, max_tokens=24, ignore_eos=True),
+    "full": SamplingParams(temperature=0.8, top_k=40, seed=7, repetition_penalty=1.2, max_tokens=24, ignore_eos=True),
+}
+
+
+@pytest.fixture(scope="module")
+def pair() -> Any:
+    """The default model twice: on graphs, and eagerly at the same keys."""
+    graph, eager = make(), make(enforce_eager=True)
+    yield graph, eager
+    graph.close()
+    eager.close()
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("batch", [1, 3, 8, 33])
+def test_graph_and_eager_are_equal_bit_for_bit(pair: Any, batch: int, sampler: str) -> None:
+    graph, eager = pair
+    prompts = random_prompts(graph.engine.spec.vocab_size, batch, seed=batch)
+    graph.generate(prompts, SAMPLERS[sampler], use_tqdm=False)  # first hits, then capture
+    before = graph.engine.plan.graph_steps.total()
+    on_graph, graph_steps = traced(graph, prompts, SAMPLERS[sampler])
+    by_hand, eager_steps = traced(eager, prompts, SAMPLERS[sampler])
+    assert graph.engine.plan.graph_steps.total() - before == len(graph_steps), "every decode step ran on a graph"
+    assert [key for key, _ in graph_steps] == [key for key, _ in eager_steps]
+    for (key, a), (_, b) in zip(graph_steps, eager_steps, strict=True):
+        # the sampler with everything overwrites its logits, on both sides alike
+        assert torch.equal(a, b), f"{key}: logits differ by {(a - b).abs().max().item()}"
+    assert on_graph == by_hand
+
+
+def test_capturing_a_decode_key_allocates_nothing(pair: Any) -> None:
+    graph, _ = pair
+    assert graph.engine.runner.graphs
+    assert all(g.pool_bytes == 0 for g in graph.engine.runner.graphs.values())
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_lags_change_nothing(depth: int) -> None:
+    # float32: other lags batch other rows together, and bfloat16 would round their ties apart.
+    eager = make(enforce_eager=True, pipeline_depth=1, dtype="float32")
+    prompts = random_prompts(eager.engine.spec.vocab_size, 20, seed=100)
+    params = [
+        SamplingParams(temperature=0.7 * (i % 3), seed=i, max_tokens=5 + i, ignore_eos=True, logprobs=2 if i % 5 == 0 else None)
+        for i in range(20)
+    ]
+    llm = make(pipeline_depth=depth, dtype="float32")
+    try:
+        for _ in range(3):  # eager first hits, then captures, then replays
+            got = llm.generate(prompts, params, use_tqdm=False)
+            for output, one in zip(got, params, strict=True):
+                assert len(output.outputs[0].token_ids) == one.max_tokens
+        wanted = eager.generate(prompts, params, use_tqdm=False)
+        assert [o.outputs[0].token_ids for o in got] == [o.outputs[0].token_ids for o in wanted]
+        llm.engine.scheduler.check()
+        assert llm.engine.plan.graph_steps.total() > 0
+    finally:
+        llm.close()
+        eager.close()
+
+
+def test_text_of_the_default_model(pair: Any) -> None:
+    graph, _ = pair
+    (output,) = graph.chat(
+        [{"role": "user", "content": "What is the capital of France?"}],
+        SamplingParams(temperature=0.0, max_tokens=30),
+        use_tqdm=False,
+    )
+    assert "Paris" in output.outputs[0].text
+    assert output.metrics.graph_steps > 0
+    assert output.metrics.time_to_first_token is not None
+
+
+def test_default_model_against_transformers(pair: Any) -> None:
+    """bfloat16 on both sides: tokens agree until the two best logits lie close together."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from ostinato.models.checkpoint import open_checkpoint
+    from ostinato.models.hub import resolve
+
+    graph, _ = pair
+    checkpoint = open_checkpoint(resolve(default_model()))
+    keep = {k: v for k, v in checkpoint.config.items() if k not in ("architectures", "model_type", "dtype")}
+    with torch.device("cuda"):
+        reference = LlamaForCausalLM(LlamaConfig(**keep)).to(torch.bfloat16).eval()
+    weights = {name: checkpoint.read(name) for name in checkpoint.tensors}
+    weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])
+    reference.load_state_dict(weights)
+    prompt = graph.get_tokenizer().encode("The history of the city begins with a river, a hill and")
+    (output,) = graph.generate([prompt], SamplingParams(temperature=0.0, max_tokens=48, ignore_eos=True), use_tqdm=False)
+    ours = output.outputs[0].token_ids
+    with torch.inference_mode():
+        logits = reference(torch.tensor([prompt + ours[:-1]], device="cuda")).logits[0, len(prompt) - 1 :].float()
+    for step, token in enumerate(ours):
+        gap = (logits[step].max() - logits[step, token]).item()
+        assert gap < 0.35, f"step {step}: token {token} is {gap} below transformers' best"
+
+
+def test_a_failed_capture_leaves_the_engine_serving() -> None:
+    llm = make()
+    try:
+        prompts = random_prompts(llm.engine.spec.vocab_size, 3, seed=5)
+        program = llm.engine.runner._program
+        sample = program.ops.sample
+
+        def broken(*args: Any, **kwargs: Any) -> None:
+            if torch.cuda.is_current_stream_capturing():
+                raise RuntimeError("injected")
+            sample(*args, **kwargs)
+
+        object.__setattr__(program.ops, "sample", broken)
+        got = llm.generate(prompts, SAMPLERS["greedy"], use_tqdm=False)
+        assert llm.get_metrics()["eager_steps"]["capture_failed"] > 0
+        assert not llm.engine.runner.graphs
+        object.__setattr__(program.ops, "sample", sample)
+        again = llm.generate(prompts, SAMPLERS["greedy"], use_tqdm=False)
+        assert [o.outputs[0].token_ids for o in got] == [o.outputs[0].token_ids for o in again]
+        llm.engine.runner._on_error = "raise"
+        object.__setattr__(program.ops, "sample", broken)
+        with pytest.raises(CaptureError, match="injected"):
+            llm.generate(prompts, SAMPLERS["sample"], use_tqdm=False)
+    finally:
+        llm.close()
+
+
+@pytest.mark.parametrize("name", ["llama3", "llama-bias", "mistral-window", "qwen2", "qwen3"])
+def test_families_agree_with_the_cpu(name: str, tmp_path: Path) -> None:
+    """float32 on the GPU against the same engine on the CPU, which is held against transformers."""
+    import transformers
+
+    from tests.integration.conftest import FAMILIES, SMALL
+
+    family, changes = FAMILIES[name]
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{family}ForCausalLM")(getattr(transformers, f"{family}Config")(**SMALL | changes))
+    for key, weight in model.named_parameters():
+        weight.requires_grad_(False).normal_(1.0 if "norm" in key else 0.0, 0.1)
+    model.save_pretrained(tmp_path)
+    common = {"skip_tokenizer_init": True, "max_num_seqs": 8, "max_num_batched_tokens": 32, "dtype": "float32"}
+    prompts = random_prompts(151, 6, seed=1)
+    params = SamplingParams(temperature=0.0, max_tokens=30, ignore_eos=True, logprobs=1)
+    on_gpu = LLM(str(tmp_path), kv_cache_memory_bytes=1 << 24, **common)
+    on_cpu = LLM(str(tmp_path), device="cpu", **common)
+    try:
+        for a, b in zip(on_gpu.generate(prompts, params, use_tqdm=False), on_cpu.generate(prompts, params, use_tqdm=False), strict=True):
+            ours, wanted = a.outputs[0], b.outputs[0]
+            assert ours.logprobs is not None
+            assert wanted.logprobs is not None
+            for step, (t, u) in enumerate(zip(ours.token_ids, wanted.token_ids, strict=True)):
+                p = ours.logprobs[step][t].logprob
+                q = wanted.logprobs[step][u].logprob
+                assert p == pytest.approx(q, abs=2e-3)
+                if t != u:
+                    break  # a near-tie: the histories differ from here on
+    finally:
+        on_gpu.close()

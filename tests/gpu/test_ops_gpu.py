@@ -1,0 +1,267 @@
+"""Triton ops on a GPU: against float64, bit for bit where promised, and under capture."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+sys.path.append(str(Path(__file__).parents[1] / "unit"))
+from test_triton_ops import ABSURD, EPS, Seq, World, alone, make_world, standard
+
+from ostinato.ops import AttentionShape, OpSet, Scratch, StepView
+from ostinato.ops.reference import ReferenceOps
+from ostinato.ops.triton import TritonOps
+from ostinato.types import SamplerVariant, StepKind
+
+pytestmark = pytest.mark.gpu
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+REFERENCE = "cuda"
+"""Where the float64 reference runs; "cpu" works too, and takes longer."""
+LLAMA = AttentionShape(32, 8, 128)
+
+
+@pytest.fixture
+def seed() -> int:
+    return int(torch.empty((), dtype=torch.int64).random_(2**31))  # in every failing assertion's locals
+
+
+def assert_near(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
+    """Same places of NaN, and a small error relative to the whole and at every place."""
+    actual, expected = actual.double().cpu(), expected.double().cpu()
+    assert torch.equal(actual.isnan(), expected.isnan())
+    error, size = (actual - expected).nan_to_num(), expected.nan_to_num()
+    assert error.norm() <= tolerance * size.norm()
+    assert error.abs().max() <= 5 * tolerance * size.abs().max()
+
+
+def random_step(seed: int, kind: StepKind, count: int = 33) -> list[Seq]:
+    """Sequences with contexts up to 5000, some asleep."""
+    rng = torch.Generator().manual_seed(seed)
+
+    def draw(high: int) -> int:
+        return int(torch.randint(1, high, (), generator=rng))
+
+    seqs = [Seq(draw(5000 if i % 4 == 0 else 700), active=i % 7 != 3) for i in range(count)]
+    if kind is StepKind.MIXED:
+        for i in range(0, count, 3):
+            length = draw(400)
+            seqs[i] = Seq(length + draw(600) * (i % 2), length, decode=False)
+    return seqs
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [StepKind.DECODE, StepKind.MIXED])
+@pytest.mark.parametrize(
+    ("shape", "norm"),
+    [
+        (LLAMA, False),
+        (AttentionShape(16, 8, 128), True),
+        (AttentionShape(9, 3, 64), False),
+        (AttentionShape(8, 8, 80), False),
+        (AttentionShape(8, 8, 96, sliding_window=300), False),
+        (AttentionShape(8, 4, 256, sliding_window=512), True),
+        (AttentionShape(71, 1, 64), False),
+    ],
+)
+def test_attention(seed: int, shape: AttentionShape, norm: bool, kind: StepKind, dtype: torch.dtype) -> None:
+    seqs = random_step(seed, kind, count=14)
+    ours = standard(seed, shape, kind, seqs=seqs, device="cuda", dtype=dtype)
+    theirs = standard(seed, shape, kind, seqs=seqs, device=REFERENCE, dtype=torch.float64)
+    actual, expected = ours.attend(TritonOps(), norm), theirs.attend(ReferenceOps(), norm)
+    assert_near(actual, expected, TOLERANCE[dtype])
+    assert (actual[ours.scratch.slots < 0] == 0).all()
+    for mine, other in zip(ours.cache, theirs.cache, strict=True):
+        assert_near(mine, other, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [LLAMA, AttentionShape(9, 3, 64, sliding_window=200)])
+def test_a_decode_row_has_the_same_bits_alone_and_in_company(
+    seed: int, shape: AttentionShape, dtype: torch.dtype
+) -> None:
+    def world() -> World:
+        seqs = random_step(seed, StepKind.DECODE)
+        return make_world(seed, shape, seqs, StepKind.DECODE, device="cuda", dtype=dtype)
+
+    expected = world().attend(TritonOps())
+    for row in (0, 1, 4, 16, 32):
+        assert torch.equal(alone(world(), row).attend(TritonOps())[0], expected[row])
+
+
+@pytest.mark.parametrize("kind", [StepKind.DECODE, StepKind.MIXED])
+def test_prepare_and_advance(seed: int, kind: StepKind) -> None:
+    ours, theirs = (
+        standard(seed, LLAMA, kind, seqs=random_step(seed, kind), pad_seqs=95, device=d)
+        for d in ("cuda", "cpu")
+    )
+    sampled = torch.randint(6, (ours.batch.num_seqs,), dtype=torch.int32)
+    for world, ops in ((ours, TritonOps()), (theirs, ReferenceOps())):
+        view = ops.prepare(world.batch, world.scratch)
+        tokens = torch.where(view.seq_lens > 0, sampled.to(view.seq_lens.device), ABSURD)
+        ops.advance(world.batch, view, tokens)
+    for field in fields(StepView):
+        if isinstance(expected := getattr(theirs.scratch, field.name, None), torch.Tensor):
+            assert torch.equal(getattr(ours.scratch, field.name).cpu(), expected), field.name
+    for name, expected in theirs.buffers.tensors().items():
+        assert torch.equal(ours.buffers.tensors()[name].cpu(), expected), name
+
+
+@dataclass(frozen=True)
+class Weights:
+    """One layer and a head."""
+
+    table: torch.Tensor
+    norm: torch.Tensor
+    qkv: torch.Tensor
+    qkv_bias: torch.Tensor
+    o: torch.Tensor
+    o_bias: torch.Tensor
+    gate_up: torch.Tensor
+    down: torch.Tensor
+
+    @classmethod
+    def make(cls, seed: int, world: World) -> Weights:
+        """Weights that fit a world, on its device and in its dtype."""
+        rng = torch.Generator().manual_seed(seed)
+        s, shape = world.scratch, world.shape
+        hidden, inner, vocab = s.x.shape[1], s.act.shape[1], s.logits.shape[1]
+
+        def normal(*size: int, scale: float = 1.0) -> torch.Tensor:
+            return (torch.randn(size, generator=rng) * (scale / size[-1] ** 0.5)).bfloat16().to(s.x)
+
+        return cls(
+            table=normal(vocab, hidden),
+            norm=normal(hidden, scale=hidden**0.5),
+            qkv=normal(shape.qkv_size, hidden),
+            qkv_bias=normal(shape.qkv_size),
+            o=normal(hidden, shape.q_size),
+            o_bias=normal(hidden),
+            gate_up=normal(2 * inner, hidden),
+            down=normal(hidden, inner),
+        )
+
+
+def forward(ops: OpSet, world: World, w: Weights) -> StepView:
+    """Everything but sampling and `advance`; nothing but ops."""
+    s = world.scratch
+    view = ops.prepare(world.batch, s)
+    ops.embed(view.ids, w.table, s.x)
+    ops.norm_linear(s.x, w.norm, EPS, w.qkv, w.qkv_bias, normed=s.normed, out=s.qkv)
+    ops.rope_paged_attention(
+        s.qkv, view, world.cache, world.rope, world.q_norm, world.k_norm, EPS, world.shape,
+        workspace=s.attention, out=s.attn,
+    )  # fmt: skip
+    ops.linear_add(s.attn, w.o, w.o_bias, residual=s.x)
+    ops.norm_gate_up(s.x, w.norm, EPS, w.gate_up, normed=s.normed, gate_up=s.gate_up, out=s.act)
+    ops.linear_add(s.act, w.down, None, residual=s.x)
+    ops.norm_head(s.x, view.last_index, w.norm, EPS, w.table, last=s.last, logits=s.logits)
+    return view
+
+
+SIZES = {"hidden": 576, "intermediate": 1536, "vocab": 4096}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [StepKind.DECODE, StepKind.MIXED])
+def test_a_layer_and_a_head(seed: int, kind: StepKind, dtype: torch.dtype) -> None:
+    shape = AttentionShape(9, 3, 64)
+    ours = standard(seed, shape, kind, device="cuda", dtype=dtype, **SIZES)
+    theirs = standard(seed, shape, kind, device=REFERENCE, dtype=torch.float64, **SIZES)
+    for world, ops in ((ours, TritonOps()), (theirs, ReferenceOps())):
+        forward(ops, world, Weights.make(seed, world))
+    assert not ours.scratch.logits.isnan().any()
+    assert_near(ours.scratch.x, theirs.scratch.x, 2 * TOLERANCE[dtype])
+    assert_near(ours.scratch.logits, theirs.scratch.logits, 3 * TOLERANCE[dtype])
+
+
+def test_torch_multiplies_into_float32() -> None:
+    """If this fails, the head runs on our own, slower product."""
+    assert TritonOps()._wide_mm
+
+
+def test_our_own_product_for_the_head(seed: int) -> None:
+    torch.manual_seed(seed)
+    ops = TritonOps()
+    ops._wide_mm = False
+    x, w = (torch.randn(n, 576, device="cuda", dtype=torch.bfloat16) for n in (37, 5003))
+    norm, index = torch.ones(576, device="cuda", dtype=torch.bfloat16), torch.arange(37, device="cuda").int()
+    last, logits = torch.empty_like(x), torch.empty(37, 5003, device="cuda")
+    ops.norm_head(x, index, norm, EPS, w, last=last, logits=logits)
+    assert_near(logits, last.double() @ w.double().t(), 1e-5)
+
+
+@contextmanager
+def no_allocation() -> Iterator[None]:
+    """Fail if anything inside asks the caching allocator for memory."""
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    yield
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+
+
+@pytest.mark.parametrize("variant", list(SamplerVariant))
+@pytest.mark.parametrize("kind", [StepKind.DECODE, StepKind.MIXED])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_capture_allocates_nothing_and_replays_the_same_bits(
+    seed: int, dtype: torch.dtype, kind: StepKind, variant: SamplerVariant
+) -> None:
+    pytest.importorskip("ostinato.ops.triton.sampling")
+    ops, shape = TritonOps(), AttentionShape(9, 3, 64)
+    world = standard(seed, shape, kind, device="cuda", dtype=dtype, **SIZES)
+    words = ops.sampler_words(world.batch.num_seqs, SIZES["vocab"])
+    scratch = replace(world.scratch, sampler=torch.zeros(words, dtype=torch.int32, device="cuda"))
+    world = replace(world, scratch=scratch)
+    weights = Weights.make(seed, world)
+    batch = world.batch
+    batch.static.temperature.fill_(0.7)
+    batch.static.top_p.fill_(0.9)
+    batch.static.repetition_penalty.fill_(1.1)
+    batch.state.output_counts.clamp_(max=3)
+    changes = [*world.buffers.tensors().values(), *world.cache]
+    saved = [tensor.clone() for tensor in changes]
+    results = [getattr(scratch, f.name) for f in fields(Scratch) if f.name not in ("attention", "sampler")]
+
+    def restore() -> None:
+        for tensor, value in zip(changes, saved, strict=True):
+            tensor.copy_(value)
+        for tensor in results:
+            tensor.fill_(float("nan") if tensor.is_floating_point() else ABSURD)
+        scratch.attention.fill_(float("nan"))
+        torch.cuda.synchronize()
+
+    def step() -> None:
+        view = forward(ops, world, weights)
+        ops.sample(
+            scratch.logits, batch.rows, view.seq_lens, batch.static, batch.state,
+            variant=variant, workspace=scratch.sampler, out=scratch.tokens,
+        )  # fmt: skip
+        ops.advance(batch, view, scratch.tokens)
+
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()  # cuBLAS makes a workspace for each stream, at the first call on it
+    with torch.cuda.stream(stream):
+        step()
+        restore()
+        with no_allocation():
+            step()
+    torch.cuda.synchronize()
+    eager = [tensor.clone() for tensor in (*results, *changes)]
+
+    restore()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream), no_allocation():
+        step()
+    for _ in range(2):
+        restore()
+        graph.replay()
+        torch.cuda.synchronize()
+        for actual, expected in zip((*results, *changes), eager, strict=True):
+            same = (actual == expected) | ((actual != actual) & (expected != expected))
+            assert same.all()

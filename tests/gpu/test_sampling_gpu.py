@@ -1,0 +1,238 @@
+"""The sampling kernels on a real GPU: at real vocabularies, inside a captured graph, and how long they take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from ostinato.inputs import FLAG_LOGPROBS
+from ostinato.ops.triton import sampling as kernels
+from ostinato.sampling import philox_uniform, prompt_logprobs
+from ostinato.types import SamplerVariant
+
+from ..unit.test_sampling import (
+    assert_is_draw,
+    full_case,
+    make_inputs,
+    make_state,
+    reference_probabilities,
+    row_params,
+    run,
+)
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
+
+GREEDY, SAMPLE, FULL = SamplerVariant.GREEDY, SamplerVariant.SAMPLE, SamplerVariant.FULL
+VOCABS = [49152, 128256]
+
+
+class OnDevice:
+    """One call's tensors on the GPU. `call` is what a graph captures; `reset` puts the logits back."""
+
+    def __init__(
+        self,
+        logits: torch.Tensor,
+        rows: torch.Tensor,
+        positions: torch.Tensor,
+        inputs: SimpleNamespace,
+        state: SimpleNamespace,
+        variant: SamplerVariant,
+    ) -> None:
+        self.original = logits.cuda()
+        self.logits = self.original.clone()
+        self.rows = rows.cuda().to(torch.int32)
+        self.positions = positions.cuda().to(torch.int32)
+        self.inputs = SimpleNamespace(**{k: v.cuda() for k, v in vars(inputs).items()})
+        self.state = SimpleNamespace(**{k: v.cuda() for k, v in vars(state).items()})
+        self.variant = variant
+        num, vocab = logits.shape
+        self.out = torch.full((num,), -9, dtype=torch.int32, device="cuda")
+        words = kernels.scratch_words(num, vocab, variant)
+        self.scratch = torch.full((words,), -1431655766, dtype=torch.int32, device="cuda")
+
+    def reset(self) -> None:
+        self.logits.copy_(self.original)
+
+    def call(self) -> None:
+        kernels.sample(
+            self.logits,
+            self.rows,
+            self.positions,
+            self.inputs,  # type: ignore[arg-type]
+            self.state,  # type: ignore[arg-type]
+            variant=self.variant,
+            out=self.out,
+            scratch=self.scratch,
+        )
+
+    def tokens(self) -> list[int]:
+        self.reset()
+        self.call()
+        return self.out.tolist()
+
+
+def sample_case(
+    n: int, vocab: int, scale: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, SimpleNamespace, SimpleNamespace]:
+    """Mixed filters, ties, holes; the last row is padding full of NaN."""
+    g = torch.Generator().manual_seed(vocab + n)
+    i = torch.arange(n)
+    inputs = make_inputs(
+        n,
+        vocab,
+        temperature=torch.where(i % 8 == 7, 0.0, 0.5 + 0.1 * (i % 10)),
+        top_p=torch.where(i % 2 == 1, 0.95 - 0.05 * (i % 6), 1.0),
+        top_k=torch.where(i % 3 == 2, 20 + 700 * i, 0),
+        min_p=torch.where(i % 5 == 4, 0.01, 0.0),
+    )
+    inputs.seed[:] = torch.randint(-(2**31), 2**31, (n, 2), generator=g)
+    logits = torch.randn(n, vocab, generator=g) * scale
+    logits[:, ::11] = logits[:, :1].clone()
+    logits[1::4, ::2] = -torch.inf
+    rows = torch.randperm(n, generator=g).to(torch.int32)
+    rows[-1] = -1
+    logits[-1] = torch.nan
+    return logits, rows, i.to(torch.int32) * 77, inputs, make_state(n, vocab)
+
+
+@pytest.mark.parametrize("vocab", [*VOCABS, 151936, 262208, 50257])
+def test_greedy(vocab: int) -> None:
+    g = torch.Generator().manual_seed(vocab)
+    logits = torch.randint(-1000, 1000, (9, vocab), generator=g).float()
+    logits[1, :100] = torch.nan
+    logits[2] = -torch.inf
+    logits[3] = torch.nan
+    rows = torch.tensor([0] * 8 + [-1], dtype=torch.int32)
+    inputs, state = make_inputs(1, vocab), make_state(9, vocab)
+    device = OnDevice(logits, rows, torch.arange(9), inputs, state, GREEDY)
+    assert device.tokens() == run(logits, inputs, rows=rows, variant=GREEDY)
+
+
+@pytest.mark.parametrize("vocab", VOCABS)
+@pytest.mark.parametrize("scale", [0.05, 1.0, 4.0])
+def test_sample_equals_the_cpu(vocab: int, scale: float) -> None:
+    n = 33
+    logits, rows, positions, inputs, state = sample_case(n, vocab, scale)
+    expected = run(logits, inputs, rows=rows, positions=positions)
+    tokens = OnDevice(logits, rows, positions, inputs, state, SAMPLE).tokens()
+    # exp differs in its last bit: the rare other token has to be one that rounding explains.
+    different = [s for s in range(n) if tokens[s] != expected[s]]
+    assert len(different) <= 1
+    uniforms = philox_uniform(inputs.seed[rows.long()], positions).tolist()
+    for s in different:
+        p = reference_probabilities(logits[s], **row_params(inputs, int(rows[s])))
+        assert_is_draw(tokens[s], p, uniforms[s])
+
+
+@pytest.mark.parametrize("vocab", VOCABS)
+def test_full_equals_the_cpu(vocab: int) -> None:
+    n = 12
+    logits, rows, positions, inputs, state = full_case(n, vocab, vocab, scale=4.0)
+    rows[3] = -1
+    logits[3] = torch.nan
+    device = OnDevice(logits, rows, positions, inputs, state, FULL)
+    tokens = device.tokens()
+    expected = run(logits, inputs, rows=rows, positions=positions, state=state, variant=FULL)
+    assert sum(a != b for a, b in zip(tokens, expected, strict=True)) <= 1
+    same = torch.tensor([a == b for a, b in zip(tokens, expected, strict=True)])
+    assert torch.equal(device.state.logprob_ids.cpu()[same], state.logprob_ids[same])
+    assert torch.equal(device.state.logprob_rank.cpu()[same], state.logprob_rank[same])
+    torch.testing.assert_close(
+        device.state.logprob_values.cpu()[same], state.logprob_values[same], rtol=1e-5, atol=1e-4
+    )
+    assert torch.equal(device.state.output_counts.cpu(), state.output_counts)
+
+
+def test_prompt_logprobs_equal_the_cpu() -> None:
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(40, 49152, generator=g) * 3
+    logits[:20] = logits[:20].round()
+    targets = torch.randint(0, 49152, (40,), generator=g).to(torch.int32)
+    values, ids, rank = prompt_logprobs(logits, targets)
+    on_gpu = prompt_logprobs(logits.cuda(), targets.cuda())
+    torch.testing.assert_close(on_gpu[0].cpu(), values, rtol=1e-5, atol=1e-4)
+    assert torch.equal(on_gpu[1].cpu(), ids)
+    assert torch.equal(on_gpu[2].cpu(), rank)
+
+
+def test_a_token_does_not_depend_on_the_batch() -> None:
+    logits, rows, positions, inputs, state = sample_case(33, 49152, 2.0)
+    together = OnDevice(logits, rows, positions, inputs, state, SAMPLE).tokens()
+    for s in (0, 5, 17, 31):
+        one = slice(s, s + 1)
+        alone = OnDevice(logits[one], rows[one], positions[one], inputs, state, SAMPLE)
+        assert alone.tokens() == [together[s]]
+
+
+def capture(call: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    """`call` as a graph; it must not have asked the allocator for anything."""
+    call()  # loads every kernel
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        before = torch.cuda.memory_stats()["allocation.all.allocated"]
+        call()
+        after = torch.cuda.memory_stats()["allocation.all.allocated"]
+    assert after == before, "capture allocated"
+    return graph
+
+
+@pytest.mark.parametrize("vocab", VOCABS)
+@pytest.mark.parametrize("variant", list(SamplerVariant))
+def test_captured(vocab: int, variant: SamplerVariant) -> None:
+    """A replay reads what the buffers hold by then: other logits, positions, parameters, padding."""
+    logits, rows, positions, inputs, state = full_case(6, vocab, 1, scale=4.0)
+    rows[2] = -1
+    captured = OnDevice(logits, rows, positions, inputs, state, variant)
+    graph = capture(captured.call)
+    other = full_case(6, vocab, 2, scale=4.0)
+    other[1][4] = -1
+    other[0][4] = torch.nan
+    eager = OnDevice(*other, variant)
+    captured.logits.copy_(eager.original)
+    captured.rows.copy_(eager.rows)
+    captured.positions.copy_(eager.positions)
+    for mine, theirs in ((captured.inputs, eager.inputs), (captured.state, eager.state)):
+        for name, value in vars(theirs).items():
+            getattr(mine, name).copy_(value)
+    graph.replay()
+    assert captured.out.tolist() == eager.tokens()
+    for name, value in vars(eager.state).items():
+        assert torch.equal(getattr(captured.state, name), value), name
+    captured.scratch.fill_(1234567)  # means nothing between steps
+    captured.reset()
+    captured.logits.copy_(eager.original)
+    graph.replay()
+    assert captured.out.tolist() == eager.out.tolist()
+
+
+@pytest.mark.parametrize("variant", list(SamplerVariant))
+@pytest.mark.parametrize("num", [1, 32])
+def test_time(variant: SamplerVariant, num: int, record_property: Callable[[str, object], None]) -> None:
+    """Microseconds a replay at 128256 tokens, every filter on; printed, with a loose bound for one row."""
+    vocab = 128256
+    logits = torch.randn(num, vocab, generator=torch.Generator().manual_seed(0)) * 2
+    inputs = make_inputs(num, vocab, temperature=0.8, top_p=0.95, top_k=1000, flags=FLAG_LOGPROBS)
+    device = OnDevice(logits, torch.arange(num), torch.arange(num), inputs, make_state(num, vocab), variant)
+    graph = capture(device.call)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    for _ in range(5):
+        graph.replay()
+    start.record()
+    for _ in range(50):
+        graph.replay()
+    end.record()
+    end.synchronize()
+    microseconds = start.elapsed_time(end) * 1000 / 50
+    record_property("microseconds", microseconds)
+    print(f"{variant.name} num_seqs={num} vocab={vocab}: {microseconds:.1f} us")  # noqa: T201
+    if num == 1:
+        assert microseconds < {GREEDY: 40, SAMPLE: 200, FULL: 400}[variant]
