@@ -66,10 +66,11 @@ class BlockAllocator:
         """Rises whenever a block may have become free: nothing fits better before that."""
         self.num_evictions = 0
         self._refs = [0] * num_blocks
-        self._blank = list(range(num_blocks - 1, GUARD_BLOCK, -1))  # a stack; low numbers first
+        self._blank: list[int] = []  # a stack; low numbers first
         self._cached: OrderedDict[int, None] = OrderedDict()  # free but findable, oldest first
         self._block_of: dict[int, int] = {}
         self._hash_of: dict[int, int] = {}
+        self.reset()
 
     @property
     def num_usable(self) -> int:
@@ -166,6 +167,15 @@ class BlockAllocator:
         self._hash_of.clear()
         self._blank.extend(reversed(self._cached))
         self._cached.clear()
+        self.num_releases += 1
+
+    def reset(self) -> None:
+        """Everything is free and nothing is cached, whoever uses it."""
+        self._refs = [0] * self.num_blocks
+        self._blank = list(range(self.num_blocks - 1, GUARD_BLOCK, -1))
+        self._cached.clear()
+        self._block_of.clear()
+        self._hash_of.clear()
         self.num_releases += 1
 
     def check(self, live: Iterable[Sequence[int]]) -> None:

@@ -223,13 +223,31 @@ class Scheduler:
         self._finish(entry, reason)
         return entry.request
 
-    def reset(self, reason: FinishReason) -> list[Request]:
-        """End every request and forget what is in flight: a step failed, so no result will come."""
-        ended = [entry.request for entry in self._entries.values()]
+    def reset(self, reason: FinishReason = FinishReason.ABORT) -> list[Request]:
+        """End every request and forget what is in flight and what is cached: a step failed.
+
+        Holds from whatever state an exception left behind, so nothing is taken back one by one.
+        Every device row leaves with the next schedule, as nobody knows which were written.
+
+        Returns:
+            The requests that this ended, by arrival.
+        """
+        ended = self.unfinished
         for request in ended:
-            self.abort(request.request_id, reason)
-        self._inflight.clear()
-        self.allocator.reset_cache()  # what the failed steps wrote is not to be trusted
+            request.status = RequestStatus.FINISHED
+            request.finish_reason = request.finish_reason or reason
+            request.row = -1
+            request.blocks = []
+            request.num_launched = request.num_computed = 0
+            request.on_device = False
+        for container in (self._entries, self._running, self._waiting, self._inflight):
+            container.clear()
+        self._computing.clear()
+        self._passed_over.clear()
+        self._blocked = None
+        self._free_rows = list(range(self.config.max_num_seqs))
+        self._stale_rows = set(self._free_rows)
+        self.allocator.reset()
         return ended
 
     def reset_prefix_cache(self) -> bool:
@@ -607,9 +625,9 @@ class Scheduler:
         request = entry.request
         if request.status is RequestStatus.RUNNING:
             self._vacate(entry)
-        del self._entries[request.request_id]
         request.status = RequestStatus.FINISHED
         request.finish_reason = reason
+        del self._entries[request.request_id]  # last: an interrupt in between loses no request
 
 
 def _keep_logprobs(request: Request, token: int, result: tuple[Logprob, TokenLogprobs] | None) -> None:

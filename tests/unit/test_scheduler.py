@@ -315,7 +315,7 @@ class Engine:
     def launch(self):
         """One schedule on the device, or None."""
         before = {r.request_id: (r.num_tokens, r.num_launched) for r in self.requests if not r.finished}
-        preemptions = self.scheduler.num_preemptions
+        preemptions, running = self.scheduler.num_preemptions, self.scheduler.running
         schedule = self.scheduler.schedule()
         self.scheduler.check()
         for request in self.requests:
@@ -328,6 +328,9 @@ class Engine:
         assert json.loads(json.dumps(schedule.to_json()))["step"] == schedule.step == len(self.schedules)
         self.check_schedule(schedule, before)
         self.check_order(schedule)
+        lost = [self.requests.index(r) for r in running if r.status is RequestStatus.WAITING]
+        kept = [self.requests.index(r) for r in running if r.status is RequestStatus.RUNNING]
+        assert not lost or min(lost) > max(kept), "preempted an earlier request than one that goes on"
         self.inflight.append((schedule, self.device.run(schedule)))
         on_device = {row: (state.request, state.epoch) for row, state in self.device.rows.items()}
         assert on_device == {r.row: (r, r.epoch) for r in self.scheduler.running}, "device rows differ"
@@ -409,6 +412,10 @@ class Engine:
         changed = self.scheduler.commit(schedule, result)
         assert [r.request_id for r in changed] == live
         self.scheduler.check()
+        for r in schedule.rows if self.world.caching else ():
+            if r.epoch == r.request.epoch and not r.request.finished:
+                full = (r.start + r.length) // self.config.block_size
+                assert self.scheduler._entries[r.request.request_id].registered == full
         for request in changed:
             if request.finished:
                 assert (request.row, request.blocks, request.num_launched) == (-1, [], 0)
@@ -973,6 +980,30 @@ def test_the_prefix_cache_is_reset_only_when_nothing_runs():
     assert engine.requests[-1].num_cached_tokens == 0
 
 
+@pytest.mark.parametrize("lag", [0, 3])
+def test_reset_ends_everything_and_leaves_a_working_scheduler(lag):
+    prompt = tuple(range(9))
+    engine, requests = make(*(Spec(prompt, seed=i) for i in range(6)), max_num_seqs=3, lag=lag)
+    for _ in range(3):
+        engine.step()
+    engine.launch()
+    engine.allocator.allocate(1)  # as if an interrupt came before the block reached its request
+    assert engine.scheduler.reset(FinishReason.ERROR) == requests
+    assert {r.finish_reason for r in requests} == {FinishReason.ERROR}
+    engine.inflight.clear()
+    engine.check_idle()
+    assert engine.allocator.num_cached == 0
+    spec = Spec(prompt)
+    engine.add(spec.request("0"))
+    schedule = engine.scheduler.schedule()
+    assert (schedule.rows[0].row, schedule.leaves) == (0, (1, 2))
+    engine.device.rows = {row: Row(requests[0], 0) for row in schedule.leaves}
+    engine.inflight.append((schedule, engine.device.run(schedule)))
+    engine.schedules = [None] * (schedule.step + 1)
+    engine.finish()
+    assert engine.requests[-1].output_token_ids == run_alone(spec.request("x")).output_token_ids
+
+
 def test_a_queue_that_cannot_move_costs_nothing(monkeypatch):
     """The head does not fit: it is looked up again only after blocks were released."""
     specs = [Spec((1,) * 30, max_tokens=9), *(Spec((i,) * 30, max_tokens=9) for i in range(2, 200))]
@@ -995,8 +1026,7 @@ def test_a_prompt_takes_blocks_from_a_later_decode_of_the_same_step():
         Spec((*shared, *range(20)), max_tokens=3, seed=1),
         Spec((1,), max_tokens=25, logprobs=1),
     ]
-    engine, requests = make(*specs, num_blocks=11, max_num_seqs=3, budget=12, blocks_ahead=1, lag=0)
-    engine.scheduler.config = replace(engine.config, max_num_batched_tokens=12)
+    engine, requests = make(*specs, num_blocks=10, max_num_seqs=3, budget=12, blocks_ahead=1, lag=0)
     engine.step()
     engine.step()
     engine.config = engine.scheduler.config = replace(engine.config, max_num_batched_tokens=3)

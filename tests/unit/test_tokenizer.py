@@ -515,6 +515,26 @@ def test_spm_byte_runs_stream() -> None:
     assert sink.finish() == SPM.decode(ids) == SPM._library.decode(ids)
 
 
+def test_window_holds_back_part_of_a_character() -> None:
+    """Another decoder with byte fallback: decoded by windows, and never shows half a character."""
+    vocab = {f"<0x{b:02X}>": b for b in range(256)} | {"a": 256, "z": 257}
+    library = RustTokenizer(models.BPE(vocab, [], byte_fallback=True))
+    library.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer = Tokenizer(library, source="test")
+    assert tokenizer._to_bytes is None
+    ids = [256, *"日🎉".encode(), 257]
+    assert _run(tokenizer, ids, SamplingParams())[0] == "a日🎉z" == tokenizer.decode(ids)
+    sink = tokenizer.stream(SamplingParams())
+    seen = [sink.text for token in ids if sink.push(token) is None]
+    assert not any("\ufffd" in text for text in seen)
+    # Bytes that never become a character are shown after a while.
+    sink = tokenizer.stream(SamplingParams())
+    for _ in range(100):
+        sink.push(0xFF)
+    assert 80 < len(sink.text) <= 100
+    assert sink.finish() == "\ufffd" * 100
+
+
 def test_spm_keeps_the_space_after_a_prompt() -> None:
     ids = SPM.encode("hello", add_special_tokens=False)
     prompt = SPM.encode("the")

@@ -106,6 +106,21 @@ def test_sample(vocab: int, scale: float) -> None:
     assert_same(logits, inputs, rows=range(n), positions=torch.arange(n) * 1000)
 
 
+def test_one_token_more_or_less_would_show() -> None:
+    """Few nearly equal tokens are kept, so that a threshold one off changes most draws."""
+    vocab, n = 40, 16
+    g = torch.Generator().manual_seed(1)
+    i = torch.arange(n)
+    inputs = make_inputs(
+        n,
+        vocab,
+        top_k=torch.where(i % 2 == 0, 1 + i // 2, 0),
+        top_p=torch.where(i % 2 == 1, 0.01 + 0.025 * (i // 2), 1.0),
+        seed=torch.randint(-(2**31), 2**31, (n, 2), generator=g),
+    )
+    assert_same(torch.randn(n, vocab, generator=g) * 0.01, inputs, rows=range(n))
+
+
 def test_sample_ties_at_every_threshold() -> None:
     vocab, n = 1500, 4
     g = torch.Generator().manual_seed(0)

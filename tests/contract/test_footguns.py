@@ -1,0 +1,172 @@
+"""What goes wrong with captured graphs elsewhere, pinned: each must be caught here.
+
+Most break the contract on purpose and expect the strict runner to say which line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ostinato import LLM, SamplingParams
+from ostinato.errors import StrictError
+from ostinato.graphs.strict import StrictRunner
+from ostinato.inputs import Batch
+from ostinato.kv_cache import GUARD_BLOCK
+from tests.integration.conftest import tiny  # noqa: F401  # a fixture
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=10, ignore_eos=True)
+
+
+@pytest.fixture
+def llm(tiny: Callable[[str], tuple[Path, Any]]) -> Iterator[LLM]:  # noqa: F811
+    made = LLM(str(tiny("llama3")[0]), skip_tokenizer_init=True, strict=True, max_num_seqs=8, max_num_batched_tokens=64)
+    yield made
+    made.close()
+
+
+def run(llm: LLM, count: int = 3) -> list[list[int]]:
+    prompts = [[5 + i, 6, 7] for i in range(count)]
+    return [o.outputs[0].token_ids for o in llm.generate(prompts, GREEDY, use_tqdm=False)]
+
+
+def before_each_step(llm: LLM, monkeypatch: pytest.MonkeyPatch, change: Callable[[Batch], Batch]) -> None:
+    runner = llm.engine.runner
+    original = runner.run
+    monkeypatch.setattr(runner, "run", lambda batch: original(change(batch)))
+
+
+def around_advance(llm: LLM, monkeypatch: pytest.MonkeyPatch, extra: Callable[[Batch], None]) -> None:
+    """Let the step do something more at its end."""
+    ops = llm.engine.runner.eager.program.ops
+    original = ops.advance
+
+    def advance(batch: Batch, view: Any, tokens: torch.Tensor) -> None:
+        original(batch, view, tokens)
+        extra(batch)
+
+    monkeypatch.setattr(ops, "advance", advance)
+
+
+def test_the_strict_runner_is_on(llm: LLM) -> None:
+    assert isinstance(llm.engine.runner, StrictRunner)
+    assert len(run(llm)) == 3
+
+
+def test_poisoned_padding_changes_no_token(llm: LLM, tiny: Callable[[str], tuple[Path, Any]]) -> None:  # noqa: F811
+    """5 rows padded to 8, with NaN all around, against no padding at all."""
+    plain = LLM(str(tiny("llama3")[0]), skip_tokenizer_init=True, max_num_seqs=8, max_num_batched_tokens=64)
+    assert llm.engine.plan.pad_seqs(5) == 8
+    assert plain.engine.plan.pad_seqs(5) == 5
+    assert run(llm, 5) == run(plain, 5)
+
+
+def test_a_buffer_that_moved(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(llm)
+    grown = torch.zeros_like(llm.engine.buffers.state.emitted)
+    original = llm.engine.buffers.state.emitted
+
+    def moved(batch: Batch) -> Batch:
+        original.data = grown  # the same object, other memory: what growing a buffer in place does
+        return batch
+
+    before_each_step(llm, monkeypatch, moved)
+    with pytest.raises(StrictError, match="'emitted' moved"):
+        run(llm)
+
+
+def test_a_batch_outside_the_buffers(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    before_each_step(llm, monkeypatch, lambda batch: replace(batch, rows=batch.rows.clone()))
+    with pytest.raises(StrictError, match=r"batch\.rows lies in no registered buffer"):
+        run(llm)
+
+
+def test_a_view_at_another_place_of_the_buffer(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(llm)
+    static = llm.engine.buffers.static
+
+    def shifted(batch: Batch) -> Batch:
+        return replace(batch, samples=static.samples[1 : 1 + batch.num_seqs]) if batch.decode else batch
+
+    before_each_step(llm, monkeypatch, shifted)
+    with pytest.raises(StrictError, match=r"batch\.samples is .* the key's first step had"):
+        run(llm)
+
+
+def test_a_value_that_changed_without_being_in_the_key(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(llm)
+    before_each_step(llm, monkeypatch, lambda batch: replace(batch, block_size=8))
+    with pytest.raises(StrictError, match="block_size.*without being part of the key"):
+        run(llm)
+
+
+def test_a_padded_row_that_writes(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = llm.engine.runner.eager.program.cache
+    around_advance(llm, monkeypatch, lambda batch: cache.data[0, 0, GUARD_BLOCK, 0].fill_(0.0))
+    with pytest.raises(StrictError, match="guard block"):
+        run(llm)
+
+
+def test_a_step_that_advances_a_row_it_should_not(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = llm.engine.buffers.state
+    around_advance(llm, monkeypatch, lambda batch: state.position.add_(1))
+    with pytest.raises(StrictError, match="rows that did not run"):
+        run(llm)
+
+
+def test_a_step_that_forgets_to_emit(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The previous step's output is clobbered, so a stale result cannot pass for a fresh one."""
+    monkeypatch.setattr(llm.engine.runner.eager.program.ops, "advance", lambda batch, view, tokens: None)
+    with pytest.raises(StrictError, match="out of range"):
+        run(llm)
+
+
+def test_scratch_means_nothing_between_steps(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An op that reads what an earlier step left behind gets NaN instead."""
+    ops = llm.engine.runner.eager.program.ops
+    embed = ops.embed
+    calls = []
+
+    def lazy(ids: torch.Tensor, table: torch.Tensor, out: torch.Tensor) -> None:
+        calls.append(out)
+        if len(calls) == 1:
+            embed(ids, table, out)
+
+    monkeypatch.setattr(ops, "embed", lazy)
+    assert run(llm, 1) != run_fresh(llm, monkeypatch, ops, embed)
+
+
+def run_fresh(llm: LLM, monkeypatch: pytest.MonkeyPatch, ops: Any, embed: Any) -> list[list[int]]:
+    monkeypatch.setattr(ops, "embed", embed)
+    return run(llm, 1)
+
+
+def test_a_kept_output_is_not_overwritten_by_the_next_step(llm: LLM) -> None:
+    """Results are copied out of the static buffers: a caller may keep them."""
+    first = llm.generate([[5, 6, 7]], SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True, logprobs=2), use_tqdm=False)
+    kept = (list(first[0].outputs[0].token_ids), [dict(p) for p in first[0].outputs[0].logprobs or []])
+    run(llm)
+    assert (first[0].outputs[0].token_ids, first[0].outputs[0].logprobs) == kept
+
+
+def test_results_in_flight_have_slots_of_their_own(tiny: Callable[[str], tuple[Path, Any]]) -> None:  # noqa: F811
+    """Three steps in flight: the ring must be deeper, or a result is overwritten before it is read."""
+    llm = LLM(str(tiny("llama3")[0]), skip_tokenizer_init=True, strict=True, pipeline_depth=3, max_num_seqs=8, max_num_batched_tokens=64)
+    slow = [p for p in run(llm, 5)]
+    llm2 = LLM(str(tiny("llama3")[0]), skip_tokenizer_init=True, strict=True, pipeline_depth=1, max_num_seqs=8, max_num_batched_tokens=64)
+    assert slow == run(llm2, 5)
+    ring = llm.engine.runner.eager._ring
+    assert len(ring._slots) == 4
+
+
+def test_an_idle_rows_garbage_has_no_effect(llm: LLM) -> None:
+    """Rows that requests left hold NaN parameters and guard blocks; later requests see none of it."""
+    alone = run(llm, 1)
+    run(llm, 7)
+    assert run(llm, 1) == alone
+    assert torch.isnan(llm.engine.buffers.static.temperature).any()

@@ -1,0 +1,105 @@
+"""SamplingParams and Request."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+
+from ostinato import SamplingParams
+from ostinato.errors import OstinatoError, SamplingParamsError, UnknownOptionError
+from ostinato.types import MAX_LOGIT_BIAS, Request, SamplerVariant
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("n", 0), ("n", 1.5), ("n", True),
+        ("temperature", -0.1), ("temperature", math.nan), ("temperature", math.inf), ("temperature", "hot"),
+        ("top_p", 0.0), ("top_p", 1.1), ("top_p", math.nan), ("top_p", None),
+        ("top_k", -2), ("top_k", 0.5),
+        ("min_p", -0.1), ("min_p", 1.1), ("min_p", math.nan),
+        ("presence_penalty", 2.1), ("presence_penalty", math.nan), ("frequency_penalty", -2.1),
+        ("repetition_penalty", 0.0), ("repetition_penalty", math.inf),
+        ("seed", 2**63), ("seed", "one"),
+        ("max_tokens", 0), ("max_tokens", 1.0), ("min_tokens", -1), ("min_tokens", 17),
+        ("logprobs", 21), ("logprobs", -1), ("prompt_logprobs", 21),
+        ("stop", [""]), ("stop", [1]), ("bad_words", [""]),
+        ("stop_token_ids", [-1]), ("stop_token_ids", ["a"]),
+        ("allowed_token_ids", []), ("allowed_token_ids", [-5]),
+        ("logit_bias", {"x": 1.0}), ("logit_bias", {1: math.nan}), ("logit_bias", [1]),
+        ("logit_bias", dict.fromkeys(range(MAX_LOGIT_BIAS + 1), 1.0)),
+        ("ignore_eos", 1), ("detokenize", "no"), ("skip_special_tokens", None), ("output_kind", "delta"),
+    ],
+)  # fmt: skip
+def test_a_bad_value_is_refused_by_name(name: str, value: Any) -> None:
+    with pytest.raises(SamplingParamsError, match=name) as caught:
+        SamplingParams(**{name: value})
+    assert isinstance(caught.value, (OstinatoError, ValueError))
+
+
+def test_stop_strings_need_text() -> None:
+    with pytest.raises(SamplingParamsError, match="stop_token_ids instead"):
+        SamplingParams(stop="x", detokenize=False)
+
+
+@pytest.mark.parametrize(("wrong", "right"), [("temprature", "temperature"), ("max_token", "max_tokens"), ("topp", "top_p")])
+def test_an_unknown_field_names_the_nearest(wrong: str, right: str) -> None:
+    with pytest.raises(UnknownOptionError, match=right):
+        SamplingParams.from_dict({wrong: 1})
+
+
+def test_best_of_is_refused_by_name() -> None:
+    with pytest.raises(UnknownOptionError, match="best_of"):
+        SamplingParams.from_dict({"best_of": 2})
+    with pytest.raises(TypeError, match="best_of"):
+        SamplingParams(best_of=2)  # type: ignore[call-arg]
+
+
+def test_json_keys_of_a_bias_become_token_ids() -> None:
+    assert SamplingParams.from_dict(json.loads('{"logit_bias": {"5": 1}}')).logit_bias == {5: 1.0}
+
+
+def test_later_changes_of_the_callers_list_change_nothing() -> None:
+    stop = ["a"]
+    params = SamplingParams(stop=stop)
+    stop.append("b")
+    assert params.stop_strings == ("a",)
+    assert SamplingParams(stop="a").stop_strings == ("a",)
+
+
+@pytest.mark.parametrize(
+    ("changes", "variant"),
+    [
+        ({"temperature": 0.0}, SamplerVariant.GREEDY),
+        ({}, SamplerVariant.SAMPLE),
+        ({"top_k": 5, "top_p": 0.5, "min_p": 0.1}, SamplerVariant.SAMPLE),
+        ({"logprobs": 0}, SamplerVariant.FULL),
+        ({"temperature": 0.0, "presence_penalty": 0.1}, SamplerVariant.FULL),
+        ({"min_tokens": 1}, SamplerVariant.FULL),
+        ({"bad_words": ["x"]}, SamplerVariant.FULL),
+        ({"allowed_token_ids": [1]}, SamplerVariant.FULL),
+        ({"logit_bias": {1: 1.0}}, SamplerVariant.FULL),
+    ],
+)
+def test_the_smallest_sampler_that_serves(changes: dict[str, Any], variant: SamplerVariant) -> None:
+    assert SamplingParams(**changes).sampler_variant is variant
+
+
+def test_tokens_by_position_cross_from_prompt_to_output() -> None:
+    r = Request("r", "r", (1, 2, 3), SamplingParams(), frozenset(), 16, 0)
+    r.output_token_ids = [4, 5, 6]
+    whole = (1, 2, 3, 4, 5, 6)
+    for start in range(7):
+        for stop in range(start, 7):
+            assert r.token_ids(start, stop) == whole[start:stop]
+
+
+def test_bad_words_ban_the_token_that_would_complete_them() -> None:
+    r = Request("r", "r", (1, 2), SamplingParams(), frozenset(), 16, 0, bad_word_ids=((9,), (2, 3), (1, 2, 7), (5, 6)))
+    assert r.banned_next() == (9, 3, 7)
+    assert r.host_dependent
+    r.output_token_ids = [5]
+    assert r.banned_next() == (9, 6)
