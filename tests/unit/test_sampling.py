@@ -498,6 +498,8 @@ def test_padding_changes_nothing(variant: SamplerVariant) -> None:
     alone.output_counts, alone.prompt_mask = state.output_counts, state.prompt_mask
     expected = run(logits, inputs, rows=rows, positions=positions, state=alone, variant=variant)
     pad = torch.full((3, vocab), float("nan"))
+    pad[1, 5] = 1.0
+    pad[2] = torch.arange(float(vocab))
     padded = make_state(n + 3, vocab)
     padded.output_counts[:n], padded.prompt_mask[:n] = state.output_counts, state.prompt_mask
     before = {k: v.clone() for k, v in vars(padded).items()}

@@ -127,6 +127,7 @@ def test_sample_ties_at_every_threshold() -> None:
     logits = (torch.randn(n, vocab, generator=g) * 2).round()
     logits[:, ::5] *= -0.0
     inputs = make_inputs(n, vocab, top_k=torch.arange(n) * 200, top_p=torch.linspace(0.3, 1, n))
+    inputs.min_p[n - 1] = 1.0  # only the largest, at exactly this share
     assert_same(logits, inputs, rows=range(n))
 
 

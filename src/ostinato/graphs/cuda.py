@@ -86,12 +86,12 @@ class CudaGraphRunner:
 
     def _record(self, batch: Batch) -> CapturedGraph:
         graph = torch.cuda.CUDAGraph()
-        allocated = _allocations()
         collecting = gc.isenabled()
         gc.disable()  # a collection during capture may free CUDA memory, which capture forbids
         begin = time.perf_counter()
         try:
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            allocated = _allocations()  # from here on: beginning itself registers torch's random state
             try:
                 self._program(batch)
             except BaseException:

@@ -2,7 +2,7 @@
 
 The header is read here rather than by `gguf.GGUFReader`, which builds one numpy array for each
 of a vocabulary's strings (seconds at start-up) and trusts every length it finds; a test holds
-the two equal. Quantised blocks are decoded by the `gguf` package, the commonest types by torch
+the two equal. Quantised blocks are decoded by the `gguf` package, the commonest types by faster
 code that a test holds equal to it, bit for bit.
 
 Little-endian files of version 2 and 3. No I-quants, no split files. torch is imported only
@@ -24,7 +24,9 @@ from ..errors import CheckpointError, UnsupportedModelError
 from .checkpoint import Checkpoint, TensorInfo
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
 
     from ..tokenizer import Tokenizer
 
@@ -470,9 +472,11 @@ class GGUFCheckpoint(Checkpoint):
 
 
 def dequantise(raw: torch.Tensor, kind: str) -> torch.Tensor:
-    """Whole blocks of a quantised type, uint8 [bytes], to float32 [elements]."""
-    if fast := _FAST.get(kind):
-        return fast(raw)
+    """Whole blocks of a quantised type, uint8 [bytes], to float32 [elements].
+
+    numpy on a few threads of our own: torch's would wait for each other at every small
+    operation, which on a busy machine takes many times as long.
+    """
     import gguf
     import numpy as np
     import torch
@@ -480,56 +484,57 @@ def dequantise(raw: torch.Tensor, kind: str) -> torch.Tensor:
     qtype = gguf.GGMLQuantizationType[kind]
     elements, block_bytes = gguf.GGML_QUANT_SIZES[qtype]
     blocks = raw.view(-1, block_bytes).numpy()
-    out = torch.empty(len(blocks), elements, dtype=torch.float32)
+    out = np.empty((len(blocks), elements), np.float32)
+    fast = _FAST.get(kind)
     step = _PART // elements
 
     def decode(start: int) -> None:
         part = slice(start, start + step)
         # Damaged scales are for the model to show, not for numpy to warn about.
         with np.errstate(all="ignore"):
-            # One long row: the library loops in Python over every 16 rows.
-            values = gguf.quants.dequantize(blocks[part].reshape(1, -1), qtype)
-        out[part] = torch.from_numpy(values).view(-1, elements)
+            if fast is not None:
+                fast(blocks[part], out[part])
+            else:
+                # One long row: the library loops in Python over every 16 rows.
+                out[part] = gguf.quants.dequantize(blocks[part].reshape(1, -1), qtype).reshape(-1, elements)
 
     # numpy lets go of the interpreter lock while it computes.
     with ThreadPoolExecutor() as pool:
         list(pool.map(decode, range(0, len(blocks), step)))
-    return out.view(-1)
+    return torch.from_numpy(out).view(-1)
 
 
-def _halves(blocks: torch.Tensor, at: int) -> torch.Tensor:
+def _half(blocks: NDArray[np.uint8], at: int) -> NDArray[np.float32]:
     """The float16 at byte `at` of each block, as float32 [blocks, 1]."""
-    import torch
+    import numpy as np
 
-    return blocks[:, at : at + 2].contiguous().view(torch.float16).float()
+    return np.ascontiguousarray(blocks[:, at : at + 2]).view(np.float16).astype(np.float32)
 
 
-def _q8_0(raw: torch.Tensor) -> torch.Tensor:
+def _q8_0(blocks: NDArray[np.uint8], out: NDArray[np.float32]) -> None:
     """Block of 32: scale f16, 32 int8."""
-    import torch
+    import numpy as np
 
-    blocks = raw.view(-1, 34)
-    return blocks[:, 2:].view(torch.int8).float().mul_(_halves(blocks, 0)).view(-1)
+    np.multiply(blocks[:, 2:].view(np.int8), _half(blocks, 0), out=out)
 
 
-def _q4_0(raw: torch.Tensor) -> torch.Tensor:
+def _q4_0(blocks: NDArray[np.uint8], out: NDArray[np.float32]) -> None:
     """Block of 32: scale f16, 16 bytes with element i low and i + 16 high; zero is 8."""
-    import torch
-
-    blocks = raw.view(-1, 18)
-    nibbles = blocks[:, 2:]
-    values = torch.cat((nibbles & 15, nibbles >> 4), 1).float()
-    return values.sub_(8).mul_(_halves(blocks, 0)).view(-1)
+    _nibbles(blocks[:, 2:], out)
+    out -= 8
+    out *= _half(blocks, 0)
 
 
-def _q4_1(raw: torch.Tensor) -> torch.Tensor:
+def _q4_1(blocks: NDArray[np.uint8], out: NDArray[np.float32]) -> None:
     """Block of 32: scale f16, minimum f16, 16 bytes with element i low and i + 16 high."""
-    import torch
-
-    blocks = raw.view(-1, 20)
-    nibbles = blocks[:, 4:]
-    values = torch.cat((nibbles & 15, nibbles >> 4), 1).float()
-    return values.mul_(_halves(blocks, 0)).add_(_halves(blocks, 2)).view(-1)
+    _nibbles(blocks[:, 4:], out)
+    out *= _half(blocks, 0)
+    out += _half(blocks, 2)
 
 
-_FAST: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"Q8_0": _q8_0, "Q4_0": _q4_0, "Q4_1": _q4_1}
+def _nibbles(packed: NDArray[np.uint8], out: NDArray[np.float32]) -> None:
+    out[:, :16] = packed & 15
+    out[:, 16:] = packed >> 4
+
+
+_FAST: dict[str, Callable[[Any, Any], None]] = {"Q8_0": _q8_0, "Q4_0": _q4_0, "Q4_1": _q4_1}
