@@ -41,6 +41,8 @@ _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 _STRING, _ARRAY = 8, 9
 _PART = 1 << 18
 """Elements that one thread decodes at a time: the intermediates stay in its cache."""
+_INLINE = 16
+"""Parts that are decoded in less time than threads take to start."""
 
 
 @dataclass(frozen=True)
@@ -498,9 +500,14 @@ def dequantise(raw: torch.Tensor, kind: str) -> torch.Tensor:
                 # One long row: the library loops in Python over every 16 rows.
                 out[part] = gguf.quants.dequantize(blocks[part].reshape(1, -1), qtype).reshape(-1, elements)
 
-    # numpy lets go of the interpreter lock while it computes.
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(decode, range(0, len(blocks), step)))
+    starts = range(0, len(blocks), step)
+    if len(starts) <= _INLINE:
+        for start in starts:
+            decode(start)
+    else:
+        # numpy lets go of the interpreter lock while it computes.
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(decode, starts))
     return torch.from_numpy(out).view(-1)
 
 
