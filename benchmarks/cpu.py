@@ -45,7 +45,9 @@ def main() -> None:
     path = resolve(None)
     # The prefix cache would spare ostinato prompts that a round repeats: off, to compare like with like.
     llm = LLM(str(path), max_model_len=512, enable_prefix_caching=False)
-    reference = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
+    reference = AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32
+    ).eval()
     vocab = llm.engine.spec.vocab_size
     rng = random.Random(0)
 
@@ -98,7 +100,13 @@ def main() -> None:
     wanted = (">= 1.0", ">= 1.2", "<= 0.5")
     for (name, sides), bound in zip(found.items(), wanted, strict=True):
         a, b = (statistics.median(sides[side]) for side in ("ostinato", "transformers"))
-        result["rows"][name] = {"ostinato": a, "transformers": b, "ratio": a / b, "wanted": bound, "all": sides}
+        result["rows"][name] = {
+            "ostinato": a,
+            "transformers": b,
+            "ratio": a / b,
+            "wanted": bound,
+            "all": sides,
+        }
         print(f"{name:32} {a:10.2f} {b:13.2f} {a / b:7.2f}  {bound}")
     if args.json:
         args.json.write_text(json.dumps(result, indent=2) + "\n")

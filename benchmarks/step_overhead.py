@@ -28,7 +28,9 @@ def measure(shape: str, repeats: int = 5) -> dict[str, Any]:
 
     from ostinato import LLM, SamplingParams
 
-    llm = LLM(model=shape, load_format="dummy", max_model_len=1024, max_num_seqs=8, max_num_batched_tokens=512)
+    llm = LLM(
+        model=shape, load_format="dummy", max_model_len=1024, max_num_seqs=8, max_num_batched_tokens=512
+    )
     generator = torch.Generator().manual_seed(0)
 
     def seconds(tokens: int) -> float:
@@ -79,7 +81,9 @@ def bare_replay(llm: Any) -> float:
             captured.graph.replay()
         end.record()
         torch.cuda.synchronize()
-        assert int(state.position[0]) == PROMPT + replays, "the row was not live: the figure would be too good"
+        assert int(state.position[0]) == PROMPT + replays, (
+            "the row was not live: the figure would be too good"
+        )
         state.active[0] = 0
         static.enabled[0] = 0
         torch.cuda.synchronize()

@@ -21,7 +21,9 @@ _START = time.perf_counter()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 1 for an error, 130 after Ctrl-C."""
     args = _parser().parse_args(argv)
-    logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="%(name)s: %(message)s")
+    logging.basicConfig(
+        level=logging.INFO if args.verbose else logging.WARNING, format="%(name)s: %(message)s"
+    )
     try:
         return int(args.run(args))
     except OstinatoError as error:
@@ -64,7 +66,9 @@ def _engine_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-model-len", type=int, help="longest prompt plus output, in tokens")
     group.add_argument("--max-num-seqs", type=int, help="most sequences in one step")
     group.add_argument("--max-num-batched-tokens", type=int, help="most tokens in one step")
-    group.add_argument("--gpu-memory-utilization", type=float, default=0.92, help="share of GPU memory to use")
+    group.add_argument(
+        "--gpu-memory-utilization", type=float, default=0.92, help="share of GPU memory to use"
+    )
     group.add_argument("--enforce-eager", action="store_true", help="no CUDA graphs")
     group.add_argument("--verbose", action="store_true", help="log what happens")
 
@@ -149,7 +153,11 @@ def _report(llm: LLM, output: RequestOutput) -> None:
     assert m is not None
     assert m.first_token_time is not None
     assert m.finished_time is not None
-    lines = [f"model        {llm.engine.name}, {llm.engine.config.dtype} on {llm.engine.config.device}".replace("torch.", "")]
+    lines = [
+        f"model        {llm.engine.name}, {llm.engine.config.dtype} on {llm.engine.config.device}".replace(
+            "torch.", ""
+        )
+    ]
     decode = m.finished_time - m.first_token_time
     speed = f", {(count - 1) / decode:.1f} tokens/s after the first" if count > 1 and decode > 0 else ""
     lines.append(f"tokens       {len(output.prompt_token_ids)} in, {count} out{speed}")

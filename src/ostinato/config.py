@@ -166,7 +166,9 @@ def resolve(options: EngineOptions, *, model_dtype: str | None, model_positions:
             f"use at most {model_positions}"
         )
     if length < 2:
-        raise ConfigError(f"max_model_len must be at least 2 (one prompt token and one new one), got {length}")
+        raise ConfigError(
+            f"max_model_len must be at least 2 (one prompt token and one new one), got {length}"
+        )
     seqs = _positive("max_num_seqs", pick("max_num_seqs", 256 if on_gpu else 32))
     tokens = pick("max_num_batched_tokens", max(8192 if on_gpu else 1024, seqs))
     _positive("max_num_batched_tokens", tokens)
@@ -187,7 +189,9 @@ def resolve(options: EngineOptions, *, model_dtype: str | None, model_positions:
     if options.load_format not in ("auto", "dummy"):
         raise ConfigError(f"load_format must be 'auto' or 'dummy', got {options.load_format!r}")
     if _positive("cudagraph_min_hits", options.cudagraph_min_hits) < 2:
-        raise ConfigError("cudagraph_min_hits must be at least 2: a key's first hit runs eagerly and loads its kernels")
+        raise ConfigError(
+            "cudagraph_min_hits must be at least 2: a key's first hit runs eagerly and loads its kernels"
+        )
     if options.on_capture_error not in ("eager", "raise"):
         raise ConfigError(f"on_capture_error must be 'eager' or 'raise', got {options.on_capture_error!r}")
     if options.strict and on_gpu:
@@ -233,7 +237,9 @@ def _device(name: str) -> torch.device:
     if name not in ("cuda", "cpu"):
         raise ConfigError(f"device must be 'auto', 'cuda' or 'cpu', got {name!r}")
     if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device='cuda', but torch finds no GPU; use device='auto' or install a CUDA build of torch")
+        raise ConfigError(
+            "device='cuda', but torch finds no GPU; use device='auto' or install a CUDA build of torch"
+        )
     return torch.device(name)
 
 
@@ -273,7 +279,9 @@ def _graphs(options: EngineOptions, max_seqs: int, on_gpu: bool) -> tuple[CudaGr
         raise ConfigError(f"cudagraph_mode must be one of {known}, got {wanted!r}") from None
     if options.enforce_eager or not options.enable_cuda_graph:
         if wanted not in (None, "NONE"):
-            raise ConfigError(f"cudagraph_mode={wanted!r} contradicts enforce_eager=True; drop one of the two")
+            raise ConfigError(
+                f"cudagraph_mode={wanted!r} contradicts enforce_eager=True; drop one of the two"
+            )
         mode = CudaGraphMode.NONE
     if not on_gpu:
         mode = CudaGraphMode.NONE  # the same program runs everywhere; `explain` says why

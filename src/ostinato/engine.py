@@ -162,7 +162,9 @@ class Engine:
         limit = self.config.max_model_len
         if params.max_tokens is not None:
             limit = min(limit, len(ids) + params.max_tokens)
-        stop_ids = frozenset(params.stop_token_ids or ()) | (frozenset() if params.ignore_eos else self.eos_token_ids)
+        stop_ids = frozenset(params.stop_token_ids or ()) | (
+            frozenset() if params.ignore_eos else self.eos_token_ids
+        )
         bad_words = self._bad_words(params)
         requests = [
             Request(
@@ -197,7 +199,9 @@ class Engine:
         """Text of one token, for logprobs."""
         return self.tokenizer.token_text(token_id) if self.tokenizer else None
 
-    def _encode(self, prompt: str | Sequence[int], add_special_tokens: bool) -> tuple[str | None, tuple[int, ...]]:
+    def _encode(
+        self, prompt: str | Sequence[int], add_special_tokens: bool
+    ) -> tuple[str | None, tuple[int, ...]]:
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise RequestError("this model has no tokenizer: pass token ids instead of text")
@@ -226,7 +230,9 @@ class Engine:
         for name, tokens in named.items():
             wrong = next((t for t in tokens if not 0 <= t < vocab), None)
             if wrong is not None:
-                raise RequestError(f"{name}: token id {wrong} is out of range; the vocabulary has ids 0 to {vocab - 1}")
+                raise RequestError(
+                    f"{name}: token id {wrong} is out of range; the vocabulary has ids 0 to {vocab - 1}"
+                )
         stops = len(set(params.stop_token_ids or ()) | self.eos_token_ids)
         if stops > MAX_STOP_IDS:
             raise RequestError(
@@ -250,7 +256,9 @@ class Engine:
 
     def _check_alive(self) -> None:
         if self._dead is not None:
-            raise EngineDeadError(f"the engine failed earlier ({self._dead!r}); make a new one") from self._dead
+            raise EngineDeadError(
+                f"the engine failed earlier ({self._dead!r}); make a new one"
+            ) from self._dead
 
     def _abandon(self, error: BaseException) -> None:
         """A step failed: end every request, forget what was in flight, stay usable if the device is."""
@@ -500,12 +508,16 @@ def _warm_up(program: StepProgram, buffers: StepBuffers) -> None:
     ):
         for variant in SamplerVariant:
             route = Route(GraphKey(kind, tokens, seqs, variant), None)
-            batch: Batch = buffers.write(Schedule(0, kind, (), (), (), variant) if kind is not StepKind.DECODE else empty, route)
+            batch: Batch = buffers.write(
+                Schedule(0, kind, (), (), (), variant) if kind is not StepKind.DECODE else empty, route
+            )
             program(batch)
     torch.cuda.synchronize()
 
 
-def _size_cache(config: EngineConfig, spec: ModelSpec, memory: Sequence[MemoryLine]) -> tuple[EngineConfig, int]:
+def _size_cache(
+    config: EngineConfig, spec: ModelSpec, memory: Sequence[MemoryLine]
+) -> tuple[EngineConfig, int]:
     """How many blocks the KV cache gets, and the longest sequence that then fits."""
     a, size = spec.attention, config.block_size
     per_block = KVCache.bytes_per_block(spec.num_layers, size, a.kv_heads, a.head_dim, config.dtype)
@@ -514,7 +526,9 @@ def _size_cache(config: EngineConfig, spec: ModelSpec, memory: Sequence[MemoryLi
     if config.device.type == "cuda":
         free, total = torch.cuda.mem_get_info(config.device)
         room = int(total * config.gpu_memory_utilization) - (total - free)
-        advice = "raise gpu_memory_utilization, lower max_num_seqs or max_num_batched_tokens, or free GPU memory"
+        advice = (
+            "raise gpu_memory_utilization, lower max_num_seqs or max_num_batched_tokens, or free GPU memory"
+        )
         default = room
     else:
         room = available_memory()
@@ -544,7 +558,11 @@ def _size_cache(config: EngineConfig, spec: ModelSpec, memory: Sequence[MemoryLi
                 f"max_model_len={config.max_model_len} needs {config.max_blocks_per_seq + 1} KV blocks, but only "
                 f"{blocks} fit: use max_model_len={fits} or less, or {advice}"
             )
-        logger.warning("max_model_len is %d instead of the model's %d: that is what the KV cache holds", fits, config.max_model_len)
+        logger.warning(
+            "max_model_len is %d instead of the model's %d: that is what the KV cache holds",
+            fits,
+            config.max_model_len,
+        )
         config = config.with_max_model_len(fits)
     return config, blocks
 

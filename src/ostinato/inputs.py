@@ -237,7 +237,7 @@ class StepBuffers:
             "mask": ((shapes.mask_words,), i32),
             "block_table": ((shapes.max_blocks_per_seq,), i32),
         }
-        state_rows = {name: ((), i32) for name in ("active", "last_token", "position")}
+        state_rows = dict.fromkeys(("active", "last_token", "position"), ((), i32))
         layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
             **{name: ((seqs, *shape), dtype) for name, (shape, dtype) in (per_row | state_rows).items()},
             "tokens": ((tokens,), i32),
@@ -382,7 +382,9 @@ class StepBuffers:
         if params.logit_bias:
             edits.set("num_bias", row, len(params.logit_bias))
             edits.put("bias_ids", row, list(params.logit_bias))
-            edits.put("bias_values", row, np.array(list(params.logit_bias.values()), np.float32).view(np.int32))
+            edits.put(
+                "bias_values", row, np.array(list(params.logit_bias.values()), np.float32).view(np.int32)
+            )
         if masked and not request.host_dependent:
             edits.put("mask", row, self._mask(request))
         if params.has_penalties:

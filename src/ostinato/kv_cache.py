@@ -23,7 +23,9 @@ class KVCache:
     data: torch.Tensor
 
     @staticmethod
-    def bytes_per_block(layers: int, block_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
+    def bytes_per_block(
+        layers: int, block_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype
+    ) -> int:
         """Bytes that one block takes over all layers, keys and values."""
         return layers * 2 * block_size * kv_heads * head_dim * dtype.itemsize
 

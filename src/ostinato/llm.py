@@ -115,7 +115,9 @@ class LLM:
         Leaving the loop early aborts the request.
         """
         text, special = _split(prompt)
-        prompt_id = self.engine.add_request(text, sampling_params or SamplingParams(), add_special_tokens=special and not chat)
+        prompt_id = self.engine.add_request(
+            text, sampling_params or SamplingParams(), add_special_tokens=special and not chat
+        )
         ended = False
         try:
             while not ended:
@@ -141,7 +143,9 @@ class LLM:
                     raise item
                 prompt, own_special = _split(item)
                 final = replace(one, output_kind=RequestOutputKind.FINAL_ONLY)
-                waiting[self.engine.add_request(prompt, final, add_special_tokens=special and own_special)] = index
+                waiting[
+                    self.engine.add_request(prompt, final, add_special_tokens=special and own_special)
+                ] = index
             except RequestError as error:
                 named = type(error)(f"prompt {index}: {error}") if len(items) > 1 else error
                 results[index] = _refused(index, item, named)
@@ -198,7 +202,9 @@ class LLM:
         if self.engine.tokenizer is None:
             from .errors import TokenizerError
 
-            raise TokenizerError("this LLM has no tokenizer: it was made with random weights or skip_tokenizer_init")
+            raise TokenizerError(
+                "this LLM has no tokenizer: it was made with random weights or skip_tokenizer_init"
+            )
         return self.engine.tokenizer
 
     def get_metrics(self) -> dict[str, Any]:
@@ -240,7 +246,9 @@ def _params_for(
     if given is None or isinstance(given, SamplingParams):
         return [given or SamplingParams()] * count
     if len(given) != count:
-        raise RequestError(f"{count} prompts but {len(given)} sampling_params: pass one, or one for each prompt")
+        raise RequestError(
+            f"{count} prompts but {len(given)} sampling_params: pass one, or one for each prompt"
+        )
     for index, one in enumerate(given):
         if not isinstance(one, SamplingParams):
             raise RequestError(f"sampling_params[{index}] must be a SamplingParams, got {type(one).__name__}")

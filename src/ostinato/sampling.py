@@ -207,9 +207,7 @@ def _host(values: torch.Tensor | npt.NDArray[Any]) -> npt.NDArray[Any]:
     return values.cpu().numpy() if isinstance(values, torch.Tensor) else values
 
 
-def _check(
-    logits: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor, out: torch.Tensor
-) -> None:
+def _check(logits: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor, out: torch.Tensor) -> None:
     if logits.ndim != 2 or logits.dtype != torch.float32 or not logits.is_contiguous():
         raise ValueError(f"logits must be contiguous f32 [S, V], got {logits.dtype} {list(logits.shape)}")
     num_seqs, vocab = logits.shape
@@ -275,9 +273,7 @@ def _bits(words: torch.Tensor, count: int) -> npt.NDArray[np.bool_]:
     return np.unpackbits(octets, count=count, bitorder="little").view(np.bool_)
 
 
-def _draw(
-    x: Floats, *, temperature: float, min_p: float, top_k: int, top_p: float, uniform: float
-) -> int:
+def _draw(x: Floats, *, temperature: float, min_p: float, top_k: int, top_p: float, uniform: float) -> int:
     """One token of one row; x: [V]."""
     best = int(x.argmax())
     if np.isnan(x[best]):
@@ -317,9 +313,7 @@ class _Weigh:
         return e.astype(np.int64)
 
 
-def _top_p(
-    x: Floats, weights: Weights, weigh: _Weigh, lowest: np.float32 | None, top_p: float
-) -> np.float32:
+def _top_p(x: Floats, weights: Weights, weigh: _Weigh, lowest: np.float32 | None, top_p: float) -> np.float32:
     """The largest t at which tokens with logit >= t hold the share top_p of the weight at x >= lowest."""
     if lowest is not None:
         kept = np.flatnonzero(x >= lowest)

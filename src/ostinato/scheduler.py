@@ -18,7 +18,7 @@ import heapq
 from bisect import insort
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from operator import attrgetter
 
 from .errors import ConfigError, KVCacheError, RequestError
@@ -335,7 +335,9 @@ class Scheduler:
                     continue
                 new_blocks = grown
             rows.append(
-                _row(request, request.row, start, 1, True, True, False, num_blocks, new_blocks, request.epoch)
+                ScheduledRow(
+                    request, request.row, start, 1, True, True, False, num_blocks, new_blocks, request.epoch
+                )
             )
             request.num_computed = start + 1
             request.num_launched += 1
@@ -446,7 +448,7 @@ class Scheduler:
         if samples:
             request.num_launched = 1
             request.on_device = True
-        return _row(
+        return ScheduledRow(
             request, request.row, start, length, False, samples, joins, num_blocks, new_blocks, request.epoch
         )
 
@@ -468,7 +470,7 @@ class Scheduler:
             heapq.heappush(self._free_rows, last.row)
             moves.append((last.row, hole))
             last.request.row = hole
-            insort(rows, replace(last, row=hole), key=_BY_ROW)
+            insort(rows, last._replace(row=hole), key=_BY_ROW)
         self.num_compactions += bool(moves)
         return tuple(moves)
 
@@ -666,41 +668,3 @@ def _ceil_div(a: int, b: int) -> int:
 
 _BY_ROW = attrgetter("row")
 _BY_ARRIVAL = attrgetter("arrival")
-
-# A frozen dataclass checks every assignment, which at 256 rows costs more than all the rest of a
-# step here. Slots can be filled directly.
-_new_row = object.__new__
-(_set0, _set1, _set2, _set3, _set4, _set5, _set6, _set7, _set8, _set9) = (
-    getattr(ScheduledRow, name).__set__
-    for name in (
-        *("request", "row", "start", "length", "decode", "samples", "joins"),
-        *("num_blocks_before", "new_blocks", "epoch"),
-    )
-)
-
-
-def _row(
-    request: Request,
-    row: int,
-    start: int,
-    length: int,
-    decode: bool,
-    samples: bool,
-    joins: bool,
-    num_blocks_before: int,
-    new_blocks: tuple[int, ...],
-    epoch: int,
-) -> ScheduledRow:
-    """`ScheduledRow(...)`, faster."""
-    made = _new_row(ScheduledRow)
-    _set0(made, request)
-    _set1(made, row)
-    _set2(made, start)
-    _set3(made, length)
-    _set4(made, decode)
-    _set5(made, samples)
-    _set6(made, joins)
-    _set7(made, num_blocks_before)
-    _set8(made, new_blocks)
-    _set9(made, epoch)
-    return made

@@ -18,9 +18,9 @@ from .errors import SamplingParamsError, UnknownOptionError
 MAX_LOGPROBS = 20
 """Most alternatives a token can report; the device buffers are this wide."""
 MAX_STOP_IDS = 64
-"""Most stop token ids a request can have, end-of-sequence ids included."""
+"""Most stop token ids a request can have, end-of-sequence ids included; a power of two, for the kernels."""
 MAX_LOGIT_BIAS = 512
-"""Most `logit_bias` entries a request can have."""
+"""Most `logit_bias` entries a request can have; a power of two, for the kernels."""
 
 _SEED_LIMIT = 2**63
 
@@ -82,7 +82,7 @@ class SamplingParams:
     max_tokens: int | None = 16
     """Most tokens to generate; None: as many as the model's length allows."""
     min_tokens: int = 0
-    """No end-of-sequence or stop token id before this many tokens."""
+    """No end-of-sequence, stop token id or stop string ends the request before this many tokens."""
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     detokenize: bool = True
@@ -119,9 +119,7 @@ class SamplingParams:
             if not isinstance(getattr(self, name), bool):
                 raise SamplingParamsError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if not isinstance(self.output_kind, RequestOutputKind):
-            raise SamplingParamsError(
-                f"output_kind must be a RequestOutputKind, got {self.output_kind!r}"
-            )
+            raise SamplingParamsError(f"output_kind must be a RequestOutputKind, got {self.output_kind!r}")
         # Sequences become tuples, so that a later change of the caller's list changes nothing.
         object.__setattr__(self, "stop", _strings("stop", self.stop))
         object.__setattr__(self, "bad_words", _strings("bad_words", self.bad_words))
@@ -151,11 +149,7 @@ class SamplingParams:
 
     @property
     def has_penalties(self) -> bool:
-        return (
-            self.presence_penalty != 0.0
-            or self.frequency_penalty != 0.0
-            or self.repetition_penalty != 1.0
-        )
+        return self.presence_penalty != 0.0 or self.frequency_penalty != 0.0 or self.repetition_penalty != 1.0
 
     @property
     def sampler_variant(self) -> SamplerVariant:
@@ -206,7 +200,9 @@ def _bias(value: Mapping[int, float]) -> dict[int, float]:
     if not isinstance(value, Mapping):
         raise SamplingParamsError(f"logit_bias must map token ids to numbers, got {value!r}")
     if len(value) > MAX_LOGIT_BIAS:
-        raise SamplingParamsError(f"logit_bias has {len(value)} entries, at most {MAX_LOGIT_BIAS} are supported")
+        raise SamplingParamsError(
+            f"logit_bias has {len(value)} entries, at most {MAX_LOGIT_BIAS} are supported"
+        )
     bias: dict[int, float] = {}
     for token, amount in value.items():
         try:
@@ -251,7 +247,10 @@ class TextSink(Protocol):
         ...
 
     def finish(self) -> str:
-        """The whole text, held-back characters included; called once, when the request ends."""
+        """The whole text, held-back characters included; called once, when the request ends.
+
+        A character that was never completed shows as U+FFFD.
+        """
         ...
 
 
@@ -367,9 +366,8 @@ class StepKind(str, Enum):
     """Chunks of prompts beside decodes."""
 
 
-@dataclass(frozen=True, slots=True)
-class ScheduledRow:
-    """One request's part of a step."""
+class ScheduledRow(NamedTuple):
+    """One request's part of a step. A tuple, since hundreds are made at every step."""
 
     request: Request
     row: int
@@ -399,7 +397,7 @@ class Schedule:
     step: int
     kind: StepKind
     rows: tuple[ScheduledRow, ...]
-    """In order of device row for a decode step, in order of admission otherwise."""
+    """A decode step: by device row. Otherwise decodes, chunks that go on, chunks that join, each by arrival."""
     leaves: tuple[int, ...]
     """Device rows that nobody uses any more: written inactive before this step."""
     moves: tuple[tuple[int, int], ...]
@@ -455,7 +453,9 @@ class GraphKey:
     sampler: SamplerVariant
 
     def __str__(self) -> str:
-        return f"{self.kind.value}[tokens={self.num_tokens}, seqs={self.num_seqs}, {self.sampler.name.lower()}]"
+        return (
+            f"{self.kind.value}[tokens={self.num_tokens}, seqs={self.num_seqs}, {self.sampler.name.lower()}]"
+        )
 
 
 class Reason(str, Enum):

@@ -25,7 +25,13 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=10, ignore_eos=True)
 
 @pytest.fixture
 def llm(tiny: Callable[[str], tuple[Path, Any]]) -> Iterator[LLM]:  # noqa: F811
-    made = LLM(str(tiny("llama3")[0]), skip_tokenizer_init=True, strict=True, max_num_seqs=8, max_num_batched_tokens=64)
+    made = LLM(
+        str(tiny("llama3")[0]),
+        skip_tokenizer_init=True,
+        strict=True,
+        max_num_seqs=8,
+        max_num_batched_tokens=64,
+    )
     yield made
     made.close()
 
@@ -148,7 +154,11 @@ def run_fresh(llm: LLM, monkeypatch: pytest.MonkeyPatch, ops: Any, embed: Any) -
 
 def test_a_kept_output_is_not_overwritten_by_the_next_step(llm: LLM) -> None:
     """Results are copied out of the static buffers: a caller may keep them."""
-    first = llm.generate([[5, 6, 7]], SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True, logprobs=2), use_tqdm=False)
+    first = llm.generate(
+        [[5, 6, 7]],
+        SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True, logprobs=2),
+        use_tqdm=False,
+    )
     kept = (list(first[0].outputs[0].token_ids), [dict(p) for p in first[0].outputs[0].logprobs or []])
     run(llm)
     assert (first[0].outputs[0].token_ids, first[0].outputs[0].logprobs) == kept
@@ -156,9 +166,23 @@ def test_a_kept_output_is_not_overwritten_by_the_next_step(llm: LLM) -> None:
 
 def test_results_in_flight_have_slots_of_their_own(tiny: Callable[[str], tuple[Path, Any]]) -> None:  # noqa: F811
     """Three steps in flight: the ring must be deeper, or a result is overwritten before it is read."""
-    llm = LLM(str(tiny("llama3")[0]), skip_tokenizer_init=True, strict=True, pipeline_depth=3, max_num_seqs=8, max_num_batched_tokens=64)
-    slow = [p for p in run(llm, 5)]
-    llm2 = LLM(str(tiny("llama3")[0]), skip_tokenizer_init=True, strict=True, pipeline_depth=1, max_num_seqs=8, max_num_batched_tokens=64)
+    llm = LLM(
+        str(tiny("llama3")[0]),
+        skip_tokenizer_init=True,
+        strict=True,
+        pipeline_depth=3,
+        max_num_seqs=8,
+        max_num_batched_tokens=64,
+    )
+    slow = run(llm, 5)
+    llm2 = LLM(
+        str(tiny("llama3")[0]),
+        skip_tokenizer_init=True,
+        strict=True,
+        pipeline_depth=1,
+        max_num_seqs=8,
+        max_num_batched_tokens=64,
+    )
     assert slow == run(llm2, 5)
     ring = llm.engine.runner.eager._ring
     assert len(ring._slots) == 4

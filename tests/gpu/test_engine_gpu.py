@@ -34,7 +34,9 @@ def random_prompts(vocab: int, count: int, seed: int) -> list[list[int]]:
     return [torch.randint(0, vocab, (n,), generator=g).tolist() for n in lengths]
 
 
-def traced(llm: LLM, prompts: list[list[int]], params: SamplingParams) -> tuple[list[list[int]], list[tuple[str, torch.Tensor]]]:
+def traced(
+    llm: LLM, prompts: list[list[int]], params: SamplingParams
+) -> tuple[list[list[int]], list[tuple[str, torch.Tensor]]]:
     """Tokens, and (key, logits of the live rows) of every decode step, in order."""
     engine, steps = llm.engine, []
     runner = engine.runner
@@ -61,7 +63,9 @@ def traced(llm: LLM, prompts: list[list[int]], params: SamplingParams) -> tuple[
 SAMPLERS = {
     "greedy": SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True),
     "sample": SamplingParams(temperature=0.8, top_p=0.95, seed=7, max_tokens=24, ignore_eos=True),
-    "full": SamplingParams(temperature=0.8, top_k=40, seed=7, repetition_penalty=1.2, max_tokens=24, ignore_eos=True),
+    "full": SamplingParams(
+        temperature=0.8, top_k=40, seed=7, repetition_penalty=1.2, max_tokens=24, ignore_eos=True
+    ),
 }
 
 
@@ -83,7 +87,9 @@ def test_graph_and_eager_are_equal_bit_for_bit(pair: Any, batch: int, sampler: s
     before = graph.engine.plan.graph_steps.total()
     on_graph, graph_steps = traced(graph, prompts, SAMPLERS[sampler])
     by_hand, eager_steps = traced(eager, prompts, SAMPLERS[sampler])
-    assert graph.engine.plan.graph_steps.total() - before == len(graph_steps), "every decode step ran on a graph"
+    assert graph.engine.plan.graph_steps.total() - before == len(graph_steps), (
+        "every decode step ran on a graph"
+    )
     assert [key for key, _ in graph_steps] == [key for key, _ in eager_steps]
     for (key, a), (_, b) in zip(graph_steps, eager_steps, strict=True):
         # the sampler with everything overwrites its logits, on both sides alike
@@ -105,7 +111,12 @@ def test_lags_change_nothing(depth: int) -> None:
     prompts = random_prompts(eager.engine.spec.vocab_size, 20, seed=100)
     params = [
         SamplingParams(
-            temperature=0.4 * (i % 3), top_k=8, seed=i, max_tokens=5 + i, ignore_eos=True, logprobs=2 if i % 5 == 0 else None
+            temperature=0.4 * (i % 3),
+            top_k=8,
+            seed=i,
+            max_tokens=5 + i,
+            ignore_eos=True,
+            logprobs=2 if i % 5 == 0 else None,
         )
         for i in range(20)
     ]
@@ -152,10 +163,14 @@ def test_default_model_against_transformers(pair: Any) -> None:
     weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])
     reference.load_state_dict(weights)
     prompt = graph.get_tokenizer().encode("The history of the city begins with a river, a hill and")
-    (output,) = graph.generate([prompt], SamplingParams(temperature=0.0, max_tokens=48, ignore_eos=True), use_tqdm=False)
+    (output,) = graph.generate(
+        [prompt], SamplingParams(temperature=0.0, max_tokens=48, ignore_eos=True), use_tqdm=False
+    )
     ours = output.outputs[0].token_ids
     with torch.inference_mode():
-        logits = reference(torch.tensor([prompt + ours[:-1]], device="cuda")).logits[0, len(prompt) - 1 :].float()
+        logits = (
+            reference(torch.tensor([prompt + ours[:-1]], device="cuda")).logits[0, len(prompt) - 1 :].float()
+        )
     for step, token in enumerate(ours):
         gap = (logits[step].max() - logits[step, token]).item()
         assert gap < 0.35, f"step {step}: token {token} is {gap} below transformers' best"
@@ -197,17 +212,28 @@ def test_families_agree_with_the_cpu(name: str, tmp_path: Path) -> None:
 
     family, changes = FAMILIES[name]
     torch.manual_seed(0)
-    model = getattr(transformers, f"{family}ForCausalLM")(getattr(transformers, f"{family}Config")(**SMALL | changes))
+    model = getattr(transformers, f"{family}ForCausalLM")(
+        getattr(transformers, f"{family}Config")(**SMALL | changes)
+    )
     for key, weight in model.named_parameters():
         weight.requires_grad_(False).normal_(1.0 if "norm" in key else 0.0, 0.1)
     model.save_pretrained(tmp_path)
-    common = {"skip_tokenizer_init": True, "max_num_seqs": 8, "max_num_batched_tokens": 32, "dtype": "float32"}
+    common = {
+        "skip_tokenizer_init": True,
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 32,
+        "dtype": "float32",
+    }
     prompts = random_prompts(151, 6, seed=1)
     params = SamplingParams(temperature=0.0, max_tokens=30, ignore_eos=True, logprobs=1)
     on_gpu = LLM(str(tmp_path), kv_cache_memory_bytes=1 << 24, **common)
     on_cpu = LLM(str(tmp_path), device="cpu", **common)
     try:
-        for a, b in zip(on_gpu.generate(prompts, params, use_tqdm=False), on_cpu.generate(prompts, params, use_tqdm=False), strict=True):
+        for a, b in zip(
+            on_gpu.generate(prompts, params, use_tqdm=False),
+            on_cpu.generate(prompts, params, use_tqdm=False),
+            strict=True,
+        ):
             ours, wanted = a.outputs[0], b.outputs[0]
             assert ours.logprobs is not None
             assert wanted.logprobs is not None

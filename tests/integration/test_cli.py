@@ -13,7 +13,9 @@ RUN = [sys.executable, "-m", "ostinato.cli"]
 
 
 def run(*args: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*RUN, *args], capture_output=True, text=True, input=stdin, timeout=120, check=False)
+    return subprocess.run(
+        [*RUN, *args], capture_output=True, text=True, input=stdin, timeout=120, check=False
+    )
 
 
 def test_chat_answers_and_says_what_ran() -> None:

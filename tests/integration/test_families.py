@@ -23,13 +23,13 @@ def run_with_logits(llm: LLM, prompt: Sequence[int], tokens: int) -> tuple[list[
     assert engine.config.pipeline_depth == 1
     engine.add_request(list(prompt), SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True))
     logits: list[torch.Tensor] = []
-    output = None
+    outputs: list[Any] = []
     while engine.has_unfinished:
         for output in engine.step():
+            outputs.append(output)
             logits.append(engine.runner.eager.program.arena.view(1, 1).logits[0].clone())
-    assert output is not None
-    assert output.finished
-    return output.outputs[0].token_ids, torch.stack(logits)
+    assert outputs[-1].finished
+    return outputs[-1].outputs[0].token_ids, torch.stack(logits)
 
 
 def compare(llm: LLM, reference: Any, prompt: list[int], tokens: int) -> None:
@@ -39,14 +39,20 @@ def compare(llm: LLM, reference: Any, prompt: list[int], tokens: int) -> None:
     assert (logits - theirs).abs().max().item() < TOLERANCE, "prefill and decode logits, given our tokens"
     with torch.inference_mode():
         greedy = reference.generate(
-            torch.tensor([prompt]), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, eos_token_id=None
+            torch.tensor([prompt]),
+            max_new_tokens=tokens,
+            min_new_tokens=tokens,
+            do_sample=False,
+            eos_token_id=None,
         )[0, len(prompt) :].tolist()
     for step, (mine, wanted) in enumerate(zip(ours, greedy, strict=True)):
         if mine != wanted:
             best = logits[step].topk(2).values
             gap = (best[0] - best[1]).item()
             assert gap < TOLERANCE, f"step {step}: token {mine}, transformers has {wanted}, gap {gap}"
-            print(f"near-tie at step {step}: the two best logits differ by {gap:.2e}; tokens after it are not compared")
+            print(
+                f"near-tie at step {step}: the two best logits differ by {gap:.2e}; tokens after it are not compared"
+            )
             return
 
 
@@ -71,7 +77,9 @@ def test_prompt_logprobs(tiny: Tiny, name: str) -> None:
     assert len(found) == len(prompt)
     assert found[0] is None
     with torch.inference_mode():
-        exact = reference(torch.tensor([prompt + output.outputs[0].token_ids])).logits[0].double().log_softmax(-1)
+        exact = (
+            reference(torch.tensor([prompt + output.outputs[0].token_ids])).logits[0].double().log_softmax(-1)
+        )
     for position in range(1, len(prompt)):
         candidates = found[position]
         assert candidates is not None
@@ -79,7 +87,9 @@ def test_prompt_logprobs(tiny: Tiny, name: str) -> None:
     assert output.outputs[0].logprobs is not None
     for step, candidates in enumerate(output.outputs[0].logprobs):
         _check(candidates, exact[len(prompt) - 1 + step], output.outputs[0].token_ids[step], 4)
-    total = sum(c[t].logprob for c, t in zip(output.outputs[0].logprobs, output.outputs[0].token_ids, strict=True))
+    total = sum(
+        c[t].logprob for c, t in zip(output.outputs[0].logprobs, output.outputs[0].token_ids, strict=True)
+    )
     assert output.outputs[0].cumulative_logprob == pytest.approx(total)
 
 

@@ -50,7 +50,9 @@ def test_the_program_of_the_readme(capsys: pytest.CaptureFixture[str]) -> None:
     assert "prompts" in capsys.readouterr().err  # the progress bar
 
 
-def test_mixed_prompts_keep_their_order_and_their_parameters(smol: LLM, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mixed_prompts_keep_their_order_and_their_parameters(
+    smol: LLM, capsys: pytest.CaptureFixture[str]
+) -> None:
     tok = smol.get_tokenizer()
     text = ["The capital of France is", "Two plus two is", "Water boils at"]
     given = [text[0], tok.encode(text[1]), {"prompt": text[2]}]
@@ -105,7 +107,9 @@ def test_preemption_recomputes_to_the_same_tokens(tiny: Tiny, depth: int) -> Non
     params = SamplingParams(temperature=0.7, seed=5, max_tokens=60, ignore_eos=True, repetition_penalty=1.3)
     roomy = tiny_llm(tiny, pipeline_depth=depth)
     tight = tiny_llm(tiny, pipeline_depth=depth, num_gpu_blocks_override=18)
-    assert tokens(tight.generate(given, params, use_tqdm=False)) == tokens(roomy.generate(given, params, use_tqdm=False))
+    assert tokens(tight.generate(given, params, use_tqdm=False)) == tokens(
+        roomy.generate(given, params, use_tqdm=False)
+    )
     assert tight.engine.scheduler.num_preemptions > 0
     tight.engine.scheduler.check()
 
@@ -154,7 +158,9 @@ def test_a_seed_gives_the_same_tokens_in_any_row(tiny: Tiny) -> None:
 def test_n_completions_are_those_of_consecutive_seeds(tiny: Tiny) -> None:
     llm = tiny_llm(tiny)
     prompt = prompts(1)[0]
-    (output,) = llm.generate([prompt], SamplingParams(n=3, seed=10, max_tokens=10, ignore_eos=True), use_tqdm=False)
+    (output,) = llm.generate(
+        [prompt], SamplingParams(n=3, seed=10, max_tokens=10, ignore_eos=True), use_tqdm=False
+    )
     assert [o.index for o in output.outputs] == [0, 1, 2]
     for i in range(3):
         single = SamplingParams(seed=10 + i, max_tokens=10, ignore_eos=True)
@@ -175,7 +181,9 @@ def test_stop_strings_that_span_tokens(smol: LLM) -> None:
     stop = whole.text[12:19]  # cuts across token boundaries
     at = whole.text.index(stop)
     for keep in (False, True):
-        params = SamplingParams(temperature=0.0, max_tokens=40, stop=["never there", stop], include_stop_str_in_output=keep)
+        params = SamplingParams(
+            temperature=0.0, max_tokens=40, stop=["never there", stop], include_stop_str_in_output=keep
+        )
         found = smol.generate(prompt, params, use_tqdm=False)[0].outputs[0]
         assert found.text == whole.text[: at + len(stop) * keep]
         assert (found.finish_reason, found.stop_reason) == ("stop", stop)
@@ -188,7 +196,9 @@ def test_stop_token_ids_and_min_tokens(tiny: Tiny) -> None:
     free = tokens(llm.generate([prompt], GREEDY, use_tqdm=False))[0]
     stop = free[4]
     (output,) = llm.generate(
-        [prompt], SamplingParams(temperature=0.0, max_tokens=12, stop_token_ids=[stop], ignore_eos=True), use_tqdm=False
+        [prompt],
+        SamplingParams(temperature=0.0, max_tokens=12, stop_token_ids=[stop], ignore_eos=True),
+        use_tqdm=False,
     )
     assert output.outputs[0].token_ids == free[: free.index(stop) + 1]
     assert (output.outputs[0].finish_reason, output.outputs[0].stop_reason) == ("stop", stop)
@@ -221,7 +231,11 @@ def test_bias_masks_and_penalties(tiny: Tiny) -> None:
 def test_bad_words_of_one_and_of_many_tokens(smol: LLM) -> None:
     tok = smol.get_tokenizer()
     prompt = "The capital of France is"
-    free = smol.generate(prompt, SamplingParams(temperature=0.0, max_tokens=20), use_tqdm=False)[0].outputs[0].text
+    free = (
+        smol.generate(prompt, SamplingParams(temperature=0.0, max_tokens=20), use_tqdm=False)[0]
+        .outputs[0]
+        .text
+    )
     assert "Paris" in free
     params = SamplingParams(temperature=0.0, max_tokens=20, bad_words=["Paris"])
     assert "Paris" not in smol.generate(prompt, params, use_tqdm=False)[0].outputs[0].text
@@ -236,20 +250,30 @@ def test_a_step_ahead_never_outruns_a_multi_token_bad_word(tiny: Tiny) -> None:
     for depth in (1, 3):
         llm = tiny_llm(tiny, pipeline_depth=depth)
         llm.engine._bad_words = lambda params: ((free[0], free[1]),)  # type: ignore[method-assign]
-        got = tokens(llm.generate([[5, 6, 7]], SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, logprobs=0), use_tqdm=False))[0]
+        got = tokens(
+            llm.generate(
+                [[5, 6, 7]],
+                SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, logprobs=0),
+                use_tqdm=False,
+            )
+        )[0]
         assert got[0] == free[0]
         assert all(pair != (free[0], free[1]) for pair in zip(got, got[1:], strict=False))
 
 
 def test_without_detokenizing(smol: LLM) -> None:
-    (output,) = smol.generate("Hello", SamplingParams(max_tokens=4, detokenize=False, temperature=0.0), use_tqdm=False)
+    (output,) = smol.generate(
+        "Hello", SamplingParams(max_tokens=4, detokenize=False, temperature=0.0), use_tqdm=False
+    )
     assert output.outputs[0].text == ""
     assert len(output.outputs[0].token_ids) == 4
 
 
 def test_max_tokens_none_runs_to_the_models_length(tiny: Tiny) -> None:
     llm = tiny_llm(tiny, max_model_len=40)
-    (output,) = llm.generate([[5] * 10], SamplingParams(temperature=0.0, max_tokens=None, ignore_eos=True), use_tqdm=False)
+    (output,) = llm.generate(
+        [[5] * 10], SamplingParams(temperature=0.0, max_tokens=None, ignore_eos=True), use_tqdm=False
+    )
     assert len(output.outputs[0].token_ids) == 30
     assert output.outputs[0].finish_reason == "length"
 
@@ -268,7 +292,9 @@ def test_every_family_of_parameters_at_once(tiny: Tiny) -> None:
         SamplingParams(seed=4, allowed_token_ids=list(range(40)), **common),
     ]
     together = tokens(llm.generate(given, mixed, use_tqdm=False))
-    assert together == [tokens(llm.generate([p], m, use_tqdm=False))[0] for p, m in zip(given, mixed, strict=True)]
+    assert together == [
+        tokens(llm.generate([p], m, use_tqdm=False))[0] for p, m in zip(given, mixed, strict=True)
+    ]
 
 
 # --- streaming, refusal, failure -------------------------------------------------------
@@ -277,7 +303,9 @@ def test_every_family_of_parameters_at_once(tiny: Tiny) -> None:
 @pytest.mark.parametrize("kind", list(RequestOutputKind))
 def test_streaming_adds_up(smol: LLM, kind: RequestOutputKind) -> None:
     params = SamplingParams(temperature=0.0, max_tokens=15, output_kind=kind)
-    whole = smol.generate("Once upon a time", SamplingParams(temperature=0.0, max_tokens=15), use_tqdm=False)[0].outputs[0]
+    whole = smol.generate("Once upon a time", SamplingParams(temperature=0.0, max_tokens=15), use_tqdm=False)[
+        0
+    ].outputs[0]
     pieces = [o.outputs[0] for o in smol.stream("Once upon a time", params)]
     if kind is RequestOutputKind.DELTA:
         assert "".join(p.text for p in pieces) == whole.text
@@ -315,7 +343,14 @@ def test_a_bad_prompt_in_a_batch_is_refused_alone(tiny: Tiny, caplog: pytest.Log
 
 @pytest.mark.parametrize(
     ("prompt", "words"),
-    [([], "empty"), ([-1], "-1"), ([151], "0 to 150"), ([5] * 256, "at most 255"), ("text", "no tokenizer"), ([1.5], "1.5")],
+    [
+        ([], "empty"),
+        ([-1], "-1"),
+        ([151], "0 to 150"),
+        ([5] * 256, "at most 255"),
+        ("text", "no tokenizer"),
+        ([1.5], "1.5"),
+    ],
 )
 def test_a_lone_bad_prompt_raises(tiny: Tiny, prompt: Any, words: str) -> None:
     llm = tiny_llm(tiny)

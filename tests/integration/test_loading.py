@@ -60,7 +60,9 @@ def test_an_unknown_option_before_anything_is_read() -> None:
 
 def test_an_unknown_architecture_lists_the_known_ones(folder: Path) -> None:
     edit_config(folder, architectures=["MambaForCausalLM"])
-    with pytest.raises(UnsupportedModelError, match=r"'MambaForCausalLM'.*LlamaForCausalLM.*Qwen3ForCausalLM"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"'MambaForCausalLM'.*LlamaForCausalLM.*Qwen3ForCausalLM"
+    ):
         load(folder)
 
 
@@ -69,7 +71,11 @@ def test_an_unknown_architecture_lists_the_known_ones(folder: Path) -> None:
     [
         ({"hidden_act": "gelu"}, UnsupportedModelError, "hidden_act='gelu'"),
         ({"mlp_bias": True}, UnsupportedModelError, "mlp_bias"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, UnsupportedModelError, "'yarn'.*linear, llama3"),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}},
+            UnsupportedModelError,
+            "'yarn'.*linear, llama3",
+        ),
         ({"hidden_size": "DROP"}, CheckpointError, "hidden_size is missing"),
         ({"num_hidden_layers": 0}, CheckpointError, "num_hidden_layers is 0"),
         ({"num_attention_heads": "six"}, CheckpointError, "num_attention_heads is 'six'"),
@@ -78,7 +84,9 @@ def test_an_unknown_architecture_lists_the_known_ones(folder: Path) -> None:
         ({"architectures": []}, CheckpointError, "architectures"),
     ],
 )
-def test_a_config_that_cannot_be_served(folder: Path, changes: dict[str, Any], error: type[Exception], words: str) -> None:
+def test_a_config_that_cannot_be_served(
+    folder: Path, changes: dict[str, Any], error: type[Exception], words: str
+) -> None:
     edit_config(folder, **changes)
     with pytest.raises(error, match=words):
         load(folder)
@@ -104,7 +112,9 @@ def test_missing_and_extra_tensors_are_named(folder: Path) -> None:
         del weights["model.layers.1.mlp.up_proj.weight"]
 
     edit_weights(folder, change)
-    with pytest.raises(CheckpointError, match=r"missing tensors: model.layers.1.mlp.up_proj.weight\. unexpected.*q_proj.bias"):
+    with pytest.raises(
+        CheckpointError, match=r"missing tensors: model.layers.1.mlp.up_proj.weight\. unexpected.*q_proj.bias"
+    ):
         load(folder)
 
 
@@ -137,7 +147,9 @@ def test_text_without_a_tokenizer(folder: Path) -> None:
 
 def test_random_weights_by_shape_name() -> None:
     llm = LLM("smollm2-135m", load_format="dummy", max_model_len=64, max_num_seqs=2)
-    (output,) = llm.generate([[1, 2, 3]], SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True), use_tqdm=False)
+    (output,) = llm.generate(
+        [[1, 2, 3]], SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True), use_tqdm=False
+    )
     assert len(output.outputs[0].token_ids) == 3
     with pytest.raises((ConfigError, ModelNotFoundError)):
         LLM("./no-such-shape", load_format="dummy")

@@ -13,12 +13,18 @@ from ostinato.graphs.plan import CudaGraphMode
 
 
 def config(**options: Any) -> Any:
-    return resolve(EngineOptions.from_kwargs({"device": "cpu"} | options), model_dtype="bfloat16", model_positions=2048)
+    return resolve(
+        EngineOptions.from_kwargs({"device": "cpu"} | options), model_dtype="bfloat16", model_positions=2048
+    )
 
 
 @pytest.mark.parametrize(
     ("wrong", "right"),
-    [("max_num_seq", "max_num_seqs"), ("gpu_memory_utilisation", "gpu_memory_utilization"), ("enforce_eagr", "enforce_eager")],
+    [
+        ("max_num_seq", "max_num_seqs"),
+        ("gpu_memory_utilisation", "gpu_memory_utilization"),
+        ("enforce_eagr", "enforce_eager"),
+    ],
 )
 def test_an_unknown_option_names_the_nearest(wrong: str, right: str) -> None:
     with pytest.raises(UnknownOptionError, match=f"{wrong}.*did you mean '{right}'"):

@@ -53,7 +53,9 @@ def test_only_the_gpu_modules_name_triton() -> None:
             assert "triton" not in {n for n in imports(path, False) if not n.startswith(".")}, relative
 
 
-@pytest.mark.parametrize("low", ["types.py", "errors.py", "config.py", "inputs.py", "scheduler.py", "ops/reference.py"])
+@pytest.mark.parametrize(
+    "low", ["types.py", "errors.py", "config.py", "inputs.py", "scheduler.py", "ops/reference.py"]
+)
 def test_lower_layers_do_not_import_higher_ones(low: str) -> None:
     assert not roots(SOURCE / low) & {"engine", "llm", "cli", "outputs", "serve", "bench"}
 

@@ -28,12 +28,17 @@ def schedule(kind: StepKind, rows: int, length: int = 1, **params: object) -> Sc
     decode = kind is StepKind.DECODE
     one = request(**params)
     items = tuple(
-        ScheduledRow(one, row, 3 if decode else 0, length, decode, True, not decode, 0, (), 0) for row in range(rows)
+        ScheduledRow(one, row, 3 if decode else 0, length, decode, True, not decode, 0, (), 0)
+        for row in range(rows)
     )
     return Schedule(0, kind, items, (), (), SamplerVariant.GREEDY)
 
 
-def plan(mode: CudaGraphMode = CudaGraphMode.FULL_DECODE_ONLY, sizes: tuple[int, ...] = (1, 2, 4, 8), **kwargs: object) -> Plan:
+def plan(
+    mode: CudaGraphMode = CudaGraphMode.FULL_DECODE_ONLY,
+    sizes: tuple[int, ...] = (1, 2, 4, 8),
+    **kwargs: object,
+) -> Plan:
     defaults = {"min_hits": 2, "pad": True}
     return Plan(mode=mode, capture_sizes=sizes, **defaults | kwargs)  # type: ignore[arg-type]
 
@@ -122,7 +127,9 @@ def test_every_schedule_has_exactly_one_route(
         (StepKind.PREFILL, 1, CudaGraphMode.FULL, "prefill_not_captured"),
     ],
 )
-def test_fail_on_fallback_raises_the_reason(kind: StepKind, rows: int, mode: CudaGraphMode, reason: str) -> None:
+def test_fail_on_fallback_raises_the_reason(
+    kind: StepKind, rows: int, mode: CudaGraphMode, reason: str
+) -> None:
     with pytest.raises(FallbackError, match=reason):
         plan(mode, fail_on_fallback=True).route(schedule(kind, rows))
 

@@ -634,7 +634,9 @@ def test_prompt_logprobs_of_masked_and_broken_logits() -> None:
     assert values[:, :4].tolist() == [[-inf, 0.0, -inf, -inf], [-inf] * 4, [-inf] * 4]
     assert ids[:, :4].tolist() == [[2, 0, 1, 2], [0, 0, 1, 2], [1, 0, 1, 2]]
     assert rank.tolist() == [2, 1, 1]
-    assert [t.shape[0] for t in prompt_logprobs(torch.zeros(0, 3), torch.zeros(0, dtype=torch.int32))] == [0] * 3
+    assert [t.shape[0] for t in prompt_logprobs(torch.zeros(0, 3), torch.zeros(0, dtype=torch.int32))] == [
+        0
+    ] * 3
 
 
 def test_logprobs_are_of_the_raw_logits_by_column() -> None:

@@ -45,7 +45,9 @@ def test_stop_strings_need_text() -> None:
         SamplingParams(stop="x", detokenize=False)
 
 
-@pytest.mark.parametrize(("wrong", "right"), [("temprature", "temperature"), ("max_token", "max_tokens"), ("topp", "top_p")])
+@pytest.mark.parametrize(
+    ("wrong", "right"), [("temprature", "temperature"), ("max_token", "max_tokens"), ("topp", "top_p")]
+)
 def test_an_unknown_field_names_the_nearest(wrong: str, right: str) -> None:
     with pytest.raises(UnknownOptionError, match=right):
         SamplingParams.from_dict({wrong: 1})
@@ -98,7 +100,9 @@ def test_tokens_by_position_cross_from_prompt_to_output() -> None:
 
 
 def test_bad_words_ban_the_token_that_would_complete_them() -> None:
-    r = Request("r", "r", (1, 2), SamplingParams(), frozenset(), 16, 0, bad_word_ids=((9,), (2, 3), (1, 2, 7), (5, 6)))
+    r = Request(
+        "r", "r", (1, 2), SamplingParams(), frozenset(), 16, 0, bad_word_ids=((9,), (2, 3), (1, 2, 7), (5, 6))
+    )
     assert r.banned_next() == (9, 3, 7)
     assert r.host_dependent
     r.output_token_ids = [5]

@@ -72,7 +72,9 @@ class Arena:
         for name, (words, kind) in flat.items():
             layout[name] = ((words,), kind)
         sizes = {name: int(np.prod(shape)) * kind.itemsize for name, (shape, kind) in layout.items()}
-        self.data = torch.zeros(sum((n + 255) // 256 * 256 for n in sizes.values()), dtype=torch.uint8, device=device)
+        self.data = torch.zeros(
+            sum((n + 255) // 256 * 256 for n in sizes.values()), dtype=torch.uint8, device=device
+        )
         self._full: dict[str, torch.Tensor] = {}
         start = 0
         for name, (shape, kind) in layout.items():
@@ -137,13 +139,21 @@ class StepProgram:
         room = self.arena.view(1, self.arena._full["logits"].shape[0])
         found: list[TokenLogprobs] = []
         for begin in range(0, len(job.targets), room.logits.shape[0]):
-            targets = torch.tensor(job.targets[begin : begin + room.logits.shape[0]], dtype=torch.int32, device=device)
+            targets = torch.tensor(
+                job.targets[begin : begin + room.logits.shape[0]], dtype=torch.int32, device=device
+            )
             n = len(targets)
             first = job.first_token + begin
             index = torch.arange(first, first + n, dtype=torch.int32, device=device)
             logits = room.logits[:n]
             self.ops.norm_head(
-                scratch.x, index, model.final_norm, model.spec.norm_eps, model.head, last=room.last[:n], logits=logits
+                scratch.x,
+                index,
+                model.final_norm,
+                model.spec.norm_eps,
+                model.head,
+                last=room.last[:n],
+                logits=logits,
             )
             values, ids, rank = (t.tolist() for t in sampling.prompt_logprobs(logits, targets))
             found.extend(_candidates(*row) for row in zip(values, ids, rank, strict=True))
@@ -180,7 +190,10 @@ class Pending:
         if self._logprobs:
             values, ids = slot.values[:n].tolist(), slot.ids[:n].tolist()
             for column, (v, i, rank) in enumerate(zip(values, ids, slot.rank[:n].tolist(), strict=True)):
-                top = {token: Logprob(value, k) for k, (token, value) in enumerate(zip(i[1:], v[1:], strict=True), 1)}
+                top = {
+                    token: Logprob(value, k)
+                    for k, (token, value) in enumerate(zip(i[1:], v[1:], strict=True), 1)
+                }
                 chosen[column] = (Logprob(v[0], rank), top)
         return StepResult(tokens, chosen, self._prompt)
 

@@ -70,7 +70,9 @@ class StrictRunner:
         first = self._seen.setdefault(batch.key, found)
         for name, place in found.items():
             if first[name] != place:
-                raise StrictError(f"{batch.key}: batch.{name} is {place}, the key's first step had {first[name]}")
+                raise StrictError(
+                    f"{batch.key}: batch.{name} is {place}, the key's first step had {first[name]}"
+                )
         if self._constants.setdefault(batch.key, constants) != constants:
             raise StrictError(f"{batch.key}: {constants} changed without being part of the key")
 
@@ -106,7 +108,9 @@ class StrictRunner:
             raise StrictError(f"{batch.key}: a padded token was written to the guard block")
         for tensor, old in zip(self._row_state(idle), before, strict=True):
             if not torch.equal(tensor, old):
-                raise StrictError(f"{batch.key}: the step changed the state of rows that did not run ({idle})")
+                raise StrictError(
+                    f"{batch.key}: the step changed the state of rows that did not run ({idle})"
+                )
         emitted = batch.state.emitted[: batch.num_seqs]
         vocab = self._program.model.spec.vocab_size
         if not bool(((emitted >= -1) & (emitted < vocab)).all()):
@@ -123,7 +127,9 @@ class StrictRunner:
 
     def _row_state(self, rows: list[int]) -> list[torch.Tensor]:
         state = self._buffers.state
-        return [t[rows].clone() for t in (state.active, state.last_token, state.position, state.output_counts)]
+        return [
+            t[rows].clone() for t in (state.active, state.last_token, state.position, state.output_counts)
+        ]
 
 
 def _inside(part: torch.Tensor, whole: torch.Tensor) -> bool:

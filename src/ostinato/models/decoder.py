@@ -50,7 +50,12 @@ class Decoder:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Every weight and table by name."""
-        found = {"embedding": self.embedding, "final_norm": self.final_norm, "head": self.head, "rope": self.rope}
+        found = {
+            "embedding": self.embedding,
+            "final_norm": self.final_norm,
+            "head": self.head,
+            "rope": self.rope,
+        }
         for index, layer in enumerate(self.layers):
             for name, tensor in vars(layer).items():
                 if tensor is not None:
@@ -132,7 +137,9 @@ def check_tensors(spec: ModelSpec, checkpoint: Checkpoint) -> None:
     expected = expected_tensors(spec)
     found = checkpoint.tensors
     ignored = {"lm_head.weight"} if spec.tied_embeddings else set()  # some files repeat the tied head
-    extra = [n for n in found if n not in expected and n not in ignored and not n.endswith("rotary_emb.inv_freq")]
+    extra = [
+        n for n in found if n not in expected and n not in ignored and not n.endswith("rotary_emb.inv_freq")
+    ]
     problems = []
     for what, names in (("missing", [n for n in expected if n not in found]), ("unexpected", extra)):
         if names:

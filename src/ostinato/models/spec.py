@@ -11,6 +11,7 @@ import torch
 
 from ..errors import CheckpointError, UnsupportedModelError
 from ..ops import AttentionShape
+from ..sampling import MAX_VOCAB
 
 
 @dataclass(frozen=True)
@@ -79,11 +80,17 @@ def base_spec(config: Mapping[str, Any], architecture: str, **features: Any) -> 
     hidden, heads = require(config, "hidden_size"), require(config, "num_attention_heads")
     kv_heads = config.get("num_key_value_heads") or heads
     if heads % kv_heads:
-        raise CheckpointError(f"config: num_attention_heads={heads} is no multiple of num_key_value_heads={kv_heads}")
+        raise CheckpointError(
+            f"config: num_attention_heads={heads} is no multiple of num_key_value_heads={kv_heads}"
+        )
     head_dim = config.get("head_dim") or hidden // heads
     if head_dim % 2:
         raise CheckpointError(f"config: head_dim={head_dim} is odd; rotary embeddings need an even one")
     max_positions = require(config, "max_position_embeddings")
+    if require(config, "vocab_size") > MAX_VOCAB:
+        raise UnsupportedModelError(
+            f"config: vocab_size={config['vocab_size']}; the samplers take at most {MAX_VOCAB}"
+        )
     window = features.pop("sliding_window", None)
     return ModelSpec(
         architecture=architecture,
@@ -141,4 +148,6 @@ def rope_frequencies(config: Mapping[str, Any], head_dim: int) -> tuple[float, .
                 blend = (original / wavelength - low) / (high - low)
                 result.append((1 - blend) * f / factor + blend * f)
         return tuple(result)
-    raise UnsupportedModelError(f"config: rope_scaling of type {kind!r} is not supported; known: default, linear, llama3")
+    raise UnsupportedModelError(
+        f"config: rope_scaling of type {kind!r} is not supported; known: default, linear, llama3"
+    )

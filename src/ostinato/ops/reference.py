@@ -186,7 +186,9 @@ class ReferenceOps:
                 oldest = view.positions[view.singles].view(count, 1, 1, 1) - shape.sliding_window
                 near = torch.arange(past_k.shape[2], device=qkv.device) > oldest
                 mask = near if mask is None else mask & near
-            attended = F.scaled_dot_product_attention(own_q, past_k, past_v, attn_mask=mask, scale=shape.scale)
+            attended = F.scaled_dot_product_attention(
+                own_q, past_k, past_v, attn_mask=mask, scale=shape.scale
+            )
             result[view.singles] = attended.reshape(count, shape.heads, shape.head_dim)
         for start, end, length, slots in view.chunks:
             own_q = q[start:end].transpose(0, 1).unsqueeze(0)
@@ -196,7 +198,9 @@ class ReferenceOps:
             )
             fresh = length == end - start
             if fresh and shape.sliding_window is None:
-                attended = F.scaled_dot_product_attention(own_q, past_k, past_v, is_causal=True, scale=shape.scale)
+                attended = F.scaled_dot_product_attention(
+                    own_q, past_k, past_v, is_causal=True, scale=shape.scale
+                )
             else:
                 query = torch.arange(length - (end - start), length, device=qkv.device).unsqueeze(1)
                 key = torch.arange(length, device=qkv.device)
@@ -270,11 +274,15 @@ class ReferenceOps:
         state.position[rows] = positions
         stop_ids = static.stop_ids[rows]
         counted = torch.arange(stop_ids.shape[1], device=rows.device) < static.num_stop_ids[rows].unsqueeze(1)
-        stopped = ((stop_ids == tokens.unsqueeze(1)) & counted).any(1) & (positions >= static.min_position[rows])
+        stopped = ((stop_ids == tokens.unsqueeze(1)) & counted).any(1) & (
+            positions >= static.min_position[rows]
+        )
         state.active[rows] = (~stopped & (positions < static.last_position[rows])).int()
         counts = (static.flags[rows] & FLAG_PENALTIES) != 0
         rows, tokens = rows[counts], tokens[counts].long()
-        state.output_counts[rows, tokens] = (state.output_counts[rows, tokens].int() + 1).clamp(max=32767).short()
+        state.output_counts[rows, tokens] = (
+            (state.output_counts[rows, tokens].int() + 1).clamp(max=32767).short()
+        )
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -88,7 +88,9 @@ def _padded(words: int) -> int:
     return (words + 31) // 32 * 32  # 128 bytes
 
 
-def _views(scratch: torch.Tensor, num_seqs: int, vocab: int, variant: SamplerVariant) -> dict[str, torch.Tensor]:
+def _views(
+    scratch: torch.Tensor, num_seqs: int, vocab: int, variant: SamplerVariant
+) -> dict[str, torch.Tensor]:
     words = scratch.view(torch.int32)
     views = {}
     start = 0
@@ -179,7 +181,15 @@ def sample(
 
     _chunk_best[grid](logits, t["chunk_max"], t["chunk_best"], **cut)
     _row_best[per_row](
-        rows, inputs.temperature, t["chunk_max"], t["chunk_best"], t["row_max"], t["draws"], out, greedy, **cut
+        rows,
+        inputs.temperature,
+        t["chunk_max"],
+        t["chunk_best"],
+        t["row_max"],
+        t["draws"],
+        out,
+        greedy,
+        **cut,
     )
     if greedy:
         return
