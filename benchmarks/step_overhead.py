@@ -40,8 +40,8 @@ def measure(shape: str, repeats: int = 5) -> dict[str, Any]:
         llm.generate([prompt], params, use_tqdm=False)
         return time.perf_counter() - begin
 
-    for tokens in (OUTPUT, 1, OUTPUT):
-        seconds(tokens)  # captures, caches, clocks
+    for tokens in (OUTPUT, 1, 1, 1, OUTPUT):
+        seconds(tokens)  # captures, checks, clocks
     first = [seconds(1) for _ in range(repeats)]
     whole = [seconds(OUTPUT) for _ in range(repeats)]
     step = (statistics.median(whole) - statistics.median(first)) / (OUTPUT - 1)
@@ -56,6 +56,18 @@ def measure(shape: str, repeats: int = 5) -> dict[str, Any]:
         "weight_bytes": metrics["memory_bytes"]["weights"],
         "graph_steps": metrics["graph_steps"],
         "eager_steps": metrics["eager_steps"],
+        "keys": {
+            str(r.key): {
+                "nodes": r.nodes,
+                "bytes": r.nbytes,
+                "capture_ms": r.capture_ms,
+                "instantiate_ms": r.instantiate_ms,
+                "eager_us": r.eager_us,
+                "replay_us": r.replay_us,
+                "mismatches": r.mismatches,
+            }
+            for r in llm.engine.plan.book.records()
+        },
         "startup_seconds": metrics["startup_seconds"],
     }
     llm.close()
@@ -67,7 +79,10 @@ def bare_replay(llm: Any) -> float:
     import torch
 
     engine = llm.engine
-    (captured,) = (g for key, g in engine.runner.graphs.items() if key.num_seqs == 1)
+    (key,) = (
+        r.key for r in engine.plan.book.captured if r.key.kind.value == "decode" and r.key.num_seqs == 1
+    )
+    graph = engine.runner.cache.graph(key)
     static, state, replays = engine.buffers.static, engine.buffers.state, OUTPUT - 1
     with engine._context():
         blocks = -(-(PROMPT + OUTPUT) // engine.config.block_size)
@@ -78,7 +93,7 @@ def bare_replay(llm: Any) -> float:
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
         for _ in range(replays):
-            captured.graph.replay()
+            graph.replay()
         end.record()
         torch.cuda.synchronize()
         assert int(state.position[0]) == PROMPT + replays, (

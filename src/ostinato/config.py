@@ -7,6 +7,7 @@ value came from.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -15,7 +16,9 @@ from typing import Any, Literal
 import torch
 
 from .errors import ConfigError, UnknownOptionError
-from .graphs.plan import CudaGraphMode, default_capture_sizes
+from .graphs.plan import DEFAULT_MAX_TOKENS, CudaGraphMode, default_capture_sizes
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {
     "float32": torch.float32,
@@ -25,7 +28,12 @@ DTYPES = {
     "half": torch.float16,
 }
 
-_COMPILATION = ("cudagraph_mode", "cudagraph_capture_sizes", "max_cudagraph_capture_size")
+_COMPILATION = (
+    "cudagraph_mode",
+    "cudagraph_capture_sizes",
+    "max_cudagraph_capture_size",
+    "max_cudagraph_prefill_tokens",
+)
 
 
 @dataclass(frozen=True)
@@ -69,9 +77,21 @@ class EngineOptions:
     enforce_eager: bool = False
     """No graphs: the opposite of `enable_cuda_graph`."""
     compilation_config: Mapping[str, Any] = field(default_factory=dict)
-    """`cudagraph_mode`, `cudagraph_capture_sizes`, `max_cudagraph_capture_size`."""
+    """`cudagraph_mode`, `cudagraph_capture_sizes`, `max_cudagraph_capture_size` as in vLLM, and
+    `max_cudagraph_prefill_tokens`: steps with more prompt tokens run eagerly."""
+    cudagraph_capture: Literal["lazy", "startup", "profile"] = "lazy"
+    """When to capture: as traffic asks for keys, the whole ladder at the start, or at the start what
+    the last run's traffic used."""
     cudagraph_min_hits: int = 2
     """A key is captured at this hit; the ones before it run eagerly at the padded size."""
+    cudagraph_memory_budget: int | float = 256 << 20
+    """Most device memory for executables: bytes, or a share of the GPU's memory if it is a float."""
+    cudagraph_verify: bool = True
+    """Compare each graph with eager on scratch rows before it serves, and time both."""
+    cudagraph_verify_every: int = 0
+    """Run one live replay in this many both ways and compare; 0: none."""
+    fail_on_mismatch: bool = False
+    """Raise `MismatchError` where a graph differs from eager, instead of quarantining its key."""
     on_capture_error: Literal["eager", "raise"] = "eager"
     fail_on_fallback: bool = False
     """Raise `FallbackError` on a step that has no graph; the steps before capture excepted."""
@@ -108,7 +128,15 @@ class EngineConfig:
     cudagraph_mode: CudaGraphMode
     capture_sizes: tuple[int, ...]
     """Decode batch sizes that may have a graph, ascending."""
+    max_prefill_tokens: int
+    """Steps with more tokens than this have no graph unless they are pure decodes."""
+    cudagraph_capture: Literal["lazy", "startup", "profile"]
     cudagraph_min_hits: int
+    cudagraph_memory_budget: int
+    """Bytes"""
+    cudagraph_verify: bool
+    cudagraph_verify_every: int
+    fail_on_mismatch: bool
     on_capture_error: Literal["eager", "raise"]
     fail_on_fallback: bool
     pipeline_depth: int
@@ -124,13 +152,16 @@ class EngineConfig:
         return replace(self, max_model_len=length, source={**self.source, "max_model_len": "KV cache"})
 
 
-def resolve(options: EngineOptions, *, model_dtype: str | None, model_positions: int) -> EngineConfig:
+def resolve(
+    options: EngineOptions, *, model_dtype: str | None, model_positions: int, graphs_anywhere: bool = False
+) -> EngineConfig:
     """Check the options and fill in what depends on the model and the machine.
 
     Args:
         options: the user's.
         model_dtype: `torch_dtype` or `dtype` of the model's config, if it names one.
         model_positions: context that the model was made for, in tokens.
+        graphs_anywhere: graphs do not need a GPU, since something else than CUDA makes them.
 
     Raises:
         ConfigError: a value that cannot work; the message says what to change.
@@ -196,8 +227,22 @@ def resolve(options: EngineOptions, *, model_dtype: str | None, model_positions:
         raise ConfigError(f"on_capture_error must be 'eager' or 'raise', got {options.on_capture_error!r}")
     if options.strict and on_gpu:
         raise ConfigError("strict=True checks the contract on a CPU; use device='cpu' with it")
-    mode, sizes = _graphs(options, seqs, on_gpu)
-    source["cudagraph_mode"] = source["capture_sizes"] = "user" if options.compilation_config else "default"
+    if options.cudagraph_capture not in ("lazy", "startup", "profile"):
+        raise ConfigError(
+            f"cudagraph_capture must be 'lazy', 'startup' or 'profile', got {options.cudagraph_capture!r}"
+        )
+    every = options.cudagraph_verify_every
+    if isinstance(every, bool) or not isinstance(every, int) or every < 0:
+        raise ConfigError(f"cudagraph_verify_every must be a whole number, 0 for never, got {every!r}")
+    mode, sizes = _graphs(options, seqs, on_gpu or graphs_anywhere)
+    prefill = options.compilation_config.get("max_cudagraph_prefill_tokens")
+    if prefill is not None:
+        _positive("max_cudagraph_prefill_tokens", prefill)
+    for name, key in (("cudagraph_mode", "cudagraph_mode"), ("capture_sizes", "cudagraph_capture_sizes")):
+        source[name] = "user" if key in options.compilation_config else "default"
+    if source["capture_sizes"] == "default" and "max_cudagraph_capture_size" in options.compilation_config:
+        source["capture_sizes"] = "user"
+    source["max_prefill_tokens"] = "default" if prefill is None else "user"
     return EngineConfig(
         dtype=dtype,
         device=device,
@@ -212,6 +257,12 @@ def resolve(options: EngineOptions, *, model_dtype: str | None, model_positions:
         enable_prefix_caching=pick("enable_prefix_caching", True),
         cudagraph_mode=mode,
         capture_sizes=sizes,
+        max_prefill_tokens=min(prefill or DEFAULT_MAX_TOKENS, tokens),
+        cudagraph_capture=pick("cudagraph_capture", "lazy"),
+        cudagraph_memory_budget=_budget(pick("cudagraph_memory_budget", 256 << 20), on_gpu),
+        cudagraph_verify=pick("cudagraph_verify", True),
+        cudagraph_verify_every=pick("cudagraph_verify_every", 0),
+        fail_on_mismatch=pick("fail_on_mismatch", False),
         cudagraph_min_hits=pick("cudagraph_min_hits", 2),
         on_capture_error=pick("on_capture_error", "eager"),
         fail_on_fallback=pick("fail_on_fallback", False),
@@ -229,6 +280,19 @@ def _positive(name: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ConfigError(f"{name} must be a positive integer, got {value!r}")
     return value
+
+
+def _budget(value: int | float, on_gpu: bool) -> int:
+    """Bytes of a budget given in bytes or as a share of the GPU's memory."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+        raise ConfigError(
+            f"cudagraph_memory_budget must be positive bytes or a share in (0, 1], got {value!r}"
+        )
+    if isinstance(value, int):
+        return value
+    if value > 1.0:
+        raise ConfigError(f"cudagraph_memory_budget={value} is a float above 1: give bytes as an integer")
+    return int(value * torch.cuda.mem_get_info()[1]) if on_gpu else 256 << 20
 
 
 def _device(name: str) -> torch.device:
@@ -259,7 +323,7 @@ def _dtype(name: str, model_dtype: str | None, on_gpu: bool) -> torch.dtype:
     return dtype
 
 
-def _graphs(options: EngineOptions, max_seqs: int, on_gpu: bool) -> tuple[CudaGraphMode, tuple[int, ...]]:
+def _graphs(options: EngineOptions, max_seqs: int, possible: bool) -> tuple[CudaGraphMode, tuple[int, ...]]:
     given = dict(options.compilation_config)
     for name in given:
         if name not in _COMPILATION:
@@ -269,7 +333,7 @@ def _graphs(options: EngineOptions, max_seqs: int, on_gpu: bool) -> tuple[CudaGr
             raise ConfigError(f"{flag} must be True or False, got {getattr(options, flag)!r}")
     wanted = given.get("cudagraph_mode")
     try:
-        mode = CudaGraphMode(getattr(wanted, "value", wanted) or "FULL_DECODE_ONLY")
+        mode = CudaGraphMode(getattr(wanted, "value", wanted) or "FULL")
     except ValueError:
         if wanted in ("PIECEWISE", "FULL_AND_PIECEWISE"):
             raise ConfigError(
@@ -283,7 +347,7 @@ def _graphs(options: EngineOptions, max_seqs: int, on_gpu: bool) -> tuple[CudaGr
                 f"cudagraph_mode={wanted!r} contradicts enforce_eager=True; drop one of the two"
             )
         mode = CudaGraphMode.NONE
-    if not on_gpu:
+    if not possible:
         mode = CudaGraphMode.NONE  # the same program runs everywhere; `explain` says why
     return mode, _capture_sizes(given, max_seqs)
 
@@ -299,9 +363,14 @@ def _capture_sizes(given: Mapping[str, Any], max_seqs: int) -> tuple[int, ...]:
         raise ConfigError(f"cudagraph_capture_sizes must be a list of batch sizes, got {sizes!r}")
     for size in sizes:
         _positive("cudagraph_capture_sizes", size)
-        if size > max_seqs:
-            raise ConfigError(f"cudagraph_capture_sizes: {size} is more than max_num_seqs={max_seqs}")
-    return tuple(sorted(s for s in set(sizes) if limit is None or s <= limit))
+    unused = sorted(size for size in sizes if size > max_seqs)
+    # A size above the largest batch still serves the batches below it, at the largest batch's size.
+    kept = {min(size, max_seqs) for size in sizes if limit is None or size <= limit}
+    if unused:
+        logger.warning(
+            "cudagraph_capture_sizes %s are above max_num_seqs=%d and become %d", unused, max_seqs, max_seqs
+        )
+    return tuple(sorted(kept))
 
 
 def available_memory() -> int:

@@ -21,7 +21,9 @@ import torch
 
 from .config import EngineConfig, EngineOptions, available_memory, resolve
 from .errors import EngineDeadError, KVCacheError, OstinatoError, RequestError
-from .graphs.plan import CudaGraphMode, Plan
+from .graphs.keys import KeyBook
+from .graphs.plan import CudaGraphMode, Plan, default_prefill_seqs, default_token_sizes
+from .graphs.profile import Profile
 from .graphs.runner import Arena, EagerRunner, Pending, ResultRing, Runner, StepProgram
 from .inputs import BufferShapes, StepBuffers
 from .kv_blocks import BlockAllocator
@@ -44,6 +46,7 @@ from .types import (
 )
 
 if TYPE_CHECKING:
+    from .graphs.backend import GraphBackend
     from .models.checkpoint import Checkpoint
     from .models.decoder import Decoder
     from .tokenizer import Tokenizer
@@ -80,6 +83,7 @@ class Engine:
         context: Callable[[], AbstractContextManager[Any]],
         memory: Sequence[MemoryLine],
         startup: Mapping[str, float],
+        profile: Profile | None = None,
     ) -> None:
         """Parts that fit together; `build` makes them.
 
@@ -96,13 +100,14 @@ class Engine:
             context: entered around all device work (the engine's stream on a GPU).
             memory: what was allocated, in order.
             startup: seconds of each stage of the start.
+            profile: where to remember which keys fired; None where there are no graphs.
         """
         self.name, self.config, self.spec, self.tokenizer = name, config, spec, tokenizer
         self.scheduler, self.plan, self.buffers, self.runner = scheduler, plan, buffers, runner
         self.memory, self.startup = tuple(memory), dict(startup)
         self.eos_token_ids = eos_token_ids
         self.outputs = OutputAssembler(plan)
-        self._context = context
+        self._context, self._profile = context, profile
         self._inflight: deque[tuple[Schedule, Pending]] = deque()
         self._seeds = random.Random(config.seed)
         self._counter = 0
@@ -119,6 +124,7 @@ class Engine:
         self._check_alive()
         try:
             with self._context():
+                self.runner.poll()
                 schedule = self.scheduler.schedule()
                 if schedule is not None:
                     route = self.plan.route(schedule)
@@ -272,11 +278,18 @@ class Engine:
         reason = FinishReason.ABORT if isinstance(error, KeyboardInterrupt) else FinishReason.ERROR
         self.outputs.fail(self.scheduler.reset(reason), error)
 
+    def release_graphs(self) -> int:
+        """Free all graphs; returns their bytes. The next use captures again."""
+        with self._context():
+            return self.runner.release()
+
     def close(self) -> None:
         """End all requests and free graphs; the engine cannot be used afterwards."""
         if self._dead is None:
             self.outputs.fail(self.scheduler.reset(FinishReason.ABORT), None)
             self._inflight.clear()
+            if self._profile is not None:
+                self._profile.save(self.plan.book)
             self.runner.close()
             self._dead = EngineDeadError("closed")
 
@@ -322,8 +335,12 @@ class _Stages:
         logger.info("%s: %.3f s", name, self.seconds[name])
 
 
-def build(options: EngineOptions) -> Engine:
+def build(options: EngineOptions, backend: GraphBackend | None = None) -> Engine:
     """Make an engine. The order of what follows is the memory order; each line reports its bytes.
+
+    Args:
+        options: what the user asked for.
+        backend: what captures and replays graphs; None: CUDA's, where there is a GPU.
 
     Raises:
         ConfigError, ModelError: before anything large is loaded, wherever that is possible.
@@ -338,6 +355,7 @@ def build(options: EngineOptions) -> Engine:
         options,
         model_dtype=model_config.get("dtype") or model_config.get("torch_dtype"),
         model_positions=spec.max_positions,
+        graphs_anywhere=backend is not None,
     )
     device = config.device
     ops = select(device)
@@ -376,14 +394,19 @@ def build(options: EngineOptions) -> Engine:
         )
         buffers = StepBuffers(shapes, device, config.pipeline_depth)
         memory.append(MemoryLine("static inputs and step state", buffers.nbytes))
+        padded = device.type == "cuda" or config.strict or config.cudagraph_mode is not CudaGraphMode.NONE
         plan = Plan(
             mode=config.cudagraph_mode,
             capture_sizes=config.capture_sizes,
-            min_hits=config.cudagraph_min_hits,
-            pad=device.type == "cuda" or config.strict,
+            book=KeyBook(min_hits=config.cudagraph_min_hits, budget=config.cudagraph_memory_budget),
+            pad=padded,
+            token_sizes=default_token_sizes(config.max_prefill_tokens),
+            prefill_seqs=default_prefill_seqs(config.max_num_seqs),
+            token_multiple=16 if padded else 1,
             fail_on_fallback=config.fail_on_fallback,
-            token_multiple=16 if device.type == "cuda" or config.strict else 1,
         )
+        for hole in plan.holes(config.max_num_seqs):
+            logger.warning("%s", hole)
         ring = ResultRing(buffers, config.pipeline_depth)
         context = _device_context(device)
 
@@ -403,13 +426,26 @@ def build(options: EngineOptions) -> Engine:
             with context():
                 _warm_up(program_over(1), buffers)
         stages.done("warm-up")
-        config, num_blocks = _size_cache(config, spec, memory)
-        program = program_over(num_blocks)
-        memory.append(MemoryLine("KV cache", program.cache.data.numel() * program.cache.data.element_size()))
+        graphs = config.cudagraph_mode is not CudaGraphMode.NONE
+        scratch = _scratch_blocks(config) if graphs and config.cudagraph_verify else 0
+        config, num_blocks = _size_cache(config, spec, memory, scratch)
+        program = program_over(num_blocks + scratch)
+        kv_bytes = program.cache.data.numel() * program.cache.data.element_size()
+        trial_bytes = kv_bytes // (num_blocks + scratch) * scratch
+        memory.append(MemoryLine("KV cache", kv_bytes - trial_bytes))
+        memory.append(MemoryLine("KV blocks for trials", trial_bytes))
         stages.done("KV cache")
-        runner = _make_runner(config, program, ring, plan, buffers)
+        blocks = range(num_blocks, num_blocks + scratch)
+        runner = _make_runner(config, program, ring, plan, buffers, blocks, backend)
         words = tokenizer.result()
         stages.done("tokenizer")
+        name = checkpoint.path.name if checkpoint else str(options.model)
+        profile = _profile(config, name) if graphs else None
+        if graphs and config.cudagraph_capture != "lazy":
+            assert profile is not None
+            with context():
+                _capture_early(config, plan, runner, profile)
+            stages.done("capture")
 
     allocator = BlockAllocator(num_blocks, config.block_size, config.enable_prefix_caching)
     scheduler = Scheduler(
@@ -424,7 +460,7 @@ def build(options: EngineOptions) -> Engine:
         plan.pad_seqs,
     )
     return Engine(
-        name=checkpoint.path.name if checkpoint else str(options.model),
+        name=name,
         config=config,
         spec=spec,
         tokenizer=words,
@@ -436,6 +472,7 @@ def build(options: EngineOptions) -> Engine:
         context=context,
         memory=memory,
         startup=stages.seconds,
+        profile=profile,
     )
 
 
@@ -515,17 +552,27 @@ def _warm_up(program: StepProgram, buffers: StepBuffers) -> None:
     torch.cuda.synchronize()
 
 
+def _scratch_blocks(config: EngineConfig) -> int:
+    """KV blocks for trials: one to write for each row, and enough for the longest captured prompts."""
+    return max(config.max_num_seqs, 2 * config.max_prefill_tokens // config.block_size)
+
+
 def _size_cache(
-    config: EngineConfig, spec: ModelSpec, memory: Sequence[MemoryLine]
+    config: EngineConfig, spec: ModelSpec, memory: Sequence[MemoryLine], scratch: int
 ) -> tuple[EngineConfig, int]:
-    """How many blocks the KV cache gets, and the longest sequence that then fits."""
+    """How many blocks requests get, and the longest sequence that then fits.
+
+    `scratch` blocks for trials and the budget of the executables are set aside first.
+    """
     a, size = spec.attention, config.block_size
     per_block = KVCache.bytes_per_block(spec.num_layers, size, a.kv_heads, a.head_dim, config.dtype)
     # Every sequence at full length, and the guard block: more could never be used.
     useful = config.max_num_seqs * config.max_blocks_per_seq + 1
     if config.device.type == "cuda":
         free, total = torch.cuda.mem_get_info(config.device)
-        room = int(total * config.gpu_memory_utilization) - (total - free)
+        room = int(total * config.gpu_memory_utilization) - (total - free) - scratch * per_block
+        if config.cudagraph_mode is not CudaGraphMode.NONE:
+            room -= config.cudagraph_memory_budget
         advice = (
             "raise gpu_memory_utilization, lower max_num_seqs or max_num_batched_tokens, or free GPU memory"
         )
@@ -567,13 +614,48 @@ def _size_cache(
     return config, blocks
 
 
+def _profile(config: EngineConfig, model: str) -> Profile:
+    """What traffic used last time with this model, device and config."""
+    from .models.hub import cache_dir
+
+    gpu = torch.cuda.get_device_name() if config.device.type == "cuda" else "cpu"
+    identity = {
+        "model": model,
+        "device": gpu,
+        "dtype": str(config.dtype),
+        "max_num_seqs": config.max_num_seqs,
+        "capture_sizes": list(config.capture_sizes),
+        "max_prefill_tokens": config.max_prefill_tokens,
+    }
+    return Profile(cache_dir() / "graphs", identity)
+
+
+def _capture_early(config: EngineConfig, plan: Plan, runner: Runner, profile: Profile) -> None:
+    """Capture before there is traffic: the whole greedy ladder, or what the profile remembers."""
+    if config.cudagraph_capture == "startup":
+        keys = plan.ladder(SamplerVariant.GREEDY)
+    else:
+        keys = [key for key in profile.load() if plan.can_fire(key)]
+    runner.prepare(keys)
+
+
 def _make_runner(
-    config: EngineConfig, program: StepProgram, ring: ResultRing, plan: Plan, buffers: StepBuffers
+    config: EngineConfig,
+    program: StepProgram,
+    ring: ResultRing,
+    plan: Plan,
+    buffers: StepBuffers,
+    scratch: Sequence[int],
+    backend: GraphBackend | None,
 ) -> Runner:
     if config.cudagraph_mode is not CudaGraphMode.NONE:
-        from .graphs.cuda import CudaGraphRunner
+        from .graphs.graph_runner import GraphRunner
 
-        return CudaGraphRunner(program, ring, plan, on_capture_error=config.on_capture_error)
+        if backend is None:
+            from .graphs.cuda import TorchBackend
+
+            backend = TorchBackend()
+        return GraphRunner(program, ring, buffers, plan.book, scratch, backend, config)
     if config.strict:
         from .graphs.strict import StrictRunner
 

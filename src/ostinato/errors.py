@@ -18,6 +18,7 @@ __all__ = [
     "FallbackError",
     "GraphError",
     "KVCacheError",
+    "MismatchError",
     "ModelError",
     "ModelNotFoundError",
     "OstinatoError",
@@ -89,6 +90,10 @@ class CaptureError(GraphError):
 
 class FallbackError(GraphError):
     """A step had no graph and `fail_on_fallback=True` was set."""
+
+
+class MismatchError(GraphError):
+    """A graph and the eager step differed and `fail_on_mismatch=True` was set."""
 
 
 class StrictError(GraphError):

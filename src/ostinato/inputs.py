@@ -339,12 +339,28 @@ class StepBuffers:
             staging = self._ring[self._turn]
             self._turn = (self._turn + 1) % len(self._ring)
             staging.apply(*edits.arrays())
+        jobs = _prompt_jobs(schedule) if schedule.needs_prompt_logprobs else ()
+        logprobs = any(r.samples and r.request.params.logprobs is not None for r in schedule.rows)
+        return self.batch(route, logprobs, jobs)
+
+    def batch(
+        self, route: Route, logprobs: bool = False, prompt_logprobs: tuple[PromptLogprobsJob, ...] = ()
+    ) -> Batch:
+        """The batch of a route over whatever the buffers hold: the same views for the same key."""
         views = self._views.get(route.key)
         if views is None:
             views = self._views[route.key] = self._cut(route.key)
-        jobs = _prompt_jobs(schedule) if schedule.needs_prompt_logprobs else ()
-        logprobs = any(r.samples and r.request.params.logprobs is not None for r in schedule.rows)
-        return Batch(route, logprobs, jobs, self.shapes.block_size, self.static, self.state, *views)
+        return Batch(
+            route, logprobs, prompt_logprobs, self.shapes.block_size, self.static, self.state, *views
+        )
+
+    def mirrors(self) -> tuple[set[int], set[int]]:
+        """What the host remembers of the device rows; for whoever borrows them and puts them back."""
+        return set(self._enabled), set(self._held)
+
+    def set_mirrors(self, mirrors: tuple[set[int], set[int]]) -> None:
+        """Undo what happened since `mirrors()`, once the device buffers are restored."""
+        self._enabled, self._held = set(mirrors[0]), set(mirrors[1])
 
     def _cut(self, key: GraphKey) -> tuple[torch.Tensor, ...]:
         s, seqs, tokens = self.static, key.num_seqs, key.num_tokens

@@ -40,6 +40,13 @@ class LLM:
     def __init__(self, model: str | None = None, **options: Any) -> None:
         self.engine: Engine = build(EngineOptions.from_kwargs({"model": model, **options}))
 
+    @classmethod
+    def over(cls, engine: Engine) -> LLM:
+        """An LLM over an engine that was built already."""
+        made = cls.__new__(cls)
+        made.engine = engine
+        return made
+
     # --- generation --------------------------------------------------------------------
 
     def generate(
@@ -210,6 +217,14 @@ class LLM:
     def get_metrics(self) -> dict[str, Any]:
         """Counters since the start: steps by graph and by reason, memory, start-up, queue."""
         return self.engine.metrics()
+
+    def release_graphs(self) -> int:
+        """Free all graphs, for instance while the model sleeps; the next use captures again.
+
+        Returns:
+            Bytes of device memory that came back.
+        """
+        return self.engine.release_graphs()
 
     def close(self) -> None:
         """Free graphs and end what still runs. A closed LLM cannot be used again."""

@@ -310,7 +310,8 @@ class _Weigh:
         if self.min_p > 0:
             e *= e >= self.min_p
         e *= np.float32(2.0**WEIGHT_BITS)
-        return e.astype(np.int64)
+        with np.errstate(invalid="ignore"):  # NaN parameters of rows that are not live
+            return e.astype(np.int64)
 
 
 def _top_p(x: Floats, weights: Weights, weigh: _Weigh, lowest: np.float32 | None, top_p: float) -> np.float32:

@@ -462,15 +462,36 @@ class Reason(str, Enum):
     """Why a step ran without a graph."""
 
     DISABLED = "disabled"
-    """Graphs are off: no GPU, `enforce_eager=True` or `cudagraph_mode="NONE"`."""
     NO_KEY_YET = "no_key_yet"
-    """The key was not captured yet; it is after `min_hits` hits."""
+    BEING_CHECKED = "being_checked"
     OVER_MAX = "over_max"
-    """More sequences than the largest captured size."""
     CAPTURE_FAILED = "capture_failed"
-    NOT_CAPTURED = "prefill_not_captured"
-    """Prefill and mixed steps have no graphs."""
+    QUARANTINED = "quarantined"
+    OVER_BUDGET = "over_budget"
+    SLOWER_THAN_EAGER = "slower_than_eager"
+    LARGE_PREFILL = "large_prefill"
+    PREFILL_NOT_CAPTURED = "prefill_not_captured"
     NEEDS_PROMPT_LOGPROBS = "needs_prompt_logprobs"
+
+    @property
+    def text(self) -> str:
+        """For people."""
+        return _REASON_TEXTS[self]
+
+
+_REASON_TEXTS = {
+    Reason.DISABLED: "graphs are off: no GPU, enforce_eager=True or cudagraph_mode='NONE'",
+    Reason.NO_KEY_YET: "the shape was not captured yet; it is at its cudagraph_min_hits-th step",
+    Reason.BEING_CHECKED: "captured, and now compared with eager before it serves",
+    Reason.OVER_MAX: "more sequences than the largest captured size",
+    Reason.CAPTURE_FAILED: "its capture failed",
+    Reason.QUARANTINED: "its graph differed from eager",
+    Reason.OVER_BUDGET: "cudagraph_memory_budget has no room for its graph",
+    Reason.SLOWER_THAN_EAGER: "its graph was slower than eager, so it was dropped",
+    Reason.LARGE_PREFILL: "more prompt tokens than the largest captured size, where eager loses nothing",
+    Reason.PREFILL_NOT_CAPTURED: "cudagraph_mode is FULL_DECODE_ONLY, and the step has prompt tokens",
+    Reason.NEEDS_PROMPT_LOGPROBS: "prompt_logprobs needs logits of every prompt token",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -482,7 +503,7 @@ class Route:
     reason: Reason | None
     """None: on the graph of `key`."""
     capture: bool = False
-    """The key's graph is to be captured before this step runs on it."""
+    """The key's graph is to be captured after this step, which runs eagerly."""
 
 
 @dataclass(frozen=True, slots=True)

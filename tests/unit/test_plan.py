@@ -7,7 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ostinato.errors import FallbackError
-from ostinato.graphs.plan import CudaGraphMode, Plan, default_capture_sizes
+from ostinato.graphs.keys import KeyBook, KeyState
+from ostinato.graphs.plan import (
+    CudaGraphMode,
+    Plan,
+    default_capture_sizes,
+    default_prefill_seqs,
+    default_token_sizes,
+)
 from ostinato.types import (
     GraphKey,
     Reason,
@@ -39,7 +46,7 @@ def plan(
     sizes: tuple[int, ...] = (1, 2, 4, 8),
     **kwargs: object,
 ) -> Plan:
-    defaults = {"min_hits": 2, "pad": True}
+    defaults = {"book": KeyBook(), "pad": True, "token_sizes": (16, 64), "prefill_seqs": (1, 4)}
     return Plan(mode=mode, capture_sizes=sizes, **defaults | kwargs)  # type: ignore[arg-type]
 
 
@@ -58,32 +65,60 @@ def test_the_default_ladder_has_no_holes() -> None:
 
 
 def test_a_ladder_that_ends_early_says_what_it_leaves_uncovered() -> None:
-    assert plan(sizes=(1, 2, 96)).uncovered(100) == [(97, 100)]
+    assert plan(sizes=(1, 2, 96)).holes(100) == ["batches 97 to 100 have no graph"]
+    assert plan(sizes=(1, 2, 99)).holes(100) == ["batch 100 has no graph"]
+    assert plan(sizes=(1, 100)).holes(100) == []
 
 
-def test_first_hit_eager_second_captured_then_replayed() -> None:
+def test_the_ladders_of_steps_with_prompts() -> None:
+    for largest in range(1, 2049):
+        sizes = default_token_sizes(largest)
+        assert list(sizes) == sorted(set(sizes))
+        assert sizes[-1] == largest
+        for low, high in zip(sizes, sizes[1:], strict=False):
+            assert low < 32 or high - low <= max(low // 4, 8)
+        seqs = default_prefill_seqs(largest)
+        assert len(seqs) <= 4
+        assert seqs[-1] == largest
+
+
+def test_first_hit_eager_second_captured_then_checked_then_replayed() -> None:
     p = plan()
     step = schedule(StepKind.DECODE, 3)
     key = GraphKey(StepKind.DECODE, 4, 4, SamplerVariant.GREEDY)
     first = p.route(step)
     assert (first.key, first.reason, first.capture) == (key, Reason.NO_KEY_YET, False)
     second = p.route(step)
-    assert (second.key, second.reason, second.capture) == (key, None, True)
-    p.captured(key)
+    assert (second.key, second.reason, second.capture) == (key, Reason.NO_KEY_YET, True)
+    p.book[key].state = KeyState.CAPTURED
     third = p.route(step)
-    assert (third.key, third.reason, third.capture) == (key, None, False)
-    assert p.graph_steps[key] == 2
-    assert p.eager_steps == {Reason.NO_KEY_YET: 1}
+    assert (third.key, third.reason, third.capture) == (key, Reason.BEING_CHECKED, False)
+    p.book[key].trusted = True
+    fourth = p.route(step)
+    assert (fourth.key, fourth.reason, fourth.capture) == (key, None, False)
+    assert p.graph_steps == {key: 1}
+    assert p.eager_steps == {Reason.NO_KEY_YET: 2, Reason.BEING_CHECKED: 1}
+    assert p.book[key].padding_waste == 0.25
 
 
 def test_a_failed_capture_is_not_tried_again() -> None:
     p = plan()
     step = schedule(StepKind.DECODE, 3)
     p.route(step)
-    p.failed(p.route(step).key)
-    assert p.route(step).reason is Reason.CAPTURE_FAILED
-    assert p.eager_steps == {Reason.NO_KEY_YET: 1, Reason.CAPTURE_FAILED: 2}
+    p.book[p.route(step).key].state = KeyState.FAILED
+    route = p.route(step)
+    assert (route.reason, route.capture) == (Reason.CAPTURE_FAILED, False)
     assert not p.graph_steps
+
+
+def test_steps_with_prompts_share_one_key_and_pad_both_ways() -> None:
+    p = plan(CudaGraphMode.FULL)
+    key = p.route(schedule(StepKind.PREFILL, 2, 9)).key
+    assert key == GraphKey(StepKind.MIXED, 64, 4, SamplerVariant.GREEDY)
+    assert p.route(schedule(StepKind.MIXED, 3, 15)).key == key
+    assert p.route(schedule(StepKind.PREFILL, 1, 5)).key == GraphKey(
+        StepKind.MIXED, 16, 1, SamplerVariant.GREEDY
+    )
 
 
 @given(
@@ -103,16 +138,18 @@ def test_every_schedule_has_exactly_one_route(
     route = p.route(step)
     assert route.key.num_seqs >= step.num_seqs
     assert route.key.num_tokens >= step.num_tokens
-    assert (route.reason is not None) or route.capture or route.key in p.graph_steps
+    large = kind is not StepKind.DECODE and (step.num_tokens > 64 or rows > 4)
     expected = (
         Reason.DISABLED
         if mode is CudaGraphMode.NONE
         else Reason.NEEDS_PROMPT_LOGPROBS
         if prompt_logprobs and kind is not StepKind.DECODE
-        else Reason.NOT_CAPTURED
-        if kind is not StepKind.DECODE
+        else Reason.PREFILL_NOT_CAPTURED
+        if kind is not StepKind.DECODE and mode is CudaGraphMode.FULL_DECODE_ONLY
+        else Reason.LARGE_PREFILL
+        if large
         else Reason.OVER_MAX
-        if rows > 8
+        if kind is StepKind.DECODE and rows > 8
         else Reason.NO_KEY_YET
     )
     assert route.reason is expected
@@ -124,7 +161,8 @@ def test_every_schedule_has_exactly_one_route(
     [
         (StepKind.DECODE, 3, CudaGraphMode.NONE, "disabled"),
         (StepKind.DECODE, 9, CudaGraphMode.FULL, "over_max"),
-        (StepKind.PREFILL, 1, CudaGraphMode.FULL, "prefill_not_captured"),
+        (StepKind.PREFILL, 1, CudaGraphMode.FULL_DECODE_ONLY, "prefill_not_captured"),
+        (StepKind.PREFILL, 5, CudaGraphMode.FULL, "large_prefill"),
     ],
 )
 def test_fail_on_fallback_raises_the_reason(

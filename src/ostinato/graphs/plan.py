@@ -1,8 +1,8 @@
 """The plan: which shape a step is padded to, and whether a graph runs it. No torch.
 
 The plan is total: every schedule has exactly one route, a key with a graph or a reason
-without (docs/graph-contract.md, lines 5 and 6). It knows which keys were captured because the
-runner tells it; it captures nothing itself.
+without (docs/graph-contract.md, lines 5 and 6). What may serve is the key book's business; the
+plan captures nothing itself.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from enum import Enum
 
 from ..errors import FallbackError
-from ..types import GraphKey, Reason, Route, Schedule, StepKind
+from ..types import GraphKey, Reason, Route, SamplerVariant, Schedule, StepKind
+from .keys import KeyBook
 
 
 class CudaGraphMode(Enum):
@@ -22,6 +23,13 @@ class CudaGraphMode(Enum):
     NONE = "NONE"
     FULL_DECODE_ONLY = "FULL_DECODE_ONLY"
     FULL = "FULL"
+
+
+DEFAULT_MAX_TOKENS = 1024
+"""Steps with more prompt tokens run eagerly: there the device is busy longer than the host."""
+
+_PASSING = (Reason.NO_KEY_YET, Reason.BEING_CHECKED)
+"""Reasons that end by themselves."""
 
 
 def default_capture_sizes(largest: int) -> tuple[int, ...]:
@@ -38,6 +46,21 @@ def default_capture_sizes(largest: int) -> tuple[int, ...]:
     return (*sizes, largest)
 
 
+def default_token_sizes(largest: int) -> tuple[int, ...]:
+    """Token counts of steps with prompts: 16, 32, then four equal steps to each doubling."""
+    sizes = [size for size in (16, 32) if size < largest]
+    base = 32
+    while base < largest:
+        sizes.extend(size for size in range(base + base // 4, 2 * base + 1, base // 4) if size < largest)
+        base *= 2
+    return (*sizes, largest)
+
+
+def default_prefill_seqs(max_seqs: int) -> tuple[int, ...]:
+    """Sequence counts of steps with prompts: at most four, the largest legal one among them."""
+    return tuple(sorted({min(size, max_seqs) for size in (1, 8, 64, max_seqs)}))
+
+
 class Plan:
     """Routes schedules; counts what it routed."""
 
@@ -46,96 +69,117 @@ class Plan:
         *,
         mode: CudaGraphMode,
         capture_sizes: Sequence[int],
-        min_hits: int,
+        book: KeyBook[GraphKey],
         pad: bool,
-        fail_on_fallback: bool = False,
+        token_sizes: Sequence[int] = (),
+        prefill_seqs: Sequence[int] = (),
         token_multiple: int = 1,
+        fail_on_fallback: bool = False,
     ) -> None:
         """Nothing is captured yet.
 
         Args:
             mode: which steps may have graphs.
             capture_sizes: decode batch sizes that may have one, ascending.
-            min_hits: a key is captured at this hit.
-            pad: pad decode steps to the ladder even where graphs are off, so that eager and
-                graph see the same shapes; False runs them at their own size (CPU).
+            book: what is known of each key.
+            pad: pad steps to the ladders even where graphs are off, so that eager and graph see
+                the same shapes; False runs them at their own size (CPU).
+            token_sizes: token counts of steps with prompts that may have a graph, ascending.
+            prefill_seqs: their sequence counts, ascending; at most four.
+            token_multiple: larger steps with prompts are padded to a multiple of this.
             fail_on_fallback: raise on a step that will never have a graph.
-            token_multiple: steps with prompts are padded to a multiple of this.
         """
-        self.mode = mode
+        self.mode, self.book = mode, book
         self.capture_sizes = tuple(capture_sizes)
-        self.min_hits = min_hits
+        self.token_sizes, self.prefill_seqs = tuple(token_sizes), tuple(prefill_seqs)
         self.fail_on_fallback = fail_on_fallback
         self.graph_steps: Counter[GraphKey] = Counter()
         """Steps that ran on each key's graph."""
         self.eager_steps: Counter[Reason] = Counter()
         """Steps that ran eagerly, by reason."""
-        self._pad = pad
-        self._token_multiple = token_multiple
-        self._hits: Counter[GraphKey] = Counter()
-        self._captured: set[GraphKey] = set()
-        self._failed: set[GraphKey] = set()
+        self._pad, self._token_multiple = pad, token_multiple
 
     def pad_seqs(self, count: int) -> int:
         """Rows that a decode step of `count` rows runs at; `count` itself above the ladder."""
-        index = bisect_left(self.capture_sizes, count)
-        return self.capture_sizes[index] if self._pad and index < len(self.capture_sizes) else count
+        return (_at_least(self.capture_sizes, count) if self._pad else None) or count
 
     def uncovered(self, max_seqs: int) -> list[tuple[int, int]]:
         """Ranges of batch sizes that no captured size covers."""
         largest = self.capture_sizes[-1] if self.capture_sizes else 0
         return [(largest + 1, max_seqs)] if largest < max_seqs else []
 
+    def holes(self, max_seqs: int) -> list[str]:
+        """The same for people: "batches 97 to 100 have no graph"."""
+        return [
+            f"batches {low} to {high} have no graph" if low < high else f"batch {low} has no graph"
+            for low, high in self.uncovered(max_seqs)
+        ]
+
+    def ladder(self, sampler: SamplerVariant) -> list[GraphKey]:
+        """Every key of a sampler that can have a graph, largest first."""
+        keys = [GraphKey(StepKind.DECODE, size, size, sampler) for size in self.capture_sizes]
+        if self.mode is CudaGraphMode.FULL:
+            keys += [
+                GraphKey(StepKind.MIXED, tokens, seqs, sampler)
+                for tokens in self.token_sizes
+                for seqs in self.prefill_seqs
+                # A sequence has a token at least.
+                if seqs <= tokens
+            ]
+        return sorted(keys, key=lambda k: (k.num_tokens, k.num_seqs), reverse=True)
+
+    def can_fire(self, key: GraphKey) -> bool:
+        """Whether a key lies on the ladders."""
+        return key in self.ladder(key.sampler)
+
     def route(self, schedule: Schedule) -> Route:
         """The one route of a schedule.
 
         Raises:
             FallbackError: there is no graph and `fail_on_fallback` is set. Steps that run
-                eagerly only until their key is captured do not raise.
+                eagerly only until their key is captured and checked do not raise.
         """
-        key = self._key(schedule)
-        reason = self._reason(schedule, key)
+        key, reason = self._key(schedule)
+        capture = False
         if reason is None:
-            self._hits[key] += 1
-            if key in self._captured:
-                self.graph_steps[key] += 1
-                return Route(key, None)
-            if self._hits[key] >= self.min_hits:
-                return Route(key, None, capture=True)  # counted by captured() or failed()
-            reason = Reason.NO_KEY_YET
-        elif self.fail_on_fallback:
+            reason, capture = self.book.hit(key, schedule.num_seqs, key.num_seqs)
+        if reason is None:
+            self.graph_steps[key] += 1
+            return Route(key, None)
+        if self.fail_on_fallback and reason not in _PASSING:
             raise FallbackError(
-                f"step {schedule.step} ({key}) has no graph: {reason.value}. "
+                f"step {schedule.step} ({key}) has no graph: {reason.value} ({reason.text}). "
                 "Set fail_on_fallback=False to run it eagerly"
             )
         self.eager_steps[reason] += 1
-        return Route(key, reason)
+        return Route(key, reason, capture)
 
-    def captured(self, key: GraphKey) -> None:
-        """The runner captured a key, and the step that asked for it runs on the graph."""
-        self._captured.add(key)
-        self.graph_steps[key] += 1
-
-    def failed(self, key: GraphKey) -> None:
-        """A capture failed: the key runs eagerly from now on, this step included."""
-        self._failed.add(key)
-        self.eager_steps[Reason.CAPTURE_FAILED] += 1
-
-    def _key(self, schedule: Schedule) -> GraphKey:
+    def _key(self, schedule: Schedule) -> tuple[GraphKey, Reason | None]:
+        """The shape to run at, and why it can have no graph."""
+        off = Reason.DISABLED if self.mode is CudaGraphMode.NONE else None
+        seqs, sampler = schedule.num_seqs, schedule.sampler
         if schedule.kind is StepKind.DECODE:
-            seqs = self.pad_seqs(schedule.num_seqs)
-            return GraphKey(StepKind.DECODE, seqs, seqs, schedule.sampler)
+            padded = self.pad_seqs(seqs)
+            over = not self.capture_sizes or padded > self.capture_sizes[-1]
+            return GraphKey(StepKind.DECODE, padded, padded, sampler), off or (
+                Reason.OVER_MAX if over else None
+            )
+        reason = off
+        if reason is None and schedule.needs_prompt_logprobs:
+            reason = Reason.NEEDS_PROMPT_LOGPROBS
+        if reason is None and self.mode is CudaGraphMode.FULL_DECODE_ONLY:
+            reason = Reason.PREFILL_NOT_CAPTURED
+        tokens = _at_least(self.token_sizes, schedule.num_tokens) if self._pad else None
+        slots = _at_least(self.prefill_seqs, seqs) if self._pad else None
+        if tokens is not None and slots is not None:
+            # The kernels of a prefill are those of a mixed step without decodes: one key for both.
+            return GraphKey(StepKind.MIXED, tokens, slots, sampler), reason
         multiple = self._token_multiple
         tokens = -(-schedule.num_tokens // multiple) * multiple
-        return GraphKey(schedule.kind, tokens, schedule.num_seqs, schedule.sampler)
+        return GraphKey(StepKind.MIXED, tokens, seqs, sampler), reason or Reason.LARGE_PREFILL
 
-    def _reason(self, schedule: Schedule, key: GraphKey) -> Reason | None:
-        if self.mode is CudaGraphMode.NONE:
-            return Reason.DISABLED
-        if schedule.needs_prompt_logprobs:
-            return Reason.NEEDS_PROMPT_LOGPROBS
-        if schedule.kind is not StepKind.DECODE:
-            return Reason.NOT_CAPTURED
-        if not self.capture_sizes or key.num_seqs > self.capture_sizes[-1]:
-            return Reason.OVER_MAX
-        return Reason.CAPTURE_FAILED if key in self._failed else None
+
+def _at_least(sizes: Sequence[int], count: int) -> int | None:
+    """The smallest of ascending sizes that is enough, or None."""
+    index = bisect_left(sizes, count)
+    return sizes[index] if index < len(sizes) else None

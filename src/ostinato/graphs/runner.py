@@ -7,6 +7,7 @@ pinned host buffers, one event a step.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,7 +19,7 @@ from ..inputs import Batch, PromptLogprobsJob, StepBuffers
 from ..kv_cache import KVCache
 from ..models.decoder import Decoder
 from ..ops import AttentionShape, OpSet, Scratch
-from ..types import Logprob, StepResult, TokenLogprobs
+from ..types import GraphKey, Logprob, StepResult, TokenLogprobs
 
 
 class Arena:
@@ -243,6 +244,18 @@ class Runner(Protocol):
         """Launch a step; does not wait for it."""
         ...
 
+    def poll(self) -> None:
+        """Read what arrived since the last step; never waits."""
+        ...
+
+    def prepare(self, keys: Sequence[GraphKey]) -> None:
+        """Capture keys before there is traffic."""
+        ...
+
+    def release(self) -> int:
+        """Free all graphs; returns their bytes."""
+        ...
+
     def close(self) -> None:
         """Wait for what is in flight and free what the runner holds."""
         ...
@@ -257,6 +270,15 @@ class EagerRunner:
     def run(self, batch: Batch) -> Pending:
         self.program(batch)
         return self.deliver(batch)
+
+    def poll(self) -> None:
+        pass
+
+    def prepare(self, keys: Sequence[GraphKey]) -> None:
+        pass
+
+    def release(self) -> int:
+        return 0
 
     def deliver(self, batch: Batch) -> Pending:
         """Send home the results of a step that was just launched."""

@@ -8,6 +8,8 @@ guard block is untouched, and so is the state of every row that did not run.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from ..errors import StrictError
@@ -45,6 +47,15 @@ class StrictRunner:
         self._program(batch)
         self.check_results(batch, idle, before)
         return self.eager.deliver(batch)
+
+    def poll(self) -> None:
+        pass
+
+    def prepare(self, keys: Sequence[GraphKey]) -> None:
+        pass
+
+    def release(self) -> int:
+        return 0
 
     def close(self) -> None:
         self.eager.close()

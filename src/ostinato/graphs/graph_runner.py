@@ -1,0 +1,159 @@
+"""The runner that replays: the engine's `GraphCache`, and checks of live replays."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..config import EngineConfig
+from ..inputs import Batch, StepBuffers
+from ..types import GraphKey, Route, SamplerVariant
+from .backend import GraphBackend
+from .cache import GraphCache
+from .keys import KeyBook, KeyState
+from .runner import EagerRunner, Pending, ResultRing, StepProgram
+from .scratch import ScratchChecker, observe_step
+from .verify import Observation, Trial, run_both
+
+
+@dataclass(frozen=True)
+class _LiveCheck:
+    """A live replay that was also run eagerly; the verdict is on its way."""
+
+    key: GraphKey
+    trial: Trial
+
+
+class GraphRunner:
+    """Replays a graph where the route says so, runs the rest eagerly, captures in between."""
+
+    def __init__(
+        self,
+        program: StepProgram,
+        ring: ResultRing,
+        buffers: StepBuffers,
+        book: KeyBook[GraphKey],
+        scratch: Sequence[int],
+        backend: GraphBackend,
+        config: EngineConfig,
+    ) -> None:
+        """Nothing is captured yet.
+
+        Args:
+            program: the step.
+            ring: brings results home.
+            buffers: what the step reads.
+            book: what is known of each key; the plan reads it.
+            scratch: KV blocks for trials, which no request gets.
+            backend: the device.
+            config: policies.
+        """
+        self.eager = EagerRunner(program, ring)
+        self.backend = backend
+        self.checker = ScratchChecker(program, buffers, scratch, backend) if config.cudagraph_verify else None
+        self.cache: GraphCache[GraphKey] = GraphCache(
+            lambda key: program(buffers.batch(Route(key, None))),
+            {"words": buffers.words, "arena": program.arena.data, "KV cache": program.cache.data},
+            verify=config.cudagraph_verify,
+            on_capture_error=config.on_capture_error,
+            fail_on_mismatch=config.fail_on_mismatch,
+            backend=backend,
+            checker=self.checker,
+            book=book,
+        )
+        self.num_replays = 0
+        self.num_live_checks = 0
+        self._program, self._buffers, self._verify_every = program, buffers, config.cudagraph_verify_every
+        self._live: _LiveCheck | None = None
+
+    def run(self, batch: Batch) -> Pending:
+        route, cache = batch.route, self.cache
+        if route.reason is not None:
+            pending = self.eager.run(batch)
+            if route.capture:
+                cache.capture(route.key, rows=self._real_rows(batch))
+        else:
+            self.num_replays += 1
+            if self._verify_every and self.num_replays % self._verify_every == 0 and self._live is None:
+                self._replay_both_ways(batch)
+            else:
+                cache.replay(route.key)
+            pending = self.eager.deliver(batch)
+        cache.idle()
+        return pending
+
+    def poll(self) -> None:
+        """Read verdicts that have arrived; called before routing, so that a bad key serves no more."""
+        self.cache.poll()
+        if self._live is not None and self.backend.passed(self._live.trial.end):
+            live, self._live = self._live, None
+            self.cache.judge(self.cache.book[live.key], live.trial, scratch=False)
+
+    def prepare(self, keys: Sequence[GraphKey], progress: bool = True) -> None:
+        """Capture keys before there is traffic: load their kernels, capture, check, time.
+
+        Args:
+            keys: in the order of capture; largest first is best for memory.
+            progress: show a progress bar.
+        """
+        from tqdm.auto import tqdm
+
+        cache = self.cache
+        for key in tqdm(keys, desc="capturing graphs", disable=not progress, dynamic_ncols=True):
+            record = cache.book[key]
+            if record.state is not KeyState.WAITING:
+                continue
+            if cache.book.make_room(record) != []:
+                record.note = "the budget was full at the start"
+                continue
+            if self.checker is not None:
+                self.checker.warm_up(key)
+            else:
+                self._program(self._buffers.batch(Route(key, None)))  # on rows that are all idle
+            cache.capture(key, rows=key.num_seqs)
+        cache.settle()
+
+    def release(self) -> int:
+        self._live = None
+        return self.cache.release()
+
+    def close(self) -> None:
+        self.backend.wait()
+        self.release()
+
+    def _real_rows(self, batch: Batch) -> int:
+        return min(batch.num_seqs, max(len(self._buffers.mirrors()[1]), 1))
+
+    def _replay_both_ways(self, batch: Batch) -> None:
+        """A live step, eagerly and then on its graph, without leaving stream order.
+
+        The eager run's effects on the state are undone before the replay; its KV writes are made
+        again by the replay. What the caller sees is what the graph did.
+        """
+        state, program, n = self._buffers.state, self._program, batch.num_seqs
+        kept = [state.active, state.last_token, state.position]
+        if batch.key.sampler is SamplerVariant.FULL:
+            kept.append(state.output_counts[:n])
+        before = [t.clone() for t in kept]
+
+        def put_back() -> None:
+            for tensor, old in zip(kept, before, strict=True):
+                tensor.copy_(old)
+            program.arena.data.fill_(0xFF)  # scratch means nothing between steps: spoil it
+
+        def observe() -> Observation:
+            scratch = program.arena.view(batch.num_tokens, n)
+            slots = scratch.slots.clamp(min=0).long()
+            data = program.cache.data
+            return observe_step(program, batch, data.flatten(2, 3)[:, :, slots])
+
+        trial = run_both(
+            self.backend,
+            lambda: program(batch),
+            lambda: self.cache.replay(batch.key),
+            observe,
+            put_back,
+            lambda: None,
+        )
+        self.num_live_checks += 1
+        self._live = _LiveCheck(batch.key, trial)

@@ -1,0 +1,232 @@
+"""Trials of the engine's keys, on scratch rows: no live request is read or written.
+
+A captured graph reads fixed device rows, so a trial borrows them: it saves the static buffers,
+lays out made-up sequences over KV blocks that no request ever gets, runs both ways with padding
+and scratch poisoned, compares, and puts everything back, in stream order between two steps.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from ..inputs import Batch, StepBuffers
+from ..kv_cache import GUARD_BLOCK
+from ..types import (
+    GraphKey,
+    Request,
+    Route,
+    SamplerVariant,
+    SamplingParams,
+    Schedule,
+    ScheduledRow,
+    StepKind,
+)
+from .backend import GraphBackend
+from .runner import StepProgram
+from .verify import Observation, Trial, run_both
+
+
+class ScratchChecker:
+    """The engine's `Checker`."""
+
+    def __init__(
+        self,
+        program: StepProgram,
+        buffers: StepBuffers,
+        blocks: Sequence[int],
+        backend: GraphBackend,
+        seed: int = 0,
+    ) -> None:
+        """Reserve the save area.
+
+        Args:
+            program: the step.
+            buffers: what it reads.
+            blocks: KV blocks that the allocator never hands out.
+            backend: the device.
+            seed: of the made-up sequences.
+        """
+        self._program, self._buffers, self._blocks, self._backend = program, buffers, tuple(blocks), backend
+        self._saved = torch.empty_like(buffers.words)
+        self._start = torch.empty_like(buffers.words)
+        self._random = random.Random(seed)
+        size = buffers.shapes.block_size
+        cache = program.cache.data
+        if self._blocks:  # contexts that are numbers; the blocks are the last ones of the cache
+            own = cache[:, :, self._blocks[0] :]
+            own.copy_(torch.randn(own.shape[3:], device=cache.device).expand_as(own))
+        self._max_rows = min(len(self._blocks), buffers.shapes.max_num_seqs)
+        self._max_tokens = len(self._blocks) * size
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the save area."""
+        return 2 * self._saved.numel() * self._saved.element_size()
+
+    def sizes(self, key: GraphKey, rows: int) -> list[int]:
+        """The size that was hit, then 1, then one less than padded."""
+        wanted = dict.fromkeys((rows, 1, max(key.num_seqs - 1, 1)))
+        return [size for size in wanted if size <= self._max_rows] or [self._max_rows]
+
+    def trial(
+        self, key: GraphKey, rows: int, eager: Callable[[], object], replay: Callable[[], object]
+    ) -> Trial | None:
+        rows = min(rows, key.num_seqs, self._max_rows)
+        if not rows or (key.kind is not StepKind.DECODE and key.num_tokens > self._max_tokens):
+            return None
+        buffers, program = self._buffers, self._program
+        state, cache = buffers.state, program.cache.data
+        full = key.sampler is SamplerVariant.FULL
+        self._saved.copy_(buffers.words)
+        kept = [t[: key.num_seqs].clone() for t in self._penalties()] if full else []
+        mirrors = buffers.mirrors()
+        batch, used = self._lay_out(key, rows)
+        first = self._blocks[0]
+        self._start.copy_(buffers.words)
+        begun = [t[: key.num_seqs].clone() for t in self._penalties()] if full else []
+
+        def observe() -> Observation:
+            return observe_step(program, batch, cache[:, :, first : first + used])
+
+        def put_back() -> None:
+            buffers.words.copy_(self._start)
+            for tensor, old in zip(self._penalties(), begun, strict=False):
+                tensor[: key.num_seqs].copy_(old)
+            poison(program, buffers)
+
+        def finish() -> None:
+            buffers.words.copy_(self._saved)
+            for tensor, old in zip(self._penalties(), kept, strict=False):
+                tensor[: key.num_seqs].copy_(old)
+            state.emitted.fill_(-1)
+            buffers.set_mirrors(mirrors)
+
+        poison(program, buffers)
+        return run_both(self._backend, eager, replay, observe, put_back, finish)
+
+    def warm_up(self, key: GraphKey) -> None:
+        """Run a key eagerly on scratch rows, so that its kernels are loaded."""
+
+        def eager() -> None:
+            self._program(self._buffers.batch(Route(key, None)))
+
+        self.trial(key, min(key.num_seqs, self._max_rows), eager, eager)
+
+    def _penalties(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._buffers.state.output_counts, self._buffers.state.prompt_mask
+
+    def _lay_out(self, key: GraphKey, rows: int) -> tuple[Batch, int]:
+        """Made-up sequences in device rows 0 ... rows - 1; every other row is idle and poisoned.
+
+        Returns the batch and how many scratch blocks it may write. Contexts overlap in the first
+        blocks; the blocks that a sequence writes are its own.
+        """
+        buffers, rng = self._buffers, self._random
+        size, vocab, longest = (
+            buffers.shapes.block_size,
+            buffers.shapes.vocab_size,
+            buffers.shapes.max_blocks_per_seq,
+        )
+        static, state = buffers.static, buffers.state
+        for t in (static.enabled, state.active):
+            t.zero_()
+        static.block_table.fill_(GUARD_BLOCK)
+        for t in (static.temperature, static.top_p, static.min_p):
+            t.fill_(torch.nan)
+        buffers.set_mirrors((set(), set()))
+        ids = tuple(rng.randrange(vocab) for _ in range(64))
+        items: list[ScheduledRow] = []
+        used, tokens = 0, min(key.num_tokens, self._max_tokens)
+        for row in range(rows):
+            later = rows - row - 1  # each needs a token and a block of its own
+            decode = key.kind is StepKind.DECODE or row % 3 == 2
+            if decode:
+                shared = self._blocks[: rng.randint(0, min(len(self._blocks), longest) - 1)]
+                blocks = (*shared, self._blocks[used])
+                start, length = len(shared) * size + rng.randrange(size), 1
+                used += 1
+            else:
+                room = min(tokens - later, (len(self._blocks) - used - later) * size, longest * size - 1)
+                length = room if later == 0 else rng.randint(1, max(1, min(room, 2 * tokens // (later + 1))))
+                blocks, start = self._blocks[used : used + -(-length // size)], 0
+                used += len(blocks)
+            tokens -= length
+            end = start + length
+            request = Request(
+                request_id="trial",
+                prompt_id="trial",
+                prompt_token_ids=(ids * (end // len(ids) + 1))[:end],
+                params=self._params(key.sampler, row),
+                stop_token_ids=frozenset({0}),
+                max_total_tokens=end + 8,
+                seed=rng.getrandbits(60),
+            )
+            items.append(ScheduledRow(request, row, start, length, decode, True, True, 0, blocks, 0))
+        kind = key.kind if key.kind is StepKind.DECODE else StepKind.MIXED
+        batch = buffers.write(Schedule(0, kind, tuple(items), (), (), key.sampler), Route(key, None))
+        decoding = torch.tensor([item.decode for item in items], dtype=torch.int32)
+        for tensor, values in (
+            (state.active, decoding),
+            (state.last_token, torch.tensor([rng.randrange(vocab) for _ in items], dtype=torch.int32)),
+            (state.position, torch.tensor([item.start for item in items], dtype=torch.int32)),
+        ):
+            tensor[:rows] = values.to(tensor.device)
+        return batch, used
+
+    def _params(self, variant: SamplerVariant, row: int) -> SamplingParams:
+        if variant is SamplerVariant.GREEDY:
+            return SamplingParams(temperature=0.0)
+        rng = self._random
+        common: dict[str, Any] = {
+            "temperature": rng.choice([0.0, 0.5, 1.0, 1.5]),
+            "top_p": rng.uniform(0.1, 1.0),
+        }
+        common |= {"top_k": rng.choice([0, 1, 40]), "min_p": rng.choice([0.0, 0.05])}
+        if variant is SamplerVariant.SAMPLE:
+            return SamplingParams(**common)
+        return SamplingParams(
+            **common,
+            # Rebuilding counts takes the host long, so only a few rows have any.
+            presence_penalty=rng.uniform(-2, 2) if row < 4 else 0.0,
+            repetition_penalty=rng.uniform(0.5, 2) if row < 4 else 1.0,
+            logprobs=rng.choice([None, 5]),
+            logit_bias={rng.randrange(self._buffers.shapes.vocab_size): rng.uniform(-5, 5)},
+            min_tokens=rng.choice([0, 4]),
+        )
+
+
+def poison(program: StepProgram, buffers: StepBuffers) -> None:
+    """Spoil what a step must not read: scratch, the previous results, the guard block."""
+    program.arena.data.fill_(0xFF)  # NaN in every float type, -1 in every integer type
+    state = buffers.state
+    for results in (state.emitted, state.logprob_ids, state.logprob_rank):
+        results.fill_(-(2**30))
+    state.logprob_values.fill_(torch.nan)
+    program.cache.data[:, :, GUARD_BLOCK] = torch.nan
+
+
+def observe_step(program: StepProgram, batch: Batch, kv: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Copies of what a step wrote: logits and tokens of live rows, state, KV, the guard block's health."""
+    state, n = batch.state, batch.num_seqs
+    scratch = program.arena.view(batch.num_tokens, n)
+    live = scratch.seq_lens[:n] > 0
+    found = {
+        # Padded rows compute on whatever they find: only live ones are anybody's business.
+        "logits": torch.where(live.unsqueeze(1), scratch.logits[:n], 0.0),
+        "tokens": torch.where(live, scratch.tokens[:n], 0),
+        "emitted": state.emitted[:n].clone(),
+        "active": state.active.clone(),
+        "last_token": state.last_token.clone(),
+        "position": state.position.clone(),
+        "KV writes": kv.clone(),
+        "guard block": program.cache.data[:, :, GUARD_BLOCK].clone(),
+    }
+    if batch.key.sampler is SamplerVariant.FULL:
+        found["penalty counts"] = state.output_counts[:n].clone()
+        found["logprobs"] = state.logprob_values[:n].clone()
+        found["logprob ids"] = state.logprob_ids[:n].clone()
+    return found

@@ -1,0 +1,245 @@
+"""The engine on graphs that are fake: policies, trials on scratch rows, every failure, on a CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ostinato import LLM, SamplingParams
+from ostinato.errors import CaptureError, MismatchError
+from ostinato.graphs.keys import KeyState
+from ostinato.graphs.profile import Profile
+from ostinato.kv_cache import GUARD_BLOCK
+from ostinato.types import GraphKey, Route, SamplerVariant, StepKind
+from tests.fakes import FakeBackend, FakeGraph, fake_engine
+from tests.integration.conftest import tiny  # noqa: F401  # a fixture
+
+Tiny = Callable[[str], tuple[Path, Any]]
+
+
+def traffic(llm: LLM, rounds: int = 4) -> list[list[list[int]]]:
+    """The same mixed requests again and again: greedy, sampled and full."""
+    g = torch.Generator().manual_seed(3)
+    prompts = [
+        torch.randint(3, 151, (int(torch.randint(1, 50, (), generator=g)),), generator=g).tolist()
+        for _ in range(11)
+    ]
+    params = [
+        SamplingParams(
+            temperature=0.5 * (i % 3),
+            seed=i,
+            max_tokens=6 + i,
+            ignore_eos=True,
+            repetition_penalty=1.2 if i > 8 else 1.0,
+        )
+        for i in range(11)
+    ]
+    return [
+        [o.outputs[0].token_ids for o in llm.generate(prompts, params, use_tqdm=False)] for _ in range(rounds)
+    ]
+
+
+def run_key(program: Any, buffers: Any, key: GraphKey) -> None:
+    program(buffers.batch(Route(key, None)))
+
+
+@pytest.fixture(scope="module")
+def wanted(tiny: Tiny) -> list[list[int]]:  # noqa: F811
+    llm = LLM(
+        str(tiny("llama3")[0]),
+        skip_tokenizer_init=True,
+        max_num_seqs=8,
+        max_num_batched_tokens=64,
+        max_model_len=256,
+    )
+    return traffic(llm, 1)[0]
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_graphs_trials_and_live_checks_change_no_token(
+    tiny: Tiny, wanted: list[list[int]], depth: int
+) -> None:  # noqa: F811
+    backend = FakeBackend()
+    llm = fake_engine(tiny("llama3")[0], backend, pipeline_depth=depth, cudagraph_verify_every=2)
+    assert traffic(llm) == [wanted] * 4
+    records = llm.engine.plan.book.captured
+    assert {r.key.kind for r in records} == {StepKind.DECODE, StepKind.MIXED}
+    assert {r.key.sampler for r in records} == {SamplerVariant.FULL, SamplerVariant.SAMPLE}
+    assert all(r.trusted and r.checks and not r.mismatches for r in records)
+    assert llm.engine.runner.num_live_checks > 10
+    assert llm.engine.plan.graph_steps.total() > llm.engine.plan.eager_steps.total()
+    llm.engine.scheduler.check()
+
+
+def test_a_trial_puts_everything_back(tiny: Tiny) -> None:  # noqa: F811
+    backend = FakeBackend()
+    llm = fake_engine(tiny("llama3")[0], backend)
+    traffic(llm, 2)
+    runner, buffers = llm.engine.runner, llm.engine.buffers
+    program = runner._program
+    own = program.cache.data[:, :, 1 : runner.checker._blocks[0]].clone()
+    words, counts = buffers.words.clone(), buffers.state.output_counts.clone()
+    mirrors = buffers.mirrors()
+    cases = [
+        (kind, variant, rows)
+        for kind in (StepKind.DECODE, StepKind.MIXED)
+        for variant in SamplerVariant
+        for rows in (1, 3, 8)
+    ]
+    with torch.inference_mode():
+        for kind, variant, rows in cases:
+            key = GraphKey(kind, 8 if kind is StepKind.DECODE else 64, 8, variant)
+            run = lambda key=key: program(buffers.batch(__import__("ostinato.types").types.Route(key, None)))  # noqa: E731
+            trial = runner.checker.trial(key, rows, run, run)
+            assert trial is not None
+            assert trial.mismatches() == []
+            assert (trial.expected["emitted"][:rows] >= 0).all(), "the scratch rows were live"
+            assert (trial.expected["emitted"][rows:] == -1).all()
+    assert torch.equal(buffers.words, words)
+    assert torch.equal(buffers.state.output_counts, counts)
+    assert torch.equal(program.cache.data[:, :, 1 : runner.checker._blocks[0]], own), (
+        "a request's blocks were written"
+    )
+    assert buffers.mirrors() == mirrors
+
+
+@pytest.mark.parametrize(
+    ("what", "spoil"),
+    [
+        ("logits", lambda p, b: p.arena.view(b.num_tokens, b.num_seqs).logits[0, 5].add_(1e-3)),
+        ("emitted", lambda p, b: b.state.emitted[0].add_(1)),
+        ("position", lambda p, b: b.state.position[0].add_(1)),
+        ("active", lambda p, b: b.state.active.fill_(1)),
+        ("KV writes", lambda p, b: p.cache.data[1, 0, -8].add_(1.0)),
+        ("guard block", lambda p, b: p.cache.data[0, 0, GUARD_BLOCK].fill_(0.0)),
+    ],
+)
+def test_whatever_a_graph_does_wrong_is_seen_before_it_serves(
+    tiny: Tiny,
+    wanted: list[list[int]],
+    what: str,
+    spoil: Callable[[Any, Any], object],  # noqa: F811
+) -> None:
+    llm: Any = None
+
+    def corrupt(graph: FakeGraph) -> None:
+        program, buffers = llm.engine.runner._program, llm.engine.buffers
+        spoil(program, buffers.batch(Route(graph.body.args[0], None)))  # type: ignore[attr-defined]
+
+    backend = FakeBackend(corrupt=corrupt)
+    llm = fake_engine(tiny("llama3")[0], backend)
+    assert traffic(llm, 3) == [wanted] * 3
+    assert not llm.engine.plan.graph_steps, "a wrong graph served"
+    states = {r.state for r in llm.engine.plan.book.records() if r.hits > 4}
+    assert states == {KeyState.QUARANTINED}
+    assert any(what in r.note for r in llm.engine.plan.book.records())
+    assert llm.get_metrics()["eager_steps"]["quarantined"] > 0
+
+
+def test_a_graph_that_goes_bad_later_is_caught_by_a_live_check(tiny: Tiny) -> None:  # noqa: F811
+    llm: Any = None
+    bad: list[bool] = []
+
+    def corrupt(graph: FakeGraph) -> None:
+        if bad and llm.engine.runner._live is None and graph.replays > 3:
+            llm.engine.buffers.state.last_token[0] += 1
+
+    llm = fake_engine(tiny("llama3")[0], FakeBackend(corrupt=corrupt), cudagraph_verify_every=1)
+    traffic(llm, 3)
+    assert llm.engine.plan.graph_steps
+    bad.append(True)
+    traffic(llm, 1)
+    assert KeyState.QUARANTINED in {r.state for r in llm.engine.plan.book.records()}
+
+
+def test_fail_on_mismatch_raises(tiny: Tiny) -> None:  # noqa: F811
+    llm: Any = None
+    backend = FakeBackend(corrupt=lambda graph: llm.engine.buffers.state.position.add_(1))
+    llm = fake_engine(tiny("llama3")[0], backend, fail_on_mismatch=True)
+    with pytest.raises(MismatchError, match="position"):
+        traffic(llm, 3)
+    assert not llm.engine.has_unfinished
+
+
+@pytest.mark.parametrize("stage", ["begin", "middle", "end", "instantiate", "replay"])
+def test_a_failure_at_any_stage_leaves_the_engine_serving(
+    tiny: Tiny, wanted: list[list[int]], stage: str
+) -> None:  # noqa: F811
+    backend = FakeBackend(fail={stage: RuntimeError("injected")})
+    memory = backend.memory
+    llm = fake_engine(tiny("llama3")[0], backend)
+    assert traffic(llm, 2) == [wanted] * 2
+    assert llm.get_metrics()["eager_steps"]["capture_failed"] > 0
+    assert (backend.memory, backend.live) == (memory, [])
+    llm.engine.scheduler.check()
+
+
+@pytest.mark.parametrize("stage", ["middle", "replay"])
+def test_on_capture_error_raise_ends_the_call_and_not_the_engine(
+    tiny: Tiny, wanted: list[list[int]], stage: str
+) -> None:  # noqa: F811
+    backend = FakeBackend(fail={stage: RuntimeError("injected")})
+    llm = fake_engine(tiny("llama3")[0], backend, on_capture_error="raise")
+    with pytest.raises(CaptureError, match="injected"):
+        traffic(llm, 2)
+    backend.fail.clear()
+    assert traffic(llm, 1) == [wanted]
+
+
+def test_a_tight_budget_is_kept(tiny: Tiny, wanted: list[list[int]]) -> None:  # noqa: F811
+    backend = FakeBackend(cost=1000)
+    llm = fake_engine(tiny("llama3")[0], backend, cudagraph_memory_budget=2000)
+    assert traffic(llm) == [wanted] * 4
+    assert len(backend.live) == 2
+    assert llm.get_metrics()["eager_steps"]["over_budget"] > 0
+
+
+def test_keys_captured_before_traffic_serve_the_first_request(tiny: Tiny, wanted: list[list[int]]) -> None:  # noqa: F811
+    backend = FakeBackend()
+    llm = fake_engine(tiny("llama3")[0], backend, cudagraph_capture="startup")
+    sizes = llm.engine.config.capture_sizes
+    decode = {r.key.num_seqs for r in llm.engine.plan.book.captured if r.key.kind is StepKind.DECODE}
+    assert decode == set(sizes)
+    assert all(r.trusted for r in llm.engine.plan.book.captured)
+    greedy = SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True)
+    (output,) = llm.generate([[5, 6, 7]], greedy, use_tqdm=False)
+    assert output.metrics.eager_steps == {}
+    assert output.metrics.graph_steps == 5
+
+
+def test_a_profile_remembers_what_fired(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    monkeypatch.setenv("OSTINATO_CACHE", str(tmp_path))
+    first = fake_engine(tiny("llama3")[0], FakeBackend())
+    traffic(first, 3)
+    fired = {r.key for r in first.engine.plan.book.captured}
+    first.close()
+    second = fake_engine(tiny("llama3")[0], FakeBackend(), cudagraph_capture="profile")
+    assert {r.key for r in second.engine.plan.book.captured} == fired
+    assert all(r.hits == 0 for r in second.engine.plan.book.captured)
+    other = fake_engine(tiny("llama3")[0], FakeBackend(), cudagraph_capture="profile", max_num_seqs=4)
+    assert other.engine.plan.book.captured == [], "another config has a profile of its own"
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"keys": [{"kind": "x"}]}', '{"keys": 5}', "\x00"])
+def test_a_damaged_profile_is_ignored(tmp_path: Path, text: str, caplog: pytest.LogCaptureFixture) -> None:
+    profile = Profile(tmp_path, {"model": "m"})
+    assert profile.load() == []
+    profile.path.write_text(text)
+    assert profile.load() == []
+    assert "ignored" in caplog.text
+
+
+def test_released_graphs_are_captured_again(tiny: Tiny, wanted: list[list[int]]) -> None:  # noqa: F811
+    backend = FakeBackend()
+    llm = fake_engine(tiny("llama3")[0], backend)
+    traffic(llm, 3)
+    live = len(backend.live)
+    assert llm.release_graphs() == 1000 * live
+    assert backend.live == []
+    assert traffic(llm, 2) == [wanted] * 2
+    assert backend.live

@@ -1,0 +1,240 @@
+"""What a stranger does: odd values, tiny limits, calls abandoned half way. All on the strict runner."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ostinato import LLM, RequestOutputKind, SamplingParams
+from ostinato.errors import OstinatoError, RequestError
+
+Tiny = Callable[[str], tuple[Path, Any]]
+GREEDY = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
+
+
+def tiny_llm(tiny: Tiny, **options: Any) -> LLM:
+    defaults = {"skip_tokenizer_init": True, "strict": True, "max_num_seqs": 8, "max_num_batched_tokens": 64}
+    return LLM(str(tiny("llama3")[0]), **defaults | options)
+
+
+@pytest.fixture(scope="module")
+def smol() -> Iterator[LLM]:
+    """The default model, with its own tokenizer."""
+    llm = LLM(strict=True, max_num_seqs=4, max_model_len=256, max_num_batched_tokens=128)
+    yield llm
+    llm.close()
+
+
+def left_behind(llm: LLM) -> bool:
+    """Whether a call left a request or a block in use."""
+    llm.engine.scheduler.check()
+    return llm.engine.has_unfinished or llm.engine.scheduler.allocator.usage > 0
+
+
+# --- prompts ---------------------------------------------------------------------------
+
+
+def test_token_ids_as_arrays(tiny: Tiny) -> None:
+    llm = tiny_llm(tiny)
+    forms = [[5, 6, 7], (5, 6, 7), range(5, 8), np.array([5, 6, 7]), torch.tensor([5, 6, 7])]
+    outputs = llm.generate(forms, GREEDY, use_tqdm=False)
+    assert len({tuple(o.outputs[0].token_ids) for o in outputs}) == 1
+    rows = llm.generate(torch.tensor([[5, 6], [7, 8]]), GREEDY, use_tqdm=False)  # type: ignore[arg-type]
+    assert [o.prompt_token_ids for o in rows] == [[5, 6], [7, 8]]
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        b"bytes",
+        None,
+        5,
+        1.5,
+        object(),
+        {},
+        {"prompts": "x"},
+        {"prompt": None},
+        [[1]],
+        [1, "a"],
+        [True],
+        [10**30],
+    ],
+    ids=repr,
+)
+def test_what_is_no_prompt_is_refused_and_the_rest_runs(tiny: Tiny, prompt: Any) -> None:
+    llm = tiny_llm(tiny)
+    good, bad = llm.generate([[5, 6], prompt], GREEDY, use_tqdm=False)
+    assert good.error is None
+    assert isinstance(bad.error, RequestError)
+    assert str(bad.error).startswith("prompt 1: ")
+    assert not left_behind(llm)
+
+
+def test_a_lone_surrogate_is_no_text(smol: LLM) -> None:
+    for call in (
+        lambda: smol.generate("\ud800", GREEDY, use_tqdm=False),
+        lambda: smol.chat([{"role": "user", "content": "\ud800"}], GREEDY, use_tqdm=False),
+    ):
+        with pytest.raises(RequestError):
+            call()
+    assert not left_behind(smol)
+
+
+@pytest.mark.parametrize(
+    ("messages", "words"),
+    [
+        ("hello", "messages must be a list like"),
+        ([[]], "messages is empty"),
+        ([{"role": None, "content": "x"}], "role"),
+        ([{"content": "x"}], "role"),
+        ([{"role": "user"}], "content"),
+        ([{"role": "user", "content": 5}], "must be text"),
+        ([{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}], "only parts of type"),
+        ([{"role": "user", "content": "x"}, "hello"], r"messages\[1\]"),
+        ([{"role": "user", "content": "word " * 2000}], "max_model_len=256"),
+    ],
+)
+def test_what_is_no_conversation(smol: LLM, messages: Any, words: str) -> None:
+    with pytest.raises(RequestError, match=words):
+        smol.chat(messages, GREEDY, use_tqdm=False)
+
+
+def test_a_role_that_only_the_template_could_refuse(smol: LLM) -> None:
+    (output,) = smol.chat([{"role": "wizard", "content": "Hi"}], GREEDY, use_tqdm=False)
+    assert output.prompt is not None
+    assert "wizard" in output.prompt
+
+
+# --- parameters ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", [-(2**63), -1, 0, 2**63 - 1])
+def test_seeds_at_the_ends(tiny: Tiny, seed: int) -> None:
+    llm = tiny_llm(tiny)
+    params = SamplingParams(n=3, seed=seed, max_tokens=8, ignore_eos=True)
+    a, b = ([o.token_ids for o in llm.generate([[5]], params, use_tqdm=False)[0].outputs] for _ in range(2))
+    assert a == b
+    assert len({tuple(ids) for ids in a}) == 3
+
+
+def test_very_long_and_very_many_stop_strings(smol: LLM) -> None:
+    plain = smol.generate("Once upon a time", GREEDY, use_tqdm=False)[0].outputs[0].text
+    stops = ["x" * 10_000, *(plain[-4:] + "y" * 1000 + str(i) for i in range(100))]
+    params = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True, stop=stops)
+    assert smol.generate("Once upon a time", params, use_tqdm=False)[0].outputs[0].text == plain
+
+
+@pytest.mark.parametrize("kind", list(RequestOutputKind))
+def test_what_was_held_back_for_a_stop_string_is_given_back(smol: LLM, kind: RequestOutputKind) -> None:
+    prompt = "One two three"
+    plain = smol.generate(prompt, GREEDY, use_tqdm=False)[0].outputs[0].text
+    params = SamplingParams(
+        temperature=0.0, max_tokens=6, ignore_eos=True, stop=plain[-3:] + "zzz", output_kind=kind
+    )
+    pieces = [o.outputs[0] for o in smol.stream(prompt, params)]
+    delta = kind is RequestOutputKind.DELTA
+    assert ("".join(p.text for p in pieces) if delta else pieces[-1].text) == plain
+    assert pieces[-1].finish_reason == "length"
+
+
+def test_a_stop_string_before_min_tokens_is_passed_over(smol: LLM) -> None:
+    prompt = "One two three"
+    plain = smol.generate(prompt, GREEDY, use_tqdm=False)[0].outputs[0]
+    params = SamplingParams(temperature=0.0, max_tokens=6, min_tokens=6, ignore_eos=True, stop=plain.text[:2])
+    found = smol.generate(prompt, params, use_tqdm=False)[0].outputs[0]
+    assert (found.text, found.finish_reason) == (plain.text, "length")
+
+
+def test_prompt_logprobs_do_not_come_out_of_the_prefix_cache(tiny: Tiny) -> None:
+    llm = tiny_llm(tiny)
+    prompt = torch.randint(3, 151, (50,)).tolist()
+    params = SamplingParams(temperature=0.0, max_tokens=2, prompt_logprobs=2, ignore_eos=True)
+    first, again, plain = (llm.generate([prompt], p, use_tqdm=False)[0] for p in (params, params, GREEDY))
+    assert [o.num_cached_tokens for o in (first, again, plain)] == [0, 0, 48]
+    assert again.prompt_logprobs is not None
+    assert len(again.prompt_logprobs) == 50
+    assert again.prompt_logprobs == first.prompt_logprobs
+
+
+def test_logprobs_of_several_completions(tiny: Tiny) -> None:
+    llm = tiny_llm(tiny)
+    params = SamplingParams(n=3, seed=1, max_tokens=5, logprobs=2, ignore_eos=True)
+    (output,) = llm.generate([[5, 6]], params, use_tqdm=False)
+    for completion in output.outputs:
+        assert completion.logprobs is not None
+        chosen = [at[t].logprob for at, t in zip(completion.logprobs, completion.token_ids, strict=True)]
+        assert sum(chosen) == pytest.approx(completion.cumulative_logprob)
+
+
+# --- limits ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_num_seqs": 1},
+        {"max_num_seqs": 1, "max_num_batched_tokens": 1},
+        {"num_gpu_blocks_override": 4, "max_model_len": 48},
+        {"num_gpu_blocks_override": 4, "max_model_len": 48, "pipeline_depth": 3},
+        {"block_size": 256, "max_model_len": 200},
+        {"block_size": 8, "num_gpu_blocks_override": 7, "max_model_len": 48, "enable_prefix_caching": False},
+    ],
+    ids=str,
+)
+def test_many_completions_under_tiny_limits(tiny: Tiny, options: dict[str, Any]) -> None:
+    params = SamplingParams(n=8, seed=1, max_tokens=15, ignore_eos=True)
+    wanted = tiny_llm(tiny).generate([[5] * 30], params, use_tqdm=False)[0]
+    llm = tiny_llm(tiny, **options)
+    (output,) = llm.generate([[5] * 30], params, use_tqdm=False)
+    assert [o.token_ids for o in output.outputs] == [o.token_ids for o in wanted.outputs]
+    assert not left_behind(llm)
+
+
+def test_a_stream_that_nobody_reads_to_its_end(smol: LLM) -> None:
+    stream = smol.stream("Once upon a time", SamplingParams(temperature=0.0, max_tokens=100))
+    next(stream)
+    del stream
+    assert smol.generate("Hello", GREEDY, use_tqdm=False)[0].finished
+    assert not left_behind(smol)
+
+
+# --- the command line ------------------------------------------------------------------
+
+RUN = [sys.executable, "-m", "ostinato.cli"]
+
+
+def test_an_argument_that_is_not_utf_8() -> None:
+    done = subprocess.run([*RUN, "chat", b"\xff\xfe"], capture_output=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert b"Traceback" not in done.stderr
+
+
+def test_ctrl_c_while_loading() -> None:
+    process = subprocess.Popen(
+        [*RUN, "generate", "x", "--verbose"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stderr is not None
+    assert "open" in process.stderr.readline()  # the first stage of the start is done
+    process.send_signal(signal.SIGINT)
+    out, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert out == ""
+    assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"model": ""}, {"model": "a b"}, {"dtype": None}, {"device": "cuda:7"}, {"block_size": "16"}],
+    ids=str,
+)
+def test_options_of_the_wrong_type_or_form(tiny: Tiny, options: dict[str, Any]) -> None:
+    with pytest.raises(OstinatoError):
+        LLM(**{"model": str(tiny("llama3")[0]), "skip_tokenizer_init": True} | options)
