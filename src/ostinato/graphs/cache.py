@@ -309,6 +309,7 @@ class GraphCache(Generic[K]):
             self._retire(record, KeyState.WAITING, "released")
         self._trial = None
         self._to_try.clear()
+        self.backend.wait()
         self._reap()
         return max(self.backend.free_bytes() - before, 0)
 

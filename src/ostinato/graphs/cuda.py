@@ -59,7 +59,14 @@ class TorchBackend:
         return int(count)
 
     def instantiate(self, graph: Any) -> None:
+        from cuda.bindings import runtime
+
         graph.instantiate()
+        # Without this the first replay uploads it, and its memory would not be seen yet.
+        stream = torch.cuda.current_stream().cuda_stream
+        (error,) = runtime.cudaGraphUpload(graph.raw_cuda_graph_exec(), stream)
+        if error != runtime.cudaError_t.cudaSuccess:
+            raise CaptureError(f"cudaGraphUpload: {error}")
 
     def replay(self, graph: Any) -> None:
         graph.replay()
