@@ -60,6 +60,11 @@ def traced(
     return [o.outputs[0].token_ids for o in outputs], steps
 
 
+def decode_steps(llm: LLM) -> int:
+    """Decode steps that ran on a graph."""
+    return sum(n for key, n in llm.engine.plan.graph_steps.items() if key.kind is StepKind.DECODE)
+
+
 SAMPLERS = {
     "greedy": SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True),
     "sample": SamplingParams(temperature=0.8, top_p=0.95, seed=7, max_tokens=24, ignore_eos=True),
@@ -85,10 +90,10 @@ def test_graph_and_eager_are_equal_bit_for_bit(pair: Any, batch: int, sampler: s
     prompts = random_prompts(graph.engine.spec.vocab_size, batch, seed=batch)
     for _ in range(2):  # first hits, capture, checks
         graph.generate(prompts, SAMPLERS[sampler], use_tqdm=False)
-    before = graph.engine.plan.graph_steps.total()
+    before = decode_steps(graph)
     on_graph, graph_steps = traced(graph, prompts, SAMPLERS[sampler])
     by_hand, eager_steps = traced(eager, prompts, SAMPLERS[sampler])
-    assert graph.engine.plan.graph_steps.total() - before == len(graph_steps), (
+    assert decode_steps(graph) - before == len(graph_steps), (
         "every decode step ran on a graph"
     )
     assert [key for key, _ in graph_steps] == [key for key, _ in eager_steps]
@@ -179,7 +184,8 @@ def test_default_model_against_transformers(pair: Any) -> None:
         assert gap < 0.35, f"step {step}: token {token} is {gap} below transformers' best"
 
 
-def test_a_failed_capture_leaves_the_engine_serving() -> None:
+@pytest.mark.parametrize("how", ["raise", "synchronise", "allocate", "out of memory"])
+def test_a_failed_capture_leaves_the_engine_serving(how: str) -> None:
     llm = make()
     try:
         prompts = random_prompts(llm.engine.spec.vocab_size, 3, seed=5)
@@ -188,6 +194,13 @@ def test_a_failed_capture_leaves_the_engine_serving() -> None:
 
         def broken(*args: Any, **kwargs: Any) -> None:
             if torch.cuda.is_current_stream_capturing():
+                if how == "synchronise":
+                    torch.cuda.synchronize()  # not allowed: the driver gives the capture up
+                elif how == "allocate":
+                    torch.empty(1 << 20, device="cuda")
+                    return sample(*args, **kwargs)
+                elif how == "out of memory":
+                    raise torch.OutOfMemoryError("injected")
                 raise RuntimeError("injected")
             sample(*args, **kwargs)
 
@@ -198,9 +211,13 @@ def test_a_failed_capture_leaves_the_engine_serving() -> None:
         object.__setattr__(program.ops, "sample", sample)
         again = llm.generate(prompts, SAMPLERS["greedy"], use_tqdm=False)
         assert [o.outputs[0].token_ids for o in got] == [o.outputs[0].token_ids for o in again]
+        torch.randn(3, device="cuda")  # torch's own state is usable too
+        assert llm.generate(prompts[:1], SAMPLERS["full"], use_tqdm=False)
+        llm.generate(prompts[:1], SAMPLERS["full"], use_tqdm=False)
+        assert llm.engine.plan.book.captured, "other keys are captured after it"
         llm.engine.runner.cache._on_error = "raise"
         object.__setattr__(program.ops, "sample", broken)
-        with pytest.raises(CaptureError, match="injected"):
+        with pytest.raises(CaptureError, match="capture failed"):
             llm.generate(prompts, SAMPLERS["sample"], use_tqdm=False)
     finally:
         llm.close()

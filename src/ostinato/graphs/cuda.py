@@ -6,7 +6,9 @@ torch's `CUDAGraph` does the work; `capture_begin` and `capture_end` are called 
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -22,8 +24,12 @@ class TorchBackend:
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
+        self._live = 0
+        """Graphs that hold the pool."""
 
     def capture(self, body: Callable[[], object]) -> Any:
+        if not self._live:
+            self._pool = torch.cuda.graph_pool_handle()  # torch forgets a pool with its last graph
         graph = torch.cuda.CUDAGraph(keep_graph=True)
         graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
         try:
@@ -39,15 +45,24 @@ class TorchBackend:
             raise CaptureError(
                 f"capture made {taken} allocations, expected none: write intermediates to static tensors"
             )
+        self._live += 1
         return graph
 
-    @staticmethod
-    def _abandon(graph: Any) -> None:
+    def _abandon(self, graph: Any) -> None:
         """End a capture whose body failed, so that the stream is usable again."""
         try:
             graph.capture_end()
-        except Exception:  # the capture was already invalid: the first error is the one to report
+        except Exception:  # the driver gave the capture up already: the first error is the one to report
             logger.debug("ending the failed capture also failed", exc_info=True)
+            # torch does not notice: it would go on allocating from the pool, and its random generator
+            # would refuse to work outside a capture. An empty capture that ends well puts both right.
+            with contextlib.suppress(Exception), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self._pool)
+                empty = torch.cuda.CUDAGraph(keep_graph=True)
+                empty.capture_begin(pool=torch.cuda.graph_pool_handle(), capture_error_mode="thread_local")
+                empty.capture_end()
+                empty.reset()
         graph.reset()
 
     def num_nodes(self, graph: Any) -> int:
@@ -73,6 +88,7 @@ class TorchBackend:
 
     def destroy(self, graph: Any) -> None:
         graph.reset()
+        self._live -= 1
 
     def free_bytes(self) -> int:
         return int(torch.cuda.mem_get_info()[0])
