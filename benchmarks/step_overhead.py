@@ -84,7 +84,7 @@ def bare_replay(llm: Any) -> float:
     )
     graph = engine.runner.cache.graph(key)
     static, state, replays = engine.buffers.static, engine.buffers.state, OUTPUT - 1
-    with engine._context():
+    with engine.device_context():
         blocks = -(-(PROMPT + OUTPUT) // engine.config.block_size)
         static.block_table[0, :blocks] = torch.arange(1, blocks + 1, dtype=torch.int32)
         for tensor, value in ((static.enabled, 1), (static.last_position, 10**6), (static.num_stop_ids, 0)):

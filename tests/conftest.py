@@ -7,6 +7,10 @@ import os
 import pytest
 import torch
 
+from tests.models import tiny
+
+__all__ = ["tiny"]
+
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported

@@ -1,4 +1,4 @@
-"""The command line: `ostinato generate | chat`."""
+"""The command line: `ostinato generate | chat | explain | graphs`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import logging
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import OstinatoError
@@ -53,6 +54,22 @@ def _parser() -> argparse.ArgumentParser:
     chat = command("chat", _chat, "Talk with a model: one answer to MESSAGE, or a conversation without it.")
     chat.add_argument("message", nargs="?")
     chat.add_argument("--system", help="system message")
+
+    def inspector(name: str, run: Any, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(run=run)
+        sub.add_argument("inspected", nargs="?", metavar="MODEL", help="as --model")
+        sub.add_argument("--load-format", default="auto", help="dummy: random weights for a shape name")
+        _engine_options(sub)
+        return sub
+
+    explain = inspector("explain", _explain, "Say what is decided for a model and why.")
+    explain.add_argument("--batch", type=int, help="what would a decode step of this many sequences do?")
+    graphs = inspector("graphs", _graphs, "Capture the ladder of a model and show every graph.")
+    graphs.add_argument("--html", metavar="FILE", help="write a page to look at")
+    graphs.add_argument("--json", metavar="FILE", help="write the report as data")
+    graphs.add_argument("--dot", metavar="FILE", help="write the smallest graph for GraphViz")
+    graphs.add_argument("--audit", action="store_true", help="check every pointer of every graph")
     return parser
 
 
@@ -125,6 +142,45 @@ def _chat(args: argparse.Namespace) -> int:
         if args.message:
             _report(llm, output)
             return 0
+
+
+def _inspected(args: argparse.Namespace, **options: Any) -> LLM:
+    from .llm import LLM
+
+    named = {name: getattr(args, name) for name in (*_ENGINE, "load_format")}
+    return LLM(args.inspected or args.model, **named | options)
+
+
+def _explain(args: argparse.Namespace) -> int:
+    print(_inspected(args).explain(args.batch))
+    return 0
+
+
+def _graphs(args: argparse.Namespace) -> int:
+    from .graphs import report
+
+    llm = _inspected(args, cudagraph_capture="startup")
+    found = llm.graph_report(chains=bool(args.html or args.json))
+    print(report.table(found))
+    if llm.engine.why_no_graphs:
+        print(f"no graphs: {llm.engine.why_no_graphs}")
+        return 0
+    for path, render in ((args.html, report.html), (args.json, type(found).to_json)):
+        if path:
+            Path(path).write_text(render(found))
+            print(f"wrote {path}")
+    if args.dot:
+        from .graphs.survey import dot
+
+        smallest = min((r.key for r in llm.engine.plan.book.captured), key=lambda k: k.num_tokens)
+        Path(args.dot).write_text(dot(llm.engine, smallest))
+        print(f"wrote {args.dot} ({smallest})")
+    if not args.audit:
+        return 0
+    audits = llm.audit_graphs()
+    for key, result in audits.items():
+        print(f"{key}: {result}")
+    return 0 if all(result.ok for result in audits.values()) else 1
 
 
 def _ask() -> str:

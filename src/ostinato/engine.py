@@ -107,7 +107,7 @@ class Engine:
         self.memory, self.startup = tuple(memory), dict(startup)
         self.eos_token_ids = eos_token_ids
         self.outputs = OutputAssembler(plan)
-        self._context, self._profile = context, profile
+        self.device_context, self._profile = context, profile
         self._inflight: deque[tuple[Schedule, Pending]] = deque()
         self._seeds = random.Random(config.seed)
         self._counter = 0
@@ -123,7 +123,7 @@ class Engine:
         """
         self._check_alive()
         try:
-            with self._context():
+            with self.device_context():
                 self.runner.poll()
                 schedule = self.scheduler.schedule()
                 if schedule is not None:
@@ -137,6 +137,11 @@ class Engine:
         except BaseException as error:
             self._abandon(error)
             raise
+
+    @property
+    def program(self) -> StepProgram:
+        """The step, as every runner launches it."""
+        return self.runner.program
 
     @property
     def has_unfinished(self) -> bool:
@@ -280,7 +285,7 @@ class Engine:
 
     def release_graphs(self) -> int:
         """Free all graphs; returns their bytes. The next use captures again."""
-        with self._context():
+        with self.device_context():
             return self.runner.release()
 
     def close(self) -> None:

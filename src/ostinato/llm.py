@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from .config import EngineOptions
 from .engine import Engine, build
 from .errors import OstinatoError, RequestError
-from .types import CompletionOutput, RequestOutput, RequestOutputKind, SamplingParams
+from .types import CompletionOutput, GraphKey, RequestOutput, RequestOutputKind, SamplingParams
 
 if TYPE_CHECKING:
+    from .graphs.inspect import AuditReport
+    from .graphs.report import GraphReport
     from .tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -217,6 +219,36 @@ class LLM:
     def get_metrics(self) -> dict[str, Any]:
         """Counters since the start: steps by graph and by reason, memory, start-up, queue."""
         return self.engine.metrics()
+
+    def explain(self, batch: int | None = None) -> str:
+        """What was decided and why: config with sources, ladder, holes, buffers, memory.
+
+        Args:
+            batch: also say what a decode step of that many sequences would do.
+        """
+        from .graphs.report import explain
+
+        return explain(self.graph_report(), batch)
+
+    def graph_report(self, *, chains: bool = False) -> GraphReport:
+        """Everything known of the graphs, as data; `ostinato.graphs.report` renders it.
+
+        Args:
+            chains: also time every kernel of every graph, which takes a while.
+        """
+        from .graphs.survey import survey
+
+        return survey(self.engine, chains=chains)
+
+    def audit_graphs(self) -> dict[GraphKey, AuditReport]:
+        """Check every pointer of every captured graph against live memory.
+
+        Raises:
+            GraphError: this engine has no graphs.
+        """
+        from .graphs.survey import audit
+
+        return audit(self.engine)
 
     def release_graphs(self) -> int:
         """Free all graphs, for instance while the model sleeps; the next use captures again.

@@ -18,13 +18,12 @@ from ostinato.errors import StrictError
 from ostinato.graphs.strict import StrictRunner
 from ostinato.inputs import Batch
 from ostinato.kv_cache import GUARD_BLOCK
-from tests.integration.conftest import tiny  # noqa: F401  # a fixture
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=10, ignore_eos=True)
 
 
 @pytest.fixture
-def llm(tiny: Callable[[str], tuple[Path, Any]]) -> Iterator[LLM]:  # noqa: F811
+def llm(tiny: Callable[[str], tuple[Path, Any]]) -> Iterator[LLM]:
     made = LLM(
         str(tiny("llama3")[0]),
         skip_tokenizer_init=True,
@@ -64,7 +63,7 @@ def test_the_strict_runner_is_on(llm: LLM) -> None:
     assert len(run(llm)) == 3
 
 
-def test_poisoned_padding_changes_no_token(llm: LLM, tiny: Callable[[str], tuple[Path, Any]]) -> None:  # noqa: F811
+def test_poisoned_padding_changes_no_token(llm: LLM, tiny: Callable[[str], tuple[Path, Any]]) -> None:
     """5 rows padded to 8, with NaN all around, against no padding at all."""
     plain = LLM(str(tiny("llama3")[0]), skip_tokenizer_init=True, max_num_seqs=8, max_num_batched_tokens=64)
     assert llm.engine.plan.pad_seqs(5) == 8
@@ -164,7 +163,7 @@ def test_a_kept_output_is_not_overwritten_by_the_next_step(llm: LLM) -> None:
     assert (first[0].outputs[0].token_ids, first[0].outputs[0].logprobs) == kept
 
 
-def test_results_in_flight_have_slots_of_their_own(tiny: Callable[[str], tuple[Path, Any]]) -> None:  # noqa: F811
+def test_results_in_flight_have_slots_of_their_own(tiny: Callable[[str], tuple[Path, Any]]) -> None:
     """Three steps in flight: the ring must be deeper, or a result is overwritten before it is read."""
     llm = LLM(
         str(tiny("llama3")[0]),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from ostinato.graphs.profile import Profile
 from ostinato.kv_cache import GUARD_BLOCK
 from ostinato.types import GraphKey, Route, SamplerVariant, StepKind
 from tests.fakes import FakeBackend, FakeGraph, fake_engine
-from tests.integration.conftest import tiny  # noqa: F401  # a fixture
 
 Tiny = Callable[[str], tuple[Path, Any]]
 
@@ -49,7 +47,7 @@ def run_key(program: Any, buffers: Any, key: GraphKey) -> None:
 
 
 @pytest.fixture(scope="module")
-def wanted(tiny: Tiny) -> list[list[int]]:  # noqa: F811
+def wanted(tiny: Tiny) -> list[list[int]]:
     llm = LLM(
         str(tiny("llama3")[0]),
         skip_tokenizer_init=True,
@@ -63,7 +61,7 @@ def wanted(tiny: Tiny) -> list[list[int]]:  # noqa: F811
 @pytest.mark.parametrize("depth", [1, 2, 3])
 def test_graphs_trials_and_live_checks_change_no_token(
     tiny: Tiny, wanted: list[list[int]], depth: int
-) -> None:  # noqa: F811
+) -> None:
     backend = FakeBackend()
     llm = fake_engine(tiny("llama3")[0], backend, pipeline_depth=depth, cudagraph_verify_every=2)
     assert traffic(llm) == [wanted] * 4
@@ -76,7 +74,7 @@ def test_graphs_trials_and_live_checks_change_no_token(
     llm.engine.scheduler.check()
 
 
-def test_a_trial_puts_everything_back(tiny: Tiny) -> None:  # noqa: F811
+def test_a_trial_puts_everything_back(tiny: Tiny) -> None:
     backend = FakeBackend()
     llm = fake_engine(tiny("llama3")[0], backend)
     traffic(llm, 2)
@@ -123,7 +121,7 @@ def test_whatever_a_graph_does_wrong_is_seen_before_it_serves(
     tiny: Tiny,
     wanted: list[list[int]],
     what: str,
-    spoil: Callable[[Any, Any], object],  # noqa: F811
+    spoil: Callable[[Any, Any], object],
 ) -> None:
     llm: Any = None
 
@@ -141,7 +139,7 @@ def test_whatever_a_graph_does_wrong_is_seen_before_it_serves(
     assert llm.get_metrics()["eager_steps"]["quarantined"] > 0
 
 
-def test_a_graph_that_goes_bad_later_is_caught_by_a_live_check(tiny: Tiny) -> None:  # noqa: F811
+def test_a_graph_that_goes_bad_later_is_caught_by_a_live_check(tiny: Tiny) -> None:
     llm: Any = None
     bad: list[bool] = []
 
@@ -157,7 +155,7 @@ def test_a_graph_that_goes_bad_later_is_caught_by_a_live_check(tiny: Tiny) -> No
     assert KeyState.QUARANTINED in {r.state for r in llm.engine.plan.book.records()}
 
 
-def test_fail_on_mismatch_raises(tiny: Tiny) -> None:  # noqa: F811
+def test_fail_on_mismatch_raises(tiny: Tiny) -> None:
     llm: Any = None
     backend = FakeBackend(corrupt=lambda graph: llm.engine.buffers.state.position.add_(1))
     llm = fake_engine(tiny("llama3")[0], backend, fail_on_mismatch=True)
@@ -169,7 +167,7 @@ def test_fail_on_mismatch_raises(tiny: Tiny) -> None:  # noqa: F811
 @pytest.mark.parametrize("stage", ["begin", "middle", "end", "instantiate", "replay"])
 def test_a_failure_at_any_stage_leaves_the_engine_serving(
     tiny: Tiny, wanted: list[list[int]], stage: str
-) -> None:  # noqa: F811
+) -> None:
     backend = FakeBackend(fail={stage: RuntimeError("injected")})
     memory = backend.memory
     llm = fake_engine(tiny("llama3")[0], backend)
@@ -182,7 +180,7 @@ def test_a_failure_at_any_stage_leaves_the_engine_serving(
 @pytest.mark.parametrize("stage", ["middle", "replay"])
 def test_on_capture_error_raise_ends_the_call_and_not_the_engine(
     tiny: Tiny, wanted: list[list[int]], stage: str
-) -> None:  # noqa: F811
+) -> None:
     backend = FakeBackend(fail={stage: RuntimeError("injected")})
     llm = fake_engine(tiny("llama3")[0], backend, on_capture_error="raise")
     with pytest.raises(CaptureError, match="injected"):
@@ -191,7 +189,7 @@ def test_on_capture_error_raise_ends_the_call_and_not_the_engine(
     assert traffic(llm, 1) == [wanted]
 
 
-def test_a_tight_budget_is_kept(tiny: Tiny, wanted: list[list[int]]) -> None:  # noqa: F811
+def test_a_tight_budget_is_kept(tiny: Tiny, wanted: list[list[int]]) -> None:
     backend = FakeBackend(cost=1000)
     llm = fake_engine(tiny("llama3")[0], backend, cudagraph_memory_budget=2000)
     assert traffic(llm) == [wanted] * 4
@@ -199,7 +197,7 @@ def test_a_tight_budget_is_kept(tiny: Tiny, wanted: list[list[int]]) -> None:  #
     assert llm.get_metrics()["eager_steps"]["over_budget"] > 0
 
 
-def test_keys_captured_before_traffic_serve_the_first_request(tiny: Tiny, wanted: list[list[int]]) -> None:  # noqa: F811
+def test_keys_captured_before_traffic_serve_the_first_request(tiny: Tiny, wanted: list[list[int]]) -> None:
     backend = FakeBackend()
     llm = fake_engine(tiny("llama3")[0], backend, cudagraph_capture="startup")
     sizes = llm.engine.config.capture_sizes
@@ -212,7 +210,7 @@ def test_keys_captured_before_traffic_serve_the_first_request(tiny: Tiny, wanted
     assert output.metrics.graph_steps == 5
 
 
-def test_a_profile_remembers_what_fired(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_a_profile_remembers_what_fired(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OSTINATO_CACHE", str(tmp_path))
     first = fake_engine(tiny("llama3")[0], FakeBackend())
     traffic(first, 3)
@@ -234,7 +232,7 @@ def test_a_damaged_profile_is_ignored(tmp_path: Path, text: str, caplog: pytest.
     assert "ignored" in caplog.text
 
 
-def test_released_graphs_are_captured_again(tiny: Tiny, wanted: list[list[int]]) -> None:  # noqa: F811
+def test_released_graphs_are_captured_again(tiny: Tiny, wanted: list[list[int]]) -> None:
     backend = FakeBackend()
     llm = fake_engine(tiny("llama3")[0], backend)
     traffic(llm, 3)

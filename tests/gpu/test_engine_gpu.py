@@ -93,9 +93,7 @@ def test_graph_and_eager_are_equal_bit_for_bit(pair: Any, batch: int, sampler: s
     before = decode_steps(graph)
     on_graph, graph_steps = traced(graph, prompts, SAMPLERS[sampler])
     by_hand, eager_steps = traced(eager, prompts, SAMPLERS[sampler])
-    assert decode_steps(graph) - before == len(graph_steps), (
-        "every decode step ran on a graph"
-    )
+    assert decode_steps(graph) - before == len(graph_steps), "every decode step ran on a graph"
     assert [key for key, _ in graph_steps] == [key for key, _ in eager_steps]
     for (key, a), (_, b) in zip(graph_steps, eager_steps, strict=True):
         # the sampler with everything overwrites its logits, on both sides alike
@@ -198,10 +196,10 @@ def test_a_failed_capture_leaves_the_engine_serving(how: str) -> None:
                     torch.cuda.synchronize()  # not allowed: the driver gives the capture up
                 elif how == "allocate":
                     torch.empty(1 << 20, device="cuda")
-                    return sample(*args, **kwargs)
                 elif how == "out of memory":
                     raise torch.OutOfMemoryError("injected")
-                raise RuntimeError("injected")
+                else:
+                    raise RuntimeError("injected")
             sample(*args, **kwargs)
 
         object.__setattr__(program.ops, "sample", broken)
@@ -228,7 +226,7 @@ def test_families_agree_with_the_cpu(name: str, tmp_path: Path) -> None:
     """float32 on the GPU against the same engine on the CPU, which is held against transformers."""
     import transformers
 
-    from tests.integration.conftest import FAMILIES, SMALL
+    from tests.models import FAMILIES, SMALL
 
     family, changes = FAMILIES[name]
     torch.manual_seed(0)

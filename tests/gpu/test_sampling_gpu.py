@@ -233,6 +233,6 @@ def test_time(variant: SamplerVariant, num: int, record_property: Callable[[str,
     end.synchronize()
     microseconds = start.elapsed_time(end) * 1000 / 50
     record_property("microseconds", microseconds)
-    print(f"{variant.name} num_seqs={num} vocab={vocab}: {microseconds:.1f} us")  # noqa: T201
+    print(f"{variant.name} num_seqs={num} vocab={vocab}: {microseconds:.1f} us")
     if num == 1:
         assert microseconds < {GREEDY: 40, SAMPLE: 200, FULL: 400}[variant]

@@ -174,6 +174,62 @@ def test_logprobs_of_several_completions(tiny: Tiny) -> None:
         assert sum(chosen) == pytest.approx(completion.cumulative_logprob)
 
 
+def test_both_halves_of_a_seed_count(tiny: Tiny) -> None:
+    llm = tiny_llm(tiny)
+    seeds = (0, -(2**63), -1, 2**63 - 1)  # two pairs that share their low 32 bits
+    params = [SamplingParams(seed=seed, max_tokens=8, ignore_eos=True) for seed in seeds]
+    outputs = llm.generate([[5]] * 4, params, use_tqdm=False)
+    assert len({tuple(o.outputs[0].token_ids) for o in outputs}) == 4
+
+
+def test_min_tokens_to_the_token(tiny: Tiny) -> None:
+    """A stop token may be token number min_tokens + 1, and no earlier one."""
+    llm = tiny_llm(tiny)
+    for least in (0, 1, 4):
+        params = SamplingParams(temperature=0.0, max_tokens=8, min_tokens=least, logit_bias={2: 1e4})
+        (output,) = llm.generate([[5, 6]], params, use_tqdm=False)
+        ids = output.outputs[0].token_ids
+        assert ids.index(2) == least
+        assert len(ids) == least + 1
+        assert (output.outputs[0].finish_reason, output.outputs[0].stop_reason) == ("stop", None)
+
+
+def test_ignore_eos_goes_on(tiny: Tiny) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True, logit_bias={2: 1e4})
+    (output,) = tiny_llm(tiny).generate([[5, 6]], params, use_tqdm=False)
+    assert output.outputs[0].token_ids == [2] * 5
+    assert output.outputs[0].finish_reason == "length"
+
+
+def test_delta_logprobs_belong_to_the_delta(tiny: Tiny) -> None:
+    llm = tiny_llm(tiny)
+    params = SamplingParams(
+        temperature=0.0, max_tokens=5, logprobs=1, ignore_eos=True, output_kind=RequestOutputKind.DELTA
+    )
+    for output in llm.stream([5, 6], params):
+        (piece,) = output.outputs
+        assert piece.logprobs is not None
+        assert len(piece.logprobs) == len(piece.token_ids) == 1
+        assert piece.token_ids[0] in piece.logprobs[0]
+
+
+def test_several_completions_repeat_their_prompt_and_are_timed(smol: LLM) -> None:
+    (output,) = smol.generate(
+        "Hello", SamplingParams(n=2, seed=0, max_tokens=8, ignore_eos=True), use_tqdm=False
+    )
+    assert output.prompt == "Hello"
+    metrics = output.metrics
+    assert metrics is not None
+    assert metrics.first_token_time is not None
+    assert metrics.finished_time is not None
+    first, rest = (
+        metrics.first_token_time - metrics.arrival_time,
+        metrics.finished_time - metrics.first_token_time,
+    )
+    assert first > 0.0
+    assert rest > first / 100  # seven more steps: the first token is not the last
+
+
 # --- limits ----------------------------------------------------------------------------
 
 

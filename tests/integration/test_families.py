@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from ostinato import LLM, SamplingParams
-
-from .conftest import FAMILIES
+from tests.models import FAMILIES
 
 TOLERANCE = 1e-4
 Tiny = Callable[[str], tuple[Path, Any]]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ..config import EngineConfig
+from ..errors import GraphError
 from ..inputs import Batch, StepBuffers
 from ..types import GraphKey, Route, SamplerVariant
 from .backend import GraphBackend
 from .cache import GraphCache
+from .inspect import AddressBook
 from .keys import KeyBook, KeyState
 from .runner import EagerRunner, Pending, ResultRing, StepProgram
 from .scratch import ScratchChecker, observe_step
@@ -61,10 +63,16 @@ class GraphRunner:
             checker=self.checker,
             book=book,
         )
+        self.addresses = AddressBook()
+        """What the allocator owns and owned, for pointer audits."""
         self.num_replays = 0
         self.num_live_checks = 0
         self._program, self._buffers, self._verify_every = program, buffers, config.cudagraph_verify_every
         self._live: _LiveCheck | None = None
+
+    @property
+    def program(self) -> StepProgram:
+        return self._program
 
     def run(self, batch: Batch) -> Pending:
         route, cache = batch.route, self.cache
@@ -121,6 +129,18 @@ class GraphRunner:
         self.backend.wait()
         self.release()
 
+    def on_scratch_rows(self, key: GraphKey, rows: int, body: Callable[[], object]) -> None:
+        """Do something to a key while made-up sequences stand in its rows; they are put back.
+
+        Raises:
+            GraphError: `cudagraph_verify=False` was set, so no KV blocks are reserved.
+        """
+        if self.checker is None:
+            raise GraphError(
+                "graphs cannot be looked into with cudagraph_verify=False: no scratch rows are reserved"
+            )
+        self.checker.run(key, rows, body)
+
     def _real_rows(self, batch: Batch) -> int:
         return min(batch.num_seqs, max(len(self._buffers.mirrors()[1]), 1))
 
@@ -153,7 +173,6 @@ class GraphRunner:
             lambda: self.cache.replay(batch.key),
             observe,
             put_back,
-            lambda: None,
         )
         self.num_live_checks += 1
         self._live = _LiveCheck(batch.key, trial)

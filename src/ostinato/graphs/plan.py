@@ -99,6 +99,11 @@ class Plan:
         """Steps that ran eagerly, by reason."""
         self._pad, self._token_multiple = pad, token_multiple
 
+    @property
+    def pads(self) -> bool:
+        """Whether steps are padded to the ladders."""
+        return self._pad
+
     def pad_seqs(self, count: int) -> int:
         """Rows that a decode step of `count` rows runs at; `count` itself above the ladder."""
         return (_at_least(self.capture_sizes, count) if self._pad else None) or count

@@ -240,6 +240,11 @@ class ResultRing:
 class Runner(Protocol):
     """Executes batches in the order they come."""
 
+    @property
+    def program(self) -> StepProgram:
+        """The step that it launches."""
+        ...
+
     def run(self, batch: Batch) -> Pending:
         """Launch a step; does not wait for it."""
         ...
@@ -265,10 +270,14 @@ class EagerRunner:
     """Launches every op of a step by itself. What it computes is correct by definition."""
 
     def __init__(self, program: StepProgram, ring: ResultRing) -> None:
-        self.program, self._ring = program, ring
+        self._program, self._ring = program, ring
+
+    @property
+    def program(self) -> StepProgram:
+        return self._program
 
     def run(self, batch: Batch) -> Pending:
-        self.program(batch)
+        self._program(batch)
         return self.deliver(batch)
 
     def poll(self) -> None:
@@ -282,9 +291,9 @@ class EagerRunner:
 
     def deliver(self, batch: Batch) -> Pending:
         """Send home the results of a step that was just launched."""
-        prompt = self.program.prompt_logprobs(batch) if batch.prompt_logprobs else {}
+        prompt = self._program.prompt_logprobs(batch) if batch.prompt_logprobs else {}
         return self._ring.send(batch, prompt)
 
     def close(self) -> None:
-        if self.program.arena.data.is_cuda:
+        if self._program.arena.data.is_cuda:
             torch.cuda.synchronize()

@@ -7,8 +7,9 @@ and scratch poisoned, compares, and puts everything back, in stream order betwee
 
 from __future__ import annotations
 
+import contextlib
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -78,46 +79,56 @@ class ScratchChecker:
         rows = min(rows, key.num_seqs, self._max_rows)
         if not rows or (key.kind is not StepKind.DECODE and key.num_tokens > self._max_tokens):
             return None
-        buffers, program = self._buffers, self._program
-        state, cache = buffers.state, program.cache.data
-        full = key.sampler is SamplerVariant.FULL
+        program = self._program
+        with self._borrowed(key, rows) as (batch, used, put_back):
+            cache, first = program.cache.data, self._blocks[0]
+
+            def observe() -> Observation:
+                return observe_step(program, batch, cache[:, :, first : first + used])
+
+            return run_both(self._backend, eager, replay, observe, put_back)
+
+    @contextlib.contextmanager
+    def _borrowed(self, key: GraphKey, rows: int) -> Iterator[tuple[Batch, int, Callable[[], None]]]:
+        """Made-up sequences in the static buffers; what was there returns at the end, in stream order.
+
+        Yields the batch, how many scratch blocks it may write, and what makes the start again.
+        """
+        buffers, n = self._buffers, key.num_seqs
+        penalties: list[torch.Tensor] = []
+        if key.sampler is SamplerVariant.FULL:  # nobody else reads or writes them
+            penalties = [buffers.state.output_counts, buffers.state.prompt_mask]
         self._saved.copy_(buffers.words)
-        kept = [t[: key.num_seqs].clone() for t in self._penalties()] if full else []
+        kept = [t[:n].clone() for t in penalties]
         mirrors = buffers.mirrors()
-        batch, used = self._lay_out(key, rows)
-        first = self._blocks[0]
-        self._start.copy_(buffers.words)
-        begun = [t[: key.num_seqs].clone() for t in self._penalties()] if full else []
+        try:
+            batch, used = self._lay_out(key, rows)
+            self._start.copy_(buffers.words)
+            begun = [t[:n].clone() for t in penalties]
 
-        def observe() -> Observation:
-            return observe_step(program, batch, cache[:, :, first : first + used])
+            def put_back() -> None:
+                buffers.words.copy_(self._start)
+                for tensor, old in zip(penalties, begun, strict=True):
+                    tensor[:n].copy_(old)
+                poison(self._program, buffers)
 
-        def put_back() -> None:
-            buffers.words.copy_(self._start)
-            for tensor, old in zip(self._penalties(), begun, strict=False):
-                tensor[: key.num_seqs].copy_(old)
-            poison(program, buffers)
-
-        def finish() -> None:
+            poison(self._program, buffers)
+            yield batch, used, put_back
+        finally:
             buffers.words.copy_(self._saved)
-            for tensor, old in zip(self._penalties(), kept, strict=False):
-                tensor[: key.num_seqs].copy_(old)
-            state.emitted.fill_(-1)
+            for tensor, old in zip(penalties, kept, strict=True):
+                tensor[:n].copy_(old)
+            buffers.state.emitted.fill_(-1)
             buffers.set_mirrors(mirrors)
 
-        poison(program, buffers)
-        return run_both(self._backend, eager, replay, observe, put_back, finish)
+    def run(self, key: GraphKey, rows: int, body: Callable[[], object]) -> None:
+        """Do something while scratch sequences are laid out for a key."""
+        with self._borrowed(key, min(rows, key.num_seqs, self._max_rows)):
+            body()
 
     def warm_up(self, key: GraphKey) -> None:
         """Run a key eagerly on scratch rows, so that its kernels are loaded."""
-
-        def eager() -> None:
-            self._program(self._buffers.batch(Route(key, None)))
-
-        self.trial(key, min(key.num_seqs, self._max_rows), eager, eager)
-
-    def _penalties(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._buffers.state.output_counts, self._buffers.state.prompt_mask
+        self.run(key, key.num_seqs, lambda: self._program(self._buffers.batch(Route(key, None))))
 
     def _lay_out(self, key: GraphKey, rows: int) -> tuple[Batch, int]:
         """Made-up sequences in device rows 0 ... rows - 1; every other row is idle and poisoned.

@@ -39,6 +39,10 @@ class StrictRunner:
         self._constants: dict[GraphKey, dict[str, object]] = {}
         program.cache.data[:, :, GUARD_BLOCK] = torch.nan
 
+    @property
+    def program(self) -> StepProgram:
+        return self._program
+
     def run(self, batch: Batch) -> Pending:
         self.check_addresses(batch)
         self.poison(batch)

@@ -61,7 +61,6 @@ def run_both(
     replay: Callable[[], object],
     observe: Callable[[], Observation],
     put_back: Callable[[], object],
-    finish: Callable[[], object],
 ) -> Trial:
     """Launch a trial.
 
@@ -71,22 +70,18 @@ def run_both(
         replay: launches its graph.
         observe: copies whatever a run may change.
         put_back: makes the starting point again, and spoils what must not be read.
-        finish: leaves everything as it was found.
     """
     marks = [backend.mark()]
-    try:
-        eager()
-        marks.append(backend.mark())
-        expected = observe()
-        put_back()
-        marks.append(backend.mark())
-        replay()
-        marks.append(backend.mark())
-        actual = observe()
-        flags = torch.stack([differ(expected[name], actual[name]) for name in expected])
-        host = backend.to_host(flags)
-    finally:
-        finish()
+    eager()
+    marks.append(backend.mark())
+    expected = observe()
+    put_back()
+    marks.append(backend.mark())
+    replay()
+    marks.append(backend.mark())
+    actual = observe()
+    flags = torch.stack([differ(expected[name], actual[name]) for name in expected])
+    host = backend.to_host(flags)
     return Trial(
         (marks[0], marks[1], marks[2], marks[3]), backend.mark(), tuple(expected), host, expected, actual
     )
@@ -134,7 +129,10 @@ class SnapshotChecker(Generic[K]):
             for name, tensor in self._static.items():
                 tensor.copy_(start[name])
 
-        return run_both(self._backend, eager, replay, self._observe, put_back, put_back)
+        try:
+            return run_both(self._backend, eager, replay, self._observe, put_back)
+        finally:
+            put_back()
 
     def _observe(self) -> Observation:
         return {name: tensor.clone() for name, tensor in self._static.items()}

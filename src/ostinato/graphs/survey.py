@@ -1,0 +1,215 @@
+"""Everything that is known of an engine's graphs, gathered: report, audit, chains, baked values.
+
+Nothing here runs between two steps by itself; it is asked for, and may wait for the device.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+from collections.abc import Iterable
+from dataclasses import fields, replace
+from datetime import UTC, datetime
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..errors import GraphError
+from ..types import GraphKey, Route
+from .keys import KeyRecord, KeyState
+from .report import BufferInfo, ChainNode, ConfigValue, GraphReport, KeyReport
+
+if TYPE_CHECKING:
+    from ..engine import Engine
+    from .inspect import AuditReport, Difference, Node
+
+
+def survey(engine: Engine, *, chains: bool = False) -> GraphReport:
+    """The report of an engine at this moment.
+
+    Args:
+        engine: with graphs or without.
+        chains: also read every captured graph and time its kernels one by one (slow; needs a GPU).
+    """
+    config, plan = engine.config, engine.plan
+    padded = plan.pads
+    keys = [_key_report(engine, record, chains) for record in plan.book.records()]
+    return GraphReport(
+        model=engine.name,
+        device=torch.cuda.get_device_name() if config.device.type == "cuda" else "cpu",
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        mode=plan.mode.value,
+        max_num_seqs=config.max_num_seqs,
+        min_hits=config.cudagraph_min_hits,
+        versions=_versions(),
+        config=tuple(
+            ConfigValue(f.name, _text(getattr(config, f.name)), config.source.get(f.name, "default"))
+            for f in fields(config)
+            if f.name != "source"
+        ),
+        ladder=plan.capture_sizes if padded else (),
+        holes=tuple(plan.holes(config.max_num_seqs)) if padded else (),
+        memory=tuple((line.name, line.nbytes) for line in engine.memory),
+        budget_bytes=config.cudagraph_memory_budget,
+        graph_bytes=plan.book.used_bytes,
+        steps_by_key={str(key): count for key, count in plan.graph_steps.items()},
+        eager_by_reason={reason.value: count for reason, count in plan.eager_steps.items()},
+        buffers=tuple(
+            BufferInfo(
+                name, tuple(t.shape), str(t.dtype).removeprefix("torch."), t.numel() * t.element_size()
+            )
+            for name, t in buffers(engine).items()
+        ),
+        keys=tuple(keys),
+    )
+
+
+def buffers(engine: Engine) -> dict[str, torch.Tensor]:
+    """What a step may read and write besides weights, by name."""
+    program = engine.program
+    return {**engine.buffers.tensors(), "arena": program.arena.data, "kv_cache": program.cache.data}
+
+
+def audit(engine: Engine) -> dict[GraphKey, AuditReport]:
+    """Check every pointer of every captured graph against live memory (contract line 9)."""
+    from . import inspect
+
+    registered = {**buffers(engine), **engine.program.model.tensors()}
+    found: dict[GraphKey, AuditReport] = {}
+    runner = _graph_runner(engine)
+    runner.addresses.observe()
+    for record in engine.plan.book.captured:
+        graph = runner.cache.graph(record.key)
+        found[record.key] = inspect.audit(inspect.nodes(graph), registered, runner.addresses)
+    return found
+
+
+def baked_values(engine: Engine, key: GraphKey) -> list[Difference]:
+    """Capture a key twice over other sequences and compare the two graphs (contract line 10)."""
+    from . import inspect
+
+    first, second = (_recapture(engine, key, rows) for rows in (1, key.num_seqs))
+    return inspect.compare(first[0], second[0])
+
+
+def dot(engine: Engine, key: GraphKey) -> str:
+    """GraphViz text of a key's graph, its nodes labelled by op and layer."""
+    from . import inspect
+
+    nodes, labels = _recapture(engine, key, key.num_seqs)
+    return inspect.dot(nodes, labels)
+
+
+def _graph_runner(engine: Engine) -> Any:
+    from .graph_runner import GraphRunner
+
+    if not isinstance(engine.runner, GraphRunner):
+        raise GraphError(f"this engine has no graphs: {engine.why_no_graphs}")
+    return engine.runner
+
+
+def _recapture(engine: Engine, key: GraphKey, rows: int) -> tuple[list[Node], list[tuple[str, int | None]]]:
+    """The nodes of a key captured once more, over `rows` scratch sequences, with the op and layer of each."""
+    from . import inspect
+    from .labels import LabelledOps
+
+    runner = _graph_runner(engine)
+    result: list[Any] = []
+
+    def capture() -> None:
+        labelled = LabelledOps(engine.program.ops)
+        program = replace(engine.program, ops=labelled.ops)
+        batch = engine.buffers.batch(Route(key, None))
+        graph = runner.backend.capture(lambda: program(batch))
+        nodes = inspect.nodes(graph)
+        result.extend((nodes, labelled.labels(len(nodes))))
+        runner.backend.destroy(graph)
+
+    with engine.device_context():
+        runner.on_scratch_rows(key, rows, capture)
+    return result[0], result[1]
+
+
+def _key_report(engine: Engine, record: KeyRecord[GraphKey], chains: bool) -> KeyReport:
+    from . import inspect
+
+    key, state = record.key, record.state
+    live = state is KeyState.CAPTURED
+    report = KeyReport(
+        key=str(key),
+        kind=key.kind.value,
+        num_tokens=key.num_tokens,
+        num_seqs=key.num_seqs,
+        sampler=key.sampler.name.lower(),
+        state="checking" if live and not record.trusted else state.value,
+        note=record.note,
+        nodes=record.nodes,
+        bytes=record.nbytes if live else 0,
+        predicted_bytes=record.predicted_bytes,
+        capture_ms=record.capture_ms,
+        instantiate_ms=record.instantiate_ms,
+        verify_ms=record.verify_ms,
+        hits=record.hits,
+        replays=record.replays,
+        padding_waste=record.padding_waste,
+        eager_us=statistics.median(record.eager_us) if record.eager_us else None,
+        replay_us=statistics.median(record.replay_us) if record.replay_us else None,
+        checks=record.checks,
+        mismatches=record.mismatches,
+    )
+    if not (chains and live):
+        return report
+    nodes, labels = _recapture(engine, key, key.num_seqs)
+    times = _node_times(engine, key, sum(node.kind == "kernel" for node in nodes))
+    chain = []
+    for node, (op, layer) in zip(nodes, labels, strict=True):
+        us = next(times, None) if node.kind == "kernel" else None
+        chain.append(ChainNode(node.index, node.short_name, op, layer, node.grid, node.block, us))
+    found = inspect.summary(nodes)
+    return replace(
+        report,
+        kernels=found.kernels,
+        edges=found.edges,
+        programmatic_edges=found.programmatic_edges,
+        chain=tuple(chain),
+    )
+
+
+def _node_times(engine: Engine, key: GraphKey, kernels: int) -> Any:
+    """Microseconds of each kernel of a replay, in order; nothing if the profiler saw another number."""
+    from torch.profiler import ProfilerActivity, profile
+
+    runner = _graph_runner(engine)
+    replay = partial(runner.backend.replay, runner.cache.graph(key))
+    with engine.device_context(), profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        runner.on_scratch_rows(key, key.num_seqs, replay)
+        runner.backend.wait()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    ran = [e for e in events if e.get("cat") == "kernel" and e.get("args", {}).get("graph node id")]
+    ran.sort(key=lambda e: e["ts"])
+    return iter([float(e["dur"]) for e in ran[-kernels:]] if len(ran) >= kernels else [])
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in ("ostinato", "torch", "triton"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    if torch.version.cuda:
+        found["cuda"] = torch.version.cuda
+    return found
+
+
+def _text(value: object) -> str:
+    if isinstance(value, Iterable) and not isinstance(value, str):
+        return ", ".join(map(str, value))
+    return str(getattr(value, "value", value)).removeprefix("torch.")
