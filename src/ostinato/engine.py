@@ -21,6 +21,7 @@ import torch
 
 from .config import EngineConfig, EngineOptions, available_memory, resolve
 from .errors import EngineDeadError, KVCacheError, OstinatoError, RequestError
+from .graphs.inspect import AddressBook
 from .graphs.keys import KeyBook
 from .graphs.plan import CudaGraphMode, Plan, default_prefill_seqs, default_token_sizes
 from .graphs.profile import Profile
@@ -427,9 +428,12 @@ def build(options: EngineOptions, backend: GraphBackend | None = None) -> Engine
             )
             return StepProgram(model, cache, arena, ops)
 
+        addresses = AddressBook()
         if device.type == "cuda":
+            addresses.observe()
             with context():
                 _warm_up(program_over(1), buffers)
+            addresses.observe("library workspace")  # what warm-up left behind is the libraries'
         stages.done("warm-up")
         graphs = config.cudagraph_mode is not CudaGraphMode.NONE
         scratch = _scratch_blocks(config) if graphs and config.cudagraph_verify else 0
@@ -441,7 +445,7 @@ def build(options: EngineOptions, backend: GraphBackend | None = None) -> Engine
         memory.append(MemoryLine("KV blocks for trials", trial_bytes))
         stages.done("KV cache")
         blocks = range(num_blocks, num_blocks + scratch)
-        runner = _make_runner(config, program, ring, plan, buffers, blocks, backend)
+        runner = _make_runner(config, program, ring, plan, buffers, blocks, addresses, backend)
         words = tokenizer.result()
         stages.done("tokenizer")
         name = checkpoint.path.name if checkpoint else str(options.model)
@@ -651,6 +655,7 @@ def _make_runner(
     plan: Plan,
     buffers: StepBuffers,
     scratch: Sequence[int],
+    addresses: AddressBook,
     backend: GraphBackend | None,
 ) -> Runner:
     if config.cudagraph_mode is not CudaGraphMode.NONE:
@@ -660,7 +665,7 @@ def _make_runner(
             from .graphs.cuda import TorchBackend
 
             backend = TorchBackend()
-        return GraphRunner(program, ring, buffers, plan.book, scratch, backend, config)
+        return GraphRunner(program, ring, buffers, plan.book, scratch, addresses, backend, config)
     if config.strict:
         from .graphs.strict import StrictRunner
 

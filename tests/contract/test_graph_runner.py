@@ -74,6 +74,28 @@ def test_graphs_trials_and_live_checks_change_no_token(
     llm.engine.scheduler.check()
 
 
+def test_a_live_check_of_a_mixed_step_counts_penalties_once(tiny: Tiny) -> None:
+    """The rows of a mixed step are arbitrary device rows, not the first ones."""
+    tight = SamplingParams(temperature=0.0, max_tokens=8, frequency_penalty=1.0, ignore_eos=True)
+    short = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)
+    g = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(3, 151, (150,), generator=g).tolist() for _ in range(6)]
+    results = []
+    for every in (0, 1):
+        llm = fake_engine(
+            tiny("llama3")[0], FakeBackend(), cudagraph_verify_every=every, enable_prefix_caching=False
+        )
+        results.append(
+            [
+                llm.generate([[5] * 5, p], [short, tight], use_tqdm=False)[1].outputs[0].token_ids
+                for p in prompts
+            ]
+        )
+        assert not any(r.mismatches for r in llm.engine.plan.book.records())
+    assert llm.engine.runner.num_live_checks > 0
+    assert results[0] == results[1]
+
+
 def test_a_trial_puts_everything_back(tiny: Tiny) -> None:
     backend = FakeBackend()
     llm = fake_engine(tiny("llama3")[0], backend)

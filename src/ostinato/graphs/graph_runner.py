@@ -36,6 +36,7 @@ class GraphRunner:
         buffers: StepBuffers,
         book: KeyBook[GraphKey],
         scratch: Sequence[int],
+        addresses: AddressBook,
         backend: GraphBackend,
         config: EngineConfig,
     ) -> None:
@@ -47,6 +48,7 @@ class GraphRunner:
             buffers: what the step reads.
             book: what is known of each key; the plan reads it.
             scratch: KV blocks for trials, which no request gets.
+            addresses: what the allocator owns and owned, for pointer audits.
             backend: the device.
             config: policies.
         """
@@ -63,8 +65,7 @@ class GraphRunner:
             checker=self.checker,
             book=book,
         )
-        self.addresses = AddressBook()
-        """What the allocator owns and owned, for pointer audits."""
+        self.addresses = addresses
         self.num_replays = 0
         self.num_live_checks = 0
         self._program, self._buffers, self._verify_every = program, buffers, config.cudagraph_verify_every
@@ -153,7 +154,7 @@ class GraphRunner:
         state, program, n = self._buffers.state, self._program, batch.num_seqs
         kept = [state.active, state.last_token, state.position]
         if batch.key.sampler is SamplerVariant.FULL:
-            kept.append(state.output_counts[:n])
+            kept.append(state.output_counts)  # by device row, and a mixed step's rows may be any
         before = [t.clone() for t in kept]
 
         def put_back() -> None:

@@ -237,7 +237,7 @@ def observe_step(program: StepProgram, batch: Batch, kv: torch.Tensor) -> dict[s
         "guard block": program.cache.data[:, :, GUARD_BLOCK].clone(),
     }
     if batch.key.sampler is SamplerVariant.FULL:
-        found["penalty counts"] = state.output_counts[:n].clone()
+        found["penalty counts"] = state.output_counts[batch.rows.clamp(min=0).long()]
         found["logprobs"] = state.logprob_values[:n].clone()
         found["logprob ids"] = state.logprob_ids[:n].clone()
     return found
