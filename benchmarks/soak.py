@@ -44,6 +44,7 @@ def measure(
     )
     engine = llm.engine
     vocab = engine.spec.vocab_size
+    longest = engine.config.max_model_len // 5
     shared = [[rng.randrange(vocab) for _ in range(64)] for _ in range(3)]
     running: set[str] = set()
     finished = aborted = 0
@@ -51,7 +52,7 @@ def measure(
     while engine.runner.num_replays < replays and time.perf_counter() - begin < seconds:
         while len(running) < 40 and rng.random() < 0.3:
             prompt = (rng.choice(shared) if rng.random() < 0.3 else []) + [
-                rng.randrange(vocab) for _ in range(rng.randint(1, 200))
+                rng.randrange(vocab) for _ in range(rng.randint(1, longest))
             ]
             running.add(engine.add_request(prompt, random_params(rng, vocab)))
         if running and rng.random() < 0.004:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import io
 import logging
+import os
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import OstinatoError
+from .errors import GraphError, OstinatoError, RequestError
 from .types import RequestOutput, SamplingParams
 
 if TYPE_CHECKING:
@@ -21,6 +23,8 @@ _START = time.perf_counter()
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 1 for an error, 130 after Ctrl-C."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows "?"
     args = _parser().parse_args(argv)
     logging.basicConfig(
         level=logging.INFO if args.verbose else logging.WARNING, format="%(name)s: %(message)s"
@@ -129,6 +133,10 @@ def _generate(args: argparse.Namespace) -> int:
 
 
 def _chat(args: argparse.Namespace) -> int:
+    if args.message == "":
+        raise RequestError("the message is empty")
+    if args.message is None and sys.stdin is None:
+        raise RequestError("there is no standard input to talk through: give a MESSAGE")
     llm, params = _make(args)
     tokenizer = llm.get_tokenizer()
     messages: list[dict[str, Any]] = [{"role": "system", "content": args.system}] if args.system else []
@@ -137,7 +145,15 @@ def _chat(args: argparse.Namespace) -> int:
         if not message:
             return 0
         messages.append({"role": "user", "content": message})
-        output = _show(llm, tokenizer.apply_chat_template(messages), params, chat=True)
+        try:
+            output = _show(llm, tokenizer.apply_chat_template(messages), params, chat=True)
+        except RequestError as error:
+            if args.message:
+                raise
+            messages.pop()
+            print(f"ostinato: {error}", file=sys.stderr)
+            print("That message was left out: send a shorter one, or start a new chat.", file=sys.stderr)
+            continue
         messages.append({"role": "assistant", "content": output.outputs[0].text})
         if args.message:
             _report(llm, output)
@@ -159,22 +175,24 @@ def _explain(args: argparse.Namespace) -> int:
 def _graphs(args: argparse.Namespace) -> int:
     from .graphs import report
 
+    for path in (args.html, args.json, args.dot):
+        _check_writable(path)  # before anything is loaded
     llm = _inspected(args, cudagraph_capture="startup")
     found = llm.graph_report(chains=bool(args.html or args.json))
     print(report.table(found))
-    if llm.engine.why_no_graphs:
-        print(f"no graphs: {llm.engine.why_no_graphs}")
-        return 0
     for path, render in ((args.html, report.html), (args.json, type(found).to_json)):
-        if path:
-            Path(path).write_text(render(found))
-            print(f"wrote {path}")
+        _write(path, render(found))
+    captured = [record.key for record in llm.engine.plan.book.captured]
+    if not captured:
+        why = llm.engine.why_no_graphs or "none could be captured"
+        if args.dot or args.audit:
+            raise GraphError(f"there are no graphs for {'--dot' if args.dot else '--audit'}: {why}")
+        print(f"no graphs: {why}")
+        return 0
     if args.dot:
         from .graphs.survey import dot
 
-        smallest = min((r.key for r in llm.engine.plan.book.captured), key=lambda k: k.num_tokens)
-        Path(args.dot).write_text(dot(llm.engine, smallest))
-        print(f"wrote {args.dot} ({smallest})")
+        _write(args.dot, dot(llm.engine, min(captured, key=lambda k: k.num_tokens)))
     if not args.audit:
         return 0
     audits = llm.audit_graphs()
@@ -183,11 +201,36 @@ def _graphs(args: argparse.Namespace) -> int:
     return 0 if all(result.ok for result in audits.values()) else 1
 
 
+def _check_writable(name: str | None) -> None:
+    """Raise now what `_write` would raise later."""
+    if name is None:
+        return
+    path = Path(name)
+    if path.is_dir():
+        raise OstinatoError(f"{name or 'an empty name'} cannot be written: it is a folder")
+    if not path.parent.is_dir():
+        raise OstinatoError(f"{name} cannot be written: there is no folder {path.parent}")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise OstinatoError(f"{name} cannot be written: permission denied")
+
+
+def _write(name: str | None, text: str) -> None:
+    if name is None:
+        return
+    try:
+        Path(name).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OstinatoError(f"{name} cannot be written: {error.strerror}") from error
+    print(f"wrote {name}")
+
+
 def _ask() -> str:
     try:
         return input("> ")
     except EOFError:
         return ""
+    except UnicodeDecodeError as error:
+        raise RequestError(f"standard input is not text: {error}") from error
 
 
 def _show(llm: LLM, prompt: str, params: SamplingParams, *, chat: bool) -> RequestOutput:

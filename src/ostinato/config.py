@@ -8,15 +8,21 @@ value came from.
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal
+from functools import cache
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 
-from .errors import ConfigError, UnknownOptionError
+from .errors import ConfigError
 from .graphs.plan import DEFAULT_MAX_TOKENS, CudaGraphMode, default_capture_sizes
+from .types import check_names, real, shown, whole
 
 logger = logging.getLogger(__name__)
 
@@ -28,17 +34,45 @@ DTYPES = {
     "half": torch.float16,
 }
 
-_COMPILATION = (
-    "cudagraph_mode",
-    "cudagraph_capture_sizes",
-    "max_cudagraph_capture_size",
-    "max_cudagraph_prefill_tokens",
-)
+_COMPILATION: Mapping[str, Any] = {
+    "cudagraph_mode": str | CudaGraphMode | None,
+    "cudagraph_capture_sizes": Sequence[int] | None,
+    "max_cudagraph_capture_size": int | None,
+    "max_cudagraph_prefill_tokens": int | None,
+}
+"""Keys of `compilation_config`, and what their values are."""
+
+MAX_NUM_SEQS = 65_536
+MAX_NUM_BATCHED_TOKENS = 2**22
+MAX_MODEL_LEN = 2**27
+
+_BOUNDS: Mapping[str, tuple[int, int]] = {
+    "seed": (-(2**63), 2**63 - 1),
+    "kv_cache_memory_bytes": (1, 2**62),
+    "num_gpu_blocks_override": (1, 2**31 - 1),
+    "block_size": (8, 256),
+    "max_model_len": (2, MAX_MODEL_LEN),
+    "max_num_seqs": (1, MAX_NUM_SEQS),
+    "max_num_batched_tokens": (1, MAX_NUM_BATCHED_TOKENS),
+    "cudagraph_min_hits": (2, 2**31 - 1),
+    "cudagraph_verify_every": (0, 2**31 - 1),
+    "pipeline_depth": (1, 3),
+    "max_cudagraph_capture_size": (1, 2**31 - 1),
+    "max_cudagraph_prefill_tokens": (1, 2**31 - 1),
+}
+"""Least and most that an option can be, where it is given."""
 
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """What the user may set; None means "decide for me". Checked by `resolve`."""
+    """What the user may set; None means "decide for me".
+
+    Making one checks all that can be checked without the model and the machine: types, by the
+    annotations below, and ranges. `resolve` checks the rest.
+
+    Raises:
+        ConfigError: a value that cannot work; the message names the option.
+    """
 
     model: str | None = None
     """Folder, `.gguf` file or hub id; None: SmolLM2-135M-Instruct."""
@@ -51,10 +85,9 @@ class EngineOptions:
     skip_tokenizer_init: bool = False
     """Load no tokenizer: prompts are token ids, and outputs have no text."""
     dtype: str = "auto"
-    """"auto": the model's own on a GPU (bfloat16 where it is wider), float32 on a CPU."""
+    """A name, or a `torch.dtype`. "auto": the model's own on a GPU (bfloat16 where it is wider), float32 on a CPU."""
     quantization: str | None = None
-    device: str = "auto"
-    """"cuda", "cpu" or "auto"."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
     seed: int = 0
     """Seeds requests that bring no seed of their own."""
     tensor_parallel_size: int = 1
@@ -67,11 +100,11 @@ class EngineOptions:
     block_size: int = 16
     """Tokens in a KV block."""
     max_model_len: int | None = None
-    """Longest prompt plus output; None: the model's, or what fits the KV cache."""
+    """Longest prompt plus output, at most `MAX_MODEL_LEN`; None: the model's, or what fits the KV cache."""
     max_num_seqs: int | None = None
-    """Most sequences in one step; None: 256 on a GPU, 32 on a CPU."""
+    """Most sequences in one step, at most `MAX_NUM_SEQS`; None: 256 on a GPU, 32 on a CPU."""
     max_num_batched_tokens: int | None = None
-    """Most tokens in one step; None: 8192 on a GPU, 1024 on a CPU."""
+    """Most tokens in one step, at most `MAX_NUM_BATCHED_TOKENS`; None: 8192 on a GPU, 1024 on a CPU."""
     enable_prefix_caching: bool = True
     enable_cuda_graph: bool = True
     enforce_eager: bool = False
@@ -102,11 +135,47 @@ class EngineOptions:
 
     @classmethod
     def from_kwargs(cls, values: Mapping[str, Any], where: str = "LLM") -> EngineOptions:
-        known = [f.name for f in fields(cls)]
-        for name in values:
-            if name not in known:
-                raise UnknownOptionError(name, known, where)
+        check_names(values, (f.name for f in fields(cls)), where)
         return cls(**values)
+
+    def __post_init__(self) -> None:
+        for name, kind in _kinds().items():
+            object.__setattr__(self, name, _typed(name, getattr(self, name), kind))
+        check_names(self.compilation_config, _COMPILATION, "compilation_config")
+        compilation = {k: _typed(k, v, _COMPILATION[k]) for k, v in self.compilation_config.items()}
+        object.__setattr__(self, "compilation_config", compilation)
+        values = {name: getattr(self, name) for name in _kinds()} | compilation
+        for name, (low, high) in _BOUNDS.items():
+            if (value := values.get(name)) is not None and not low <= value <= high:
+                raise ConfigError(f"{name} must be at least {low} and at most {high}, got {shown(value)}")
+        if self.tensor_parallel_size != 1:
+            raise ConfigError(f"tensor_parallel_size={self.tensor_parallel_size} is not supported yet; use 1")
+        if self.quantization is not None:
+            raise ConfigError(
+                f"quantization={self.quantization!r} is not supported yet; leave it None "
+                "(quantised GGUF files load without it, and are dequantised)"
+            )
+        if self.dtype != "auto" and self.dtype not in DTYPES:
+            raise ConfigError(f"dtype must be 'auto' or one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.block_size & (self.block_size - 1):
+            raise ConfigError(f"block_size must be a power of two from 8 to 256, got {self.block_size}")
+        if not 0.0 < self.gpu_memory_utilization <= 1.0:
+            raise ConfigError(f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization}")
+        budget = self.cudagraph_memory_budget
+        if not budget > 0:
+            raise ConfigError(
+                f"cudagraph_memory_budget must be positive bytes or a share in (0, 1], got {shown(budget)}"
+            )
+        if isinstance(budget, float) and budget > 1.0:
+            raise ConfigError(
+                f"cudagraph_memory_budget={budget} is a float above 1: give bytes as an integer"
+            )
+        sizes = compilation.get("cudagraph_capture_sizes")
+        if sizes is not None and (not sizes or min(sizes) < 1):
+            raise ConfigError(
+                f"cudagraph_capture_sizes must be a list of positive batch sizes, got {shown(sizes)}"
+            )
+        _graph_mode(self)
 
 
 @dataclass(frozen=True)
@@ -177,67 +246,29 @@ def resolve(
     device = _device(options.device)
     source["device"] = "user" if "device" in given else "device"
     on_gpu = device.type == "cuda"
-    if options.tensor_parallel_size != 1:
-        raise ConfigError(f"tensor_parallel_size={options.tensor_parallel_size} is not supported yet; use 1")
-    if options.quantization is not None:
-        raise ConfigError(
-            f"quantization={options.quantization!r} is not supported yet; leave it None "
-            "(quantised GGUF files load without it, and are dequantised)"
-        )
     dtype = _dtype(options.dtype, model_dtype, on_gpu)
     source["dtype"] = "user" if "dtype" in given else "model" if on_gpu else "device"
 
-    block_size = _positive("block_size", pick("block_size", 16))
-    if block_size & (block_size - 1) or not 8 <= block_size <= 256:
-        raise ConfigError(f"block_size must be a power of two from 8 to 256, got {block_size}")
-    length = _positive("max_model_len", pick("max_model_len", model_positions, "model"))
+    length = pick("max_model_len", model_positions, "model")
     if length > model_positions:
         raise ConfigError(
             f"max_model_len={length} is more than the {model_positions} positions that the model was made for; "
             f"use at most {model_positions}"
         )
-    if length < 2:
-        raise ConfigError(
-            f"max_model_len must be at least 2 (one prompt token and one new one), got {length}"
-        )
-    seqs = _positive("max_num_seqs", pick("max_num_seqs", 256 if on_gpu else 32))
+    seqs = pick("max_num_seqs", 256 if on_gpu else 32)
     tokens = pick("max_num_batched_tokens", max(8192 if on_gpu else 1024, seqs))
-    _positive("max_num_batched_tokens", tokens)
     if tokens < seqs:
         raise ConfigError(
             f"max_num_batched_tokens={tokens} is less than max_num_seqs={seqs}: a decode step would not fit; "
             "raise the first or lower the second"
         )
-    share = options.gpu_memory_utilization
-    if not 0.0 < share <= 1.0:
-        raise ConfigError(f"gpu_memory_utilization must be in (0, 1], got {share}")
-    for name in ("kv_cache_memory_bytes", "num_gpu_blocks_override"):
-        if getattr(options, name) is not None:
-            _positive(name, getattr(options, name))
-    depth = _positive("pipeline_depth", pick("pipeline_depth", 2 if on_gpu else 1))
-    if depth > 3:
-        raise ConfigError(f"pipeline_depth must be 1, 2 or 3, got {depth}")
-    if options.load_format not in ("auto", "dummy"):
-        raise ConfigError(f"load_format must be 'auto' or 'dummy', got {options.load_format!r}")
-    if _positive("cudagraph_min_hits", options.cudagraph_min_hits) < 2:
-        raise ConfigError(
-            "cudagraph_min_hits must be at least 2: a key's first hit runs eagerly and loads its kernels"
-        )
-    if options.on_capture_error not in ("eager", "raise"):
-        raise ConfigError(f"on_capture_error must be 'eager' or 'raise', got {options.on_capture_error!r}")
     if options.strict and on_gpu:
         raise ConfigError("strict=True checks the contract on a CPU; use device='cpu' with it")
-    if options.cudagraph_capture not in ("lazy", "startup", "profile"):
-        raise ConfigError(
-            f"cudagraph_capture must be 'lazy', 'startup' or 'profile', got {options.cudagraph_capture!r}"
-        )
-    every = options.cudagraph_verify_every
-    if isinstance(every, bool) or not isinstance(every, int) or every < 0:
-        raise ConfigError(f"cudagraph_verify_every must be a whole number, 0 for never, got {every!r}")
-    mode, sizes = _graphs(options, seqs, on_gpu or graphs_anywhere)
+    mode = _graph_mode(options)
+    if not (on_gpu or graphs_anywhere):
+        mode = CudaGraphMode.NONE  # the same program runs everywhere; `explain` says why
+    sizes = _capture_sizes(options.compilation_config, seqs)
     prefill = options.compilation_config.get("max_cudagraph_prefill_tokens")
-    if prefill is not None:
-        _positive("max_cudagraph_prefill_tokens", prefill)
     for name, key in (("cudagraph_mode", "cudagraph_mode"), ("capture_sizes", "cudagraph_capture_sizes")):
         source[name] = "user" if key in options.compilation_config else "default"
     if source["capture_sizes"] == "default" and "max_cudagraph_capture_size" in options.compilation_config:
@@ -250,7 +281,7 @@ def resolve(
         gpu_memory_utilization=pick("gpu_memory_utilization", 0.92),
         kv_cache_memory_bytes=pick("kv_cache_memory_bytes", None),
         num_blocks_override=pick("num_gpu_blocks_override", None),
-        block_size=block_size,
+        block_size=pick("block_size", 16),
         max_model_len=length,
         max_num_seqs=seqs,
         max_num_batched_tokens=tokens,
@@ -266,7 +297,7 @@ def resolve(
         cudagraph_min_hits=pick("cudagraph_min_hits", 2),
         on_capture_error=pick("on_capture_error", "eager"),
         fail_on_fallback=pick("fail_on_fallback", False),
-        pipeline_depth=depth,
+        pipeline_depth=pick("pipeline_depth", 2 if on_gpu else 1),
         strict=pick("strict", False),
         source=source,
     )
@@ -276,30 +307,76 @@ def _default(f: Any) -> Any:
     return f.default_factory() if callable(f.default_factory) else f.default
 
 
-def _positive(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"{name} must be a positive integer, got {value!r}")
-    return value
+@cache
+def _kinds() -> dict[str, Any]:
+    """What each option's annotation says."""
+    return get_type_hints(EngineOptions)
+
+
+_WORDS = {
+    int: "an integer",
+    float: "a number",
+    bool: "True or False",
+    str: "a string",
+    NoneType: "None",
+    Mapping: "a mapping",
+    Sequence: "a list of integers",
+    CudaGraphMode: "a CudaGraphMode",
+}
+
+
+def _typed(name: str, value: Any, kind: Any) -> Any:
+    """`value` if it is what an annotation says; numbers, paths and dtypes become Python's plain types."""
+    try:
+        return _fit(value, kind)
+    except TypeError:
+        choices = [repr(c) for c in get_args(kind)] if get_origin(kind) is Literal else _words(kind)
+        text = " or ".join(filter(None, (", ".join(choices[:-1]), choices[-1])))
+        raise ConfigError(f"{name} must be {text}, got {shown(value)}") from None
+
+
+def _words(kind: Any) -> list[str]:
+    members = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    return [_WORDS[get_origin(member) or member] for member in members]
+
+
+def _fit(value: Any, kind: Any) -> Any:
+    """The same, with a TypeError where it does not fit."""
+    origin, members = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        for member in members:
+            with suppress(TypeError):
+                return _fit(value, member)
+    elif origin is Literal:
+        if isinstance(value, str) and value in members:
+            return value
+    elif origin is Sequence:
+        if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+            return tuple(_fit(item, members[0]) for item in value)
+    elif kind is int:
+        return whole(value)
+    elif kind is float:
+        return real(value)
+    else:
+        if kind is str and isinstance(value, os.PathLike):
+            value = os.fspath(value)
+        if kind is str and isinstance(value, torch.dtype):
+            value = str(value).removeprefix("torch.")
+        if isinstance(value, origin or kind):
+            return value
+    raise TypeError(kind)
 
 
 def _budget(value: int | float, on_gpu: bool) -> int:
     """Bytes of a budget given in bytes or as a share of the GPU's memory."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-        raise ConfigError(
-            f"cudagraph_memory_budget must be positive bytes or a share in (0, 1], got {value!r}"
-        )
     if isinstance(value, int):
         return value
-    if value > 1.0:
-        raise ConfigError(f"cudagraph_memory_budget={value} is a float above 1: give bytes as an integer")
     return int(value * torch.cuda.mem_get_info()[1]) if on_gpu else 256 << 20
 
 
 def _device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name not in ("cuda", "cpu"):
-        raise ConfigError(f"device must be 'auto', 'cuda' or 'cpu', got {name!r}")
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
             "device='cuda', but torch finds no GPU; use device='auto' or install a CUDA build of torch"
@@ -313,56 +390,38 @@ def _dtype(name: str, model_dtype: str | None, on_gpu: bool) -> torch.dtype:
             return torch.float32
         own = DTYPES.get(str(model_dtype).removeprefix("torch."), torch.bfloat16)
         return torch.bfloat16 if own is torch.float32 else own
-    if isinstance(name, torch.dtype):
-        name = str(name).removeprefix("torch.")
-    if name not in DTYPES:
-        raise ConfigError(f"dtype must be 'auto' or one of {', '.join(DTYPES)}, got {name!r}")
     dtype = DTYPES[name]
     if not on_gpu and dtype is torch.float16:
         raise ConfigError("dtype='float16' is not supported on a CPU; use 'float32' or 'bfloat16'")
     return dtype
 
 
-def _graphs(options: EngineOptions, max_seqs: int, possible: bool) -> tuple[CudaGraphMode, tuple[int, ...]]:
-    given = dict(options.compilation_config)
-    for name in given:
-        if name not in _COMPILATION:
-            raise UnknownOptionError(name, _COMPILATION, "compilation_config")
-    for flag in ("enable_cuda_graph", "enforce_eager"):
-        if not isinstance(getattr(options, flag), bool):
-            raise ConfigError(f"{flag} must be True or False, got {getattr(options, flag)!r}")
-    wanted = given.get("cudagraph_mode")
+def _graph_mode(options: EngineOptions) -> CudaGraphMode:
+    """The mode that the options ask for."""
+    wanted = options.compilation_config.get("cudagraph_mode")
     try:
-        mode = CudaGraphMode(getattr(wanted, "value", wanted) or "FULL")
+        mode = CudaGraphMode("FULL" if wanted is None else wanted)
     except ValueError:
         if wanted in ("PIECEWISE", "FULL_AND_PIECEWISE"):
             raise ConfigError(
                 f"cudagraph_mode={wanted!r} is refused: ostinato captures whole steps; use 'FULL' or 'FULL_DECODE_ONLY'"
             ) from None
         known = ", ".join(m.value for m in CudaGraphMode)
-        raise ConfigError(f"cudagraph_mode must be one of {known}, got {wanted!r}") from None
+        raise ConfigError(f"cudagraph_mode must be one of {known}, got {shown(wanted)}") from None
     if options.enforce_eager or not options.enable_cuda_graph:
-        if wanted not in (None, "NONE"):
+        if wanted is not None and mode is not CudaGraphMode.NONE:
             raise ConfigError(
                 f"cudagraph_mode={wanted!r} contradicts enforce_eager=True; drop one of the two"
             )
-        mode = CudaGraphMode.NONE
-    if not possible:
-        mode = CudaGraphMode.NONE  # the same program runs everywhere; `explain` says why
-    return mode, _capture_sizes(given, max_seqs)
+        return CudaGraphMode.NONE
+    return mode
 
 
 def _capture_sizes(given: Mapping[str, Any], max_seqs: int) -> tuple[int, ...]:
     limit = given.get("max_cudagraph_capture_size")
-    if limit is not None:
-        _positive("max_cudagraph_capture_size", limit)
     sizes: Sequence[int] | None = given.get("cudagraph_capture_sizes")
     if sizes is None:
         return default_capture_sizes(min(max_seqs, limit or max_seqs))
-    if isinstance(sizes, (str, bytes)) or not sizes:
-        raise ConfigError(f"cudagraph_capture_sizes must be a list of batch sizes, got {sizes!r}")
-    for size in sizes:
-        _positive("cudagraph_capture_sizes", size)
     unused = sorted(size for size in sizes if size > max_seqs)
     # A size above the largest batch still serves the batches below it, at the largest batch's size.
     kept = {min(size, max_seqs) for size in sizes if limit is None or size <= limit}
@@ -373,6 +432,33 @@ def _capture_sizes(given: Mapping[str, Any], max_seqs: int) -> tuple[int, ...]:
     return tuple(sorted(kept))
 
 
-def available_memory() -> int:
-    """Bytes of main memory that can still be taken."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+def available_memory(meminfo: Path = Path("/proc/meminfo"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes of main memory that can still be taken, within the container's limit if there is one."""
+    return int(min(_machine_memory(meminfo), _cgroup_memory(cgroup)))
+
+
+def _machine_memory(meminfo: Path) -> int:
+    with suppress(OSError, KeyError, ValueError):
+        return _table(meminfo)["MemAvailable:"] * 1024  # unlike free pages, it counts caches
+    # macOS knows only how much there is in total: half of that is a guess.
+    for pages, share in (("SC_AVPHYS_PAGES", 1), ("SC_PHYS_PAGES", 2)):
+        with suppress(OSError, ValueError, AttributeError):
+            return os.sysconf("SC_PAGE_SIZE") * os.sysconf(pages) // share
+    return 4 << 30
+
+
+def _cgroup_memory(cgroup: Path) -> float:
+    """What a cgroup (v2) still allows; inf without a limit."""
+    try:
+        limit = int((cgroup / "memory.max").read_text())
+        used = int((cgroup / "memory.current").read_text())
+    except (OSError, ValueError):  # no cgroup v2, or "max"
+        return math.inf
+    with suppress(OSError, KeyError, ValueError):
+        used -= _table(cgroup / "memory.stat")["inactive_file"]  # cached files make room
+    return max(limit - used, 0)
+
+
+def _table(path: Path) -> dict[str, int]:
+    """Lines of a name and a number."""
+    return {words[0]: int(words[1]) for words in map(str.split, path.read_text().splitlines()) if words[1:]}

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .config import EngineConfig, EngineOptions, available_memory, resolve
-from .errors import EngineDeadError, KVCacheError, OstinatoError, RequestError
+from .errors import CheckpointError, EngineDeadError, KVCacheError, OstinatoError, RequestError
 from .graphs.inspect import AddressBook
 from .graphs.keys import KeyBook
 from .graphs.plan import CudaGraphMode, Plan, default_prefill_seqs, default_token_sizes
@@ -166,10 +166,19 @@ class Engine:
         self._check_alive()
         text, ids = self._encode(prompt, add_special_tokens)
         self._check(ids, params)
-        self._counter += 1
-        prompt_id = request_id if request_id is not None else str(self._counter)
-        if prompt_id in self.outputs:
-            raise RequestError(f"request id {prompt_id!r} is already running")
+
+        def names(prompt_id: str) -> list[str]:
+            return [prompt_id] if params.n == 1 else [f"{prompt_id}-{i}" for i in range(params.n)]
+
+        prompt_id = request_id
+        while prompt_id is None:
+            self._counter += 1
+            number = str(self._counter)
+            prompt_id = None if self.outputs.taken(number, names(number)) else number
+        request_ids = names(prompt_id)
+        taken = self.outputs.taken(prompt_id, request_ids)
+        if taken is not None:
+            raise RequestError(f"request id {taken!r} is already running")
         seed = self._seeds.getrandbits(62) if params.seed is None else params.seed
         limit = self.config.max_model_len
         if params.max_tokens is not None:
@@ -180,7 +189,7 @@ class Engine:
         bad_words = self._bad_words(params)
         requests = [
             Request(
-                request_id=prompt_id if params.n == 1 else f"{prompt_id}-{i}",
+                request_id=name,
                 prompt_id=prompt_id,
                 prompt_token_ids=ids,
                 params=params,
@@ -191,11 +200,14 @@ class Engine:
                 bad_word_ids=bad_words,
                 sink=self.tokenizer.stream(params, ids) if self.tokenizer and params.detokenize else None,
             )
-            for i in range(params.n)
+            for i, name in enumerate(request_ids)
         ]
-        self.outputs.add(prompt_id, text, requests, params, self.token_text)
-        for request in requests:
-            self.scheduler.add(request)
+        with contextlib.ExitStack() as undo:
+            for request in requests:
+                self.scheduler.add(request)
+                undo.callback(self.scheduler.abort, request.request_id)
+            self.outputs.add(prompt_id, text, requests, params, self.token_text)
+            undo.pop_all()
         return prompt_id
 
     def abort(self, prompt_ids: Iterable[str]) -> list[RequestOutput]:
@@ -218,6 +230,8 @@ class Engine:
             if self.tokenizer is None:
                 raise RequestError("this model has no tokenizer: pass token ids instead of text")
             return prompt, tuple(self.tokenizer.encode(prompt, add_special_tokens))
+        if isinstance(prompt, (bytes, bytearray)) or not isinstance(prompt, Iterable):
+            raise RequestError(f"a prompt must be text or a list of token ids, got {type(prompt).__name__}")
         ids = tuple(prompt)
         for token in ids:
             if isinstance(token, bool) or not hasattr(token, "__index__"):
@@ -259,7 +273,7 @@ class Engine:
         for word in params.bad_words or ():
             assert self.tokenizer is not None
             for spelling in (word, " " + word.lstrip()):
-                ids = tuple(self.tokenizer.encode(spelling, False))
+                ids = tuple(self.tokenizer.encode(spelling, False, name=f"bad_words: {word!r}"))
                 if ids:
                     found[ids] = None
         return tuple(found)
@@ -267,6 +281,8 @@ class Engine:
     # --- failure -----------------------------------------------------------------------
 
     def _check_alive(self) -> None:
+        if isinstance(self._dead, EngineDeadError):
+            raise EngineDeadError(*self._dead.args)
         if self._dead is not None:
             raise EngineDeadError(
                 f"the engine failed earlier ({self._dead!r}); make a new one"
@@ -297,7 +313,7 @@ class Engine:
             if self._profile is not None:
                 self._profile.save(self.plan.book)
             self.runner.close()
-            self._dead = EngineDeadError("closed")
+            self._dead = EngineDeadError("this LLM was closed; make a new one")
 
     # --- what it is and what it did ----------------------------------------------------
 
@@ -520,13 +536,29 @@ def _start_tokenizer(
 
 
 def _eos_ids(checkpoint: Checkpoint | None, tokenizer: Tokenizer | None, vocab_size: int) -> frozenset[int]:
-    """Tokens that end a sequence: the union of what the model's files say."""
+    """Tokens that end a sequence: the union of what the model's files say.
+
+    Raises:
+        CheckpointError: an eos_token_id is no token id, or there are too many.
+    """
     found = set(tokenizer.eos_token_ids) if tokenizer else set()
     if checkpoint is not None:
-        for source in (checkpoint.config, checkpoint.generation_config):
+        for where, source in (
+            ("config", checkpoint.config),
+            ("generation config", checkpoint.generation_config),
+        ):
             value = source.get("eos_token_id")
-            found.update([value] if isinstance(value, int) else value or [])
-    return frozenset(t for t in found if 0 <= t < vocab_size)
+            listed = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
+            if any(isinstance(t, bool) or not isinstance(t, int) for t in listed):
+                raise CheckpointError(
+                    f"{checkpoint.path}: eos_token_id in the {where} must be a token id or a list of them, "
+                    f"got {value!r}"
+                )
+            found.update(listed)
+    ends = frozenset(t for t in found if 0 <= t < vocab_size)
+    if len(ends) > MAX_STOP_IDS:
+        raise CheckpointError(f"eos_token_id names {len(ends)} tokens, at most {MAX_STOP_IDS} are supported")
+    return ends
 
 
 def _device_context(device: torch.device) -> Callable[[], AbstractContextManager[Any]]:

@@ -462,6 +462,8 @@ class StepBuffers:
         self.static.enabled[source] = 0
         for a, b in moves:
             for rows in (self._enabled, self._held):
+                # The target's last tenant may still stand there: it takes over the source's place, whichever.
+                rows.discard(b)
                 if a in rows:
                     rows.remove(a)
                     rows.add(b)

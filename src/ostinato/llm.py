@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from .config import EngineOptions
 from .engine import Engine, build
-from .errors import OstinatoError, RequestError
+from .errors import RequestError
 from .types import CompletionOutput, GraphKey, RequestOutput, RequestOutputKind, SamplingParams
 
 if TYPE_CHECKING:
@@ -23,10 +26,15 @@ Prompt: TypeAlias = str | Sequence[int] | Mapping[str, Any]
 """Text, token ids, or a mapping with `prompt` or `prompt_token_ids`."""
 Messages: TypeAlias = Sequence[Mapping[str, Any]]
 """A conversation: mappings with `role` and `content`."""
+_Box: TypeAlias = deque[RequestOutput]
+"""Outputs that one call has not taken yet."""
 
 
 class LLM:
     """A model, ready to generate.
+
+    Calls may overlap: a stream stays open while other calls run, and threads may share an LLM.
+    Whichever call runs a step hands its outputs to the calls that wait for them.
 
     Args:
         model: a folder in Hugging Face layout, a `.gguf` file, a hub id, or None for
@@ -40,14 +48,19 @@ class LLM:
     """
 
     def __init__(self, model: str | None = None, **options: Any) -> None:
-        self.engine: Engine = build(EngineOptions.from_kwargs({"model": model, **options}))
+        self._take(build(EngineOptions.from_kwargs({"model": model, **options})))
 
     @classmethod
     def over(cls, engine: Engine) -> LLM:
         """An LLM over an engine that was built already."""
         made = cls.__new__(cls)
-        made.engine = engine
+        made._take(engine)
         return made
+
+    def _take(self, engine: Engine) -> None:
+        self.engine = engine
+        self._lock = threading.RLock()  # around every use of the engine
+        self._inbox: dict[str, _Box] = {}  # by id of each prompt under way: where its call waits
 
     # --- generation --------------------------------------------------------------------
 
@@ -73,7 +86,8 @@ class LLM:
             RequestError: no prompt can be run, or the lists differ in length.
         """
         items = _as_list(prompts)
-        return self._run([(item, True) for item in items], _params_for(sampling_params, len(items)), use_tqdm)
+        params = _params_for(sampling_params, len(items), "prompt")
+        return self._run([(item, True) for item in items], params, use_tqdm, "prompt")
 
     def chat(
         self,
@@ -93,27 +107,29 @@ class LLM:
             use_tqdm: as in `generate`.
             add_generation_prompt: end with the header of the assistant's turn.
             tools: passed to the template.
-            chat_template_kwargs: passed to the template.
+            chat_template_kwargs: further variables for the template, such as `enable_thinking`.
 
         Raises:
             TokenizerError: the model has no tokenizer or no chat template.
-            RequestError: as in `generate`.
+            RequestError: as in `generate`, or an argument is not what the template can use.
         """
-        conversations = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
+        conversations = _conversations(messages)
+        params = _params_for(sampling_params, len(conversations), "conversation")
+        variables = _template_variables(chat_template_kwargs)
         tokenizer = self.get_tokenizer()
         items: list[tuple[Prompt | Exception, bool]] = []
         for conversation in conversations:
             try:
                 text = tokenizer.apply_chat_template(
-                    conversation,  # type: ignore[arg-type]  # checked by the template itself
+                    conversation,
                     add_generation_prompt=add_generation_prompt,
                     tools=tools,
-                    **(chat_template_kwargs or {}),
+                    **variables,
                 )
                 items.append((text, False))  # the template writes the special tokens itself
             except RequestError as error:
                 items.append((error, False))
-        return self._run(items, _params_for(sampling_params, len(items)), use_tqdm)
+        return self._run(items, params, use_tqdm, "conversation")
 
     def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None, *, chat: bool = False
@@ -123,82 +139,116 @@ class LLM:
         With `chat=True` the prompt is a rendered conversation: no special tokens are added.
         Leaving the loop early aborts the request.
         """
+        params = _params_for(sampling_params, 1, "prompt")[0]
         text, special = _split(prompt)
-        prompt_id = self.engine.add_request(
-            text, sampling_params or SamplingParams(), add_special_tokens=special and not chat
-        )
-        ended = False
+        box: _Box = deque()
+        prompt_id = self._add(text, params, special and not chat, box)
         try:
+            ended = False
             while not ended:
-                for output in self.engine.step():
-                    if output.request_id == prompt_id:
-                        ended = output.finished
-                        yield output
+                output = self._next(box)
+                ended = output.finished
+                yield output
         finally:
-            if not ended:
-                self._stop([prompt_id])
+            self._stop([prompt_id])
 
     def _run(
         self,
         items: Sequence[tuple[Prompt | Exception, bool]],
         params: Sequence[SamplingParams],
         use_tqdm: bool,
+        noun: str,
     ) -> list[RequestOutput]:
         results: dict[int, RequestOutput] = {}
         waiting: dict[str, int] = {}
-        for index, ((item, special), one) in enumerate(zip(items, params, strict=True)):
-            try:
-                if isinstance(item, Exception):
-                    raise item
-                prompt, own_special = _split(item)
-                final = replace(one, output_kind=RequestOutputKind.FINAL_ONLY)
-                waiting[
-                    self.engine.add_request(prompt, final, add_special_tokens=special and own_special)
-                ] = index
-            except RequestError as error:
-                named = type(error)(f"prompt {index}: {error}") if len(items) > 1 else error
-                results[index] = _refused(index, item, named)
-        if items and not waiting:
-            first = results[0].error
-            assert first is not None
-            raise first
-        for refused in results.values():
-            logger.warning("refused: %s", refused.error)
-        self._drain(waiting, results, use_tqdm)
+        box: _Box = deque()
+        try:
+            for index, ((item, special), one) in enumerate(zip(items, params, strict=True)):
+                try:
+                    if isinstance(item, Exception):
+                        raise item
+                    prompt, own_special = _split(item)
+                    final = replace(one, output_kind=RequestOutputKind.FINAL_ONLY)
+                    waiting[self._add(prompt, final, special and own_special, box)] = index
+                except RequestError as error:
+                    named = type(error)(f"{noun} {index}: {error}") if len(items) > 1 else error
+                    results[index] = _refused(index, item, named)
+            if items and not waiting:
+                first = results[0].error
+                assert first is not None
+                raise first
+            for refused in results.values():
+                logger.warning("refused: %s", refused.error)
+            self._drain(waiting, results, box, use_tqdm)
+        finally:
+            self._stop(waiting)
         return [results[index] for index in range(len(items))]
 
-    def _drain(self, waiting: dict[str, int], results: dict[int, RequestOutput], use_tqdm: bool) -> None:
+    def _drain(
+        self, waiting: dict[str, int], results: dict[int, RequestOutput], box: _Box, use_tqdm: bool
+    ) -> None:
         """Step until every waiting prompt has its result."""
         from tqdm.auto import tqdm
 
-        engine, tokens = self.engine, 0
-        bar = tqdm(total=len(waiting), desc="prompts", disable=not use_tqdm, dynamic_ncols=True)
-        try:
-            with bar:
-                while waiting:
-                    for output in engine.step():
-                        index = waiting.pop(output.request_id, None)
-                        if index is None:
-                            continue
-                        results[index] = output
-                        tokens += sum(len(o.token_ids) for o in output.outputs)
-                        elapsed = bar.format_dict["elapsed"]
-                        if elapsed:
-                            bar.set_postfix_str(f"{tokens / elapsed:.0f} tok/s", refresh=False)
-                        bar.update()
-        finally:
-            if waiting:
-                self._stop(list(waiting))
+        tokens = 0
+        with tqdm(total=len(waiting), desc="prompts", disable=not use_tqdm, dynamic_ncols=True) as bar:
+            while waiting:
+                output = self._next(box)
+                results[waiting.pop(output.request_id)] = output
+                tokens += sum(len(o.token_ids) for o in output.outputs)
+                elapsed = bar.format_dict["elapsed"]
+                if elapsed:
+                    bar.set_postfix_str(f"{tokens / elapsed:.0f} tok/s", refresh=False)
+                bar.update()
 
-    def _stop(self, prompt_ids: Sequence[str]) -> None:
+    # --- the engine, shared by the calls that are open ------------------------------------
+
+    def _add(self, prompt: str | Sequence[int], params: SamplingParams, special: bool, box: _Box) -> str:
+        """Queue a prompt whose outputs go to `box`."""
+        with self._lock:
+            prompt_id = self.engine.add_request(prompt, params, add_special_tokens=special)
+            self._inbox[prompt_id] = box
+            return prompt_id
+
+    def _next(self, box: _Box) -> RequestOutput:
+        """The next output of a call, after as many steps as it takes; raises what ended its request."""
+        while not box:
+            with self._lock:
+                if box:  # another thread's step has answered meanwhile
+                    break
+                self._advance()
+                if not box and not self.engine.has_unfinished:
+                    raise RequestError("the request was ended by somebody who uses the engine directly")
+        output = box.popleft()
+        if output.error is not None:
+            raise output.error
+        return output
+
+    def _advance(self) -> None:
+        """Run one step; what comes out of it goes to the calls that wait for it."""
+        try:
+            self._file(self.engine.step())
+        finally:
+            self._file(self.engine.outputs.take_failed())
+
+    def _file(self, outputs: Iterable[RequestOutput]) -> None:
+        for output in outputs:
+            name = output.request_id
+            box = self._inbox.pop(name, None) if output.finished else self._inbox.get(name)
+            if box is not None:
+                box.append(output)
+
+    def _stop(self, prompt_ids: Iterable[str]) -> None:
         """Abort what is left of a call that ends early, and finish the steps in flight."""
         engine = self.engine
-        try:
-            engine.abort(prompt_ids)
-            while engine.has_unfinished and not engine.scheduler.has_unfinished:
-                engine.step()
-        except OstinatoError:
-            logger.debug("the engine could not be drained", exc_info=True)
+        with self._lock:
+            left = [name for name in prompt_ids if self._inbox.pop(name, None) is not None]
+            try:
+                engine.abort(left)
+                while left and engine.has_unfinished and not engine.scheduler.has_unfinished:
+                    self._advance()
+            except Exception:
+                logger.debug("the engine could not be drained", exc_info=True)
 
     # --- everything else ---------------------------------------------------------------
 
@@ -238,7 +288,8 @@ class LLM:
         """
         from .graphs.survey import survey
 
-        return survey(self.engine, chains=chains)
+        with self._lock:
+            return survey(self.engine, chains=chains)
 
     def audit_graphs(self) -> dict[GraphKey, AuditReport]:
         """Check every pointer of every captured graph against live memory.
@@ -248,7 +299,8 @@ class LLM:
         """
         from .graphs.survey import audit
 
-        return audit(self.engine)
+        with self._lock:
+            return audit(self.engine)
 
     def release_graphs(self) -> int:
         """Free all graphs, for instance while the model sleeps; the next use captures again.
@@ -256,50 +308,98 @@ class LLM:
         Returns:
             Bytes of device memory that came back.
         """
-        return self.engine.release_graphs()
+        with self._lock:
+            return self.engine.release_graphs()
 
     def close(self) -> None:
         """Free graphs and end what still runs. A closed LLM cannot be used again."""
-        self.engine.close()
+        with self._lock:
+            self.engine.close()
+            self._file(self.engine.outputs.take_failed())
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """One prompt or many; a list of integers is one prompt of token ids."""
-    if isinstance(prompts, (str, Mapping)):
-        return [prompts]
-    items = list(prompts)
-    if items and all(isinstance(item, int) for item in items):
-        return [items]  # type: ignore[list-item]  # all integers, as just checked
-    return items  # type: ignore[return-value]
+    """One prompt or many; integers, in a list or an array, are one prompt of token ids."""
+    many: Any = prompts
+    if isinstance(many, (str, Mapping, *_BYTES)):
+        return [many]
+    if hasattr(many, "tolist"):  # an array or a tensor
+        many = many.tolist()
+    if not isinstance(many, Iterable) or isinstance(many, type):
+        return [many]  # no prompt either: refused where prompts are
+    items = list(many)
+    return [items] if items and all(isinstance(item, Integral) for item in items) else items
 
 
 def _split(prompt: Prompt) -> tuple[str | Sequence[int], bool]:
     """(text or ids, whether the tokenizer should add special tokens)."""
-    if isinstance(prompt, Mapping):
-        unknown = set(prompt) - {"prompt", "prompt_token_ids"}
-        if unknown or len(prompt) != 1:
-            raise RequestError(f"a prompt mapping has 'prompt' or 'prompt_token_ids', got {sorted(prompt)}")
-        prompt = next(iter(prompt.values()))
-    if isinstance(prompt, str) or (isinstance(prompt, Sequence) and not isinstance(prompt, bytes)):
-        return prompt, True
-    if hasattr(prompt, "tolist"):
-        return prompt.tolist(), True
-    raise RequestError(f"a prompt must be text or a list of token ids, got {type(prompt).__name__}")
+    value: Any = prompt
+    if isinstance(value, Mapping):
+        if len(value) != 1 or not value.keys() <= {"prompt", "prompt_token_ids"}:
+            raise RequestError(f"a prompt mapping has 'prompt' or 'prompt_token_ids', got {list(value)}")
+        value = next(iter(value.values()))
+    found = value.tolist() if hasattr(value, "tolist") and not isinstance(value, _BYTES) else value
+    if isinstance(found, Sequence) and not isinstance(found, _BYTES):
+        return found, True
+    raise RequestError(f"a prompt must be text or a list of token ids, got {_kind(value)}")
 
 
-def _params_for(
-    given: SamplingParams | Sequence[SamplingParams] | None, count: int
-) -> Sequence[SamplingParams]:
+def _conversations(messages: Any) -> list[Messages]:
+    """One conversation or many."""
+    if isinstance(messages, (str, *_BYTES)) or not isinstance(messages, Sequence):
+        raise RequestError(
+            'messages must be a list like [{"role": "user", "content": "Hello"}], or a list of such lists, '
+            f"got {_kind(messages)}"
+        )
+    return [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
+
+
+def _template_variables(given: Any) -> Mapping[str, Any]:
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
+        raise RequestError(
+            f"chat_template_kwargs must be a dict of variables for the template, got {_kind(given)}"
+        )
+    for name in ("messages", "tools", "add_generation_prompt"):
+        if name in given:
+            raise RequestError(f"chat_template_kwargs: pass {name!r} to chat() itself")
+    if "chat_template" in given:
+        raise RequestError(
+            "chat_template_kwargs: 'chat_template' is not a variable; to use another template, put it into "
+            "chat_template.jinja beside the model's tokenizer"
+        )
+    if "self" in given:
+        raise RequestError(
+            "chat_template_kwargs: 'self' has a meaning in every template; choose another name"
+        )
+    return given
+
+
+def _params_for(given: Any, count: int, noun: str) -> Sequence[SamplingParams]:
+    """Parameters for each of `count` prompts."""
     if given is None or isinstance(given, SamplingParams):
         return [given or SamplingParams()] * count
+    if not isinstance(given, Sequence) or isinstance(given, (str, *_BYTES)):
+        raise RequestError(f"sampling_params must be a SamplingParams or a list of them, got {_kind(given)}")
     if len(given) != count:
         raise RequestError(
-            f"{count} prompts but {len(given)} sampling_params: pass one, or one for each prompt"
+            f"{count} {noun}{'' if count == 1 else 's'} but {len(given)} sampling_params: "
+            f"pass one, or one for each {noun}"
         )
     for index, one in enumerate(given):
         if not isinstance(one, SamplingParams):
-            raise RequestError(f"sampling_params[{index}] must be a SamplingParams, got {type(one).__name__}")
+            raise RequestError(f"sampling_params[{index}] must be a SamplingParams, got {_kind(one)}")
     return given
+
+
+_BYTES = (bytes, bytearray, memoryview)
+"""Sequences of integers that are not token ids."""
+
+
+def _kind(value: object) -> str:
+    """What to call a value of the wrong type."""
+    return f"the class {value.__name__} itself" if isinstance(value, type) else type(value).__name__
 
 
 def _refused(index: int, item: Prompt | Exception, error: Exception) -> RequestOutput:

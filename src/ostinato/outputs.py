@@ -43,11 +43,18 @@ class OutputAssembler:
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
         self._prompts: dict[str, _Prompt] = {}
+        self._request_ids: set[str] = set()
         self._token_text: Callable[[int], str | None] = lambda token: None
         self._failed: list[RequestOutput] = []
 
     def __contains__(self, prompt_id: str) -> bool:
         return prompt_id in self._prompts
+
+    def taken(self, prompt_id: str, request_ids: Iterable[str]) -> str | None:
+        """The first of these ids that a prompt under way has; None if all are free."""
+        if prompt_id in self._prompts:
+            return prompt_id
+        return next((name for name in request_ids if name in self._request_ids), None)
 
     def add(
         self,
@@ -58,6 +65,7 @@ class OutputAssembler:
         token_text: Callable[[int], str | None],
     ) -> None:
         """Register a prompt and its requests."""
+        self._request_ids.update(r.request_id for r in requests)
         graph, eager = self._counts()
         n = len(requests)
         self._prompts[prompt_id] = _Prompt(
@@ -82,13 +90,13 @@ class OutputAssembler:
             if done or entry.params.output_kind is not RequestOutputKind.FINAL_ONLY:
                 outputs.append(self._output(prompt_id, entry, done))
             if done:
-                del self._prompts[prompt_id]
+                self._forget(prompt_id)
         return outputs
 
     def fail(self, ended: Iterable[Request], error: BaseException | None) -> None:
         """Requests that a failed step ended: their outputs wait in `take_failed`."""
         for prompt_id in dict.fromkeys(r.prompt_id for r in ended):
-            entry = self._prompts.pop(prompt_id)
+            entry = self._forget(prompt_id)
             cause = error if isinstance(error, Exception) else None
             self._failed.append(self._output(prompt_id, entry, True, cause))
 
@@ -96,6 +104,11 @@ class OutputAssembler:
         """Outputs of requests that ended in a failed step: every request gets an answer."""
         failed, self._failed = self._failed, []
         return failed
+
+    def _forget(self, prompt_id: str) -> _Prompt:
+        entry = self._prompts.pop(prompt_id)
+        self._request_ids.difference_update(r.request_id for r in entry.requests)
+        return entry
 
     def _output(
         self, prompt_id: str, entry: _Prompt, done: bool, error: Exception | None = None

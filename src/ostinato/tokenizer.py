@@ -148,25 +148,28 @@ class Tokenizer:
 
     # --- text to ids ---
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool = True, *, name: str = "the prompt") -> list[int]:
         """Token ids of `text`. Special tokens written out in it become their ids.
 
         Args:
             text: any Unicode text without lone surrogates.
             add_special_tokens: add what the model expects around a text, such as BOS. Leave it
                 out for a rendered chat, whose template has written them already.
+            name: what to call the text in messages.
 
         Raises:
             RequestError: `text` is not valid text.
         """
         if not isinstance(text, str):
-            raise RequestError(f"a prompt must be text, got {type(text).__name__}")
+            raise RequestError(f"{name} must be text, got {type(text).__name__}")
         try:
             ids: list[int] = self._library.encode(text, add_special_tokens=False).ids
-        except UnicodeError as error:
-            raise RequestError(f"the prompt is not valid Unicode text: {error}") from error
+        except UnicodeEncodeError as error:
+            raise RequestError(
+                f"{name} contains a lone surrogate (U+D800..U+DFFF) at position {error.start}: it is not text"
+            ) from error
         except Exception as error:  # the Rust library raises bare Exception
-            raise RequestError(f"the prompt cannot be encoded: {error}") from error
+            raise RequestError(f"{name} cannot be encoded: {error}") from error
         return [*self._head, *ids, *self._tail] if add_special_tokens else ids
 
     def encode_chat(
@@ -267,7 +270,7 @@ class Tokenizer:
         if not self._templates:
             raise TokenizerError(
                 f"{self._source} has no chat template, so it is probably not a chat model. Use plain prompts "
-                f"(`generate`, /v1/completions), or put a template into chat_template.jinja beside its tokenizer"
+                f"(`generate`), or put a template into chat_template.jinja beside its tokenizer"
             )
         if tools and "tool_use" in self._templates:
             return self._templates["tool_use"]

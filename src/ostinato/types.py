@@ -8,9 +8,12 @@ tensors and live in `inputs.py` and `graphs/runner.py`. All but `Request` are fr
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import operator
+import reprlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from enum import Enum, IntEnum
+from numbers import Real
 from typing import Any, NamedTuple, Protocol
 
 from .errors import SamplingParamsError, UnknownOptionError
@@ -22,7 +25,53 @@ MAX_STOP_IDS = 64
 MAX_LOGIT_BIAS = 512
 """Most `logit_bias` entries a request can have; a power of two, for the kernels."""
 
+MAX_TEMPERATURE = 1e4
+"""The distribution is flat long before."""
+MAX_REPETITION_PENALTY = 1e3
+"""Its inverse is the smallest."""
+MAX_LOGIT_BIAS_VALUE = 1e9
+"""Both ways; 100 already decides everything."""
+MAX_MIN_TOKENS = 2**30
+"""A prompt and this many tokens still have an int32 position."""
+
+_ID_LIMIT = 2**31
 _SEED_LIMIT = 2**63
+
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = 120
+
+
+def shown(value: Any) -> str:
+    """`repr` for an error message: short, and it never raises."""
+    try:
+        return _REPR.repr(value)
+    except Exception:  # an int of 5000 digits, or a `__repr__` of the caller's
+        return f"a value of type {type(value).__name__}"
+
+
+def whole(value: Any) -> int:
+    """An integer of any library as Python's; a TypeError for everything else, booleans too."""
+    if isinstance(value, bool):
+        raise TypeError("a boolean is no number")
+    return operator.index(value)
+
+
+def real(value: Any) -> float:
+    """A real number of any library as Python's float, inf where it is too large; else a TypeError."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError("not a real number")
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
+
+
+def check_names(values: Iterable[Any], known: Iterable[str], where: str) -> None:
+    """Refuse the first option that does not exist; the error names the nearest that does."""
+    known = tuple(known)
+    for name in values:
+        if name not in known:
+            raise UnknownOptionError(name if isinstance(name, str) else shown(name), known, where)
 
 
 class RequestOutputKind(Enum):
@@ -65,6 +114,7 @@ class SamplingParams:
     n: int = 1
     """Completions for the prompt; completion i uses `seed + i`."""
     temperature: float = 1.0
+    """0, or a positive number up to `MAX_TEMPERATURE`; below 1e-30 it is as 1e-30."""
     top_p: float = 1.0
     """Keep the smallest set of most likely tokens with at least this mass; (0, 1]."""
     top_k: int = 0
@@ -74,6 +124,7 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
+    """From 1 / `MAX_REPETITION_PENALTY` to `MAX_REPETITION_PENALTY`."""
     seed: int | None = None
     stop: str | Sequence[str] | None = None
     """Strings that end the request; they may span tokens."""
@@ -82,7 +133,8 @@ class SamplingParams:
     max_tokens: int | None = 16
     """Most tokens to generate; None: as many as the model's length allows."""
     min_tokens: int = 0
-    """No end-of-sequence, stop token id or stop string ends the request before this many tokens."""
+    """No end-of-sequence, stop token id or stop string ends the request before this many tokens;
+    at most `MAX_MIN_TOKENS`."""
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     detokenize: bool = True
@@ -94,53 +146,52 @@ class SamplingParams:
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
 
     def __post_init__(self) -> None:
-        _int("n", self.n, 1, 1024)
-        _float("temperature", self.temperature, 0.0, math.inf)
-        _float("top_p", self.top_p, 0.0, 1.0, above=True)
-        _int("top_k", self.top_k, -1, 2**31 - 1)
-        _float("min_p", self.min_p, 0.0, 1.0)
-        _float("presence_penalty", self.presence_penalty, -2.0, 2.0)
-        _float("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        _float("repetition_penalty", self.repetition_penalty, 0.0, math.inf, above=True)
-        if self.seed is not None:
-            _int("seed", self.seed, -_SEED_LIMIT, _SEED_LIMIT - 1)
-        if self.max_tokens is not None:
-            _int("max_tokens", self.max_tokens, 1, 2**31 - 1)
-        _int("min_tokens", self.min_tokens, 0, 2**31 - 1)
+        def check(name: str, rule: Callable[..., Any], *bounds: Any) -> None:
+            # What a rule returns is Python's own type and a copy: nothing of the caller's is kept.
+            object.__setattr__(self, name, rule(name, getattr(self, name), *bounds))
+
+        check("n", _int, 1, 1024)
+        check("temperature", _float, 0.0, MAX_TEMPERATURE)
+        check("top_p", _float, 0.0, 1.0, True)
+        check("top_k", _int, -1, _ID_LIMIT - 1)
+        check("min_p", _float, 0.0, 1.0)
+        check("presence_penalty", _float, -2.0, 2.0)
+        check("frequency_penalty", _float, -2.0, 2.0)
+        check("repetition_penalty", _float, 1 / MAX_REPETITION_PENALTY, MAX_REPETITION_PENALTY)
+        check("seed", _optional_int, -_SEED_LIMIT, _SEED_LIMIT - 1)
+        check("max_tokens", _optional_int, 1, _ID_LIMIT - 1)
+        check("min_tokens", _int, 0, MAX_MIN_TOKENS)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise SamplingParamsError(
                 f"min_tokens must be at most max_tokens ({self.max_tokens}), got {self.min_tokens}"
             )
-        for name in ("logprobs", "prompt_logprobs"):
-            value = getattr(self, name)
-            if value is not None:
-                _int(name, value, 0, MAX_LOGPROBS)
+        check("logprobs", _optional_int, 0, MAX_LOGPROBS)
+        check("prompt_logprobs", _optional_int, 0, MAX_LOGPROBS)
         for name in ("ignore_eos", "detokenize", "skip_special_tokens", "include_stop_str_in_output"):
             if not isinstance(getattr(self, name), bool):
-                raise SamplingParamsError(f"{name} must be True or False, got {getattr(self, name)!r}")
+                raise SamplingParamsError(f"{name} must be True or False, got {shown(getattr(self, name))}")
         if not isinstance(self.output_kind, RequestOutputKind):
-            raise SamplingParamsError(f"output_kind must be a RequestOutputKind, got {self.output_kind!r}")
-        # Sequences become tuples, so that a later change of the caller's list changes nothing.
-        object.__setattr__(self, "stop", _strings("stop", self.stop))
-        object.__setattr__(self, "bad_words", _strings("bad_words", self.bad_words))
-        object.__setattr__(self, "stop_token_ids", _ids("stop_token_ids", self.stop_token_ids))
+            raise SamplingParamsError(
+                f"output_kind must be a RequestOutputKind, got {shown(self.output_kind)}"
+            )
+        check("stop", _strings)
+        check("bad_words", _strings)
+        check("stop_token_ids", _ids)
         if self.allowed_token_ids is not None:
-            allowed = _ids("allowed_token_ids", self.allowed_token_ids)
-            if not allowed:
+            check("allowed_token_ids", _ids)
+            if not self.allowed_token_ids:
                 raise SamplingParamsError("allowed_token_ids must not be empty; leave it None to allow all")
-            object.__setattr__(self, "allowed_token_ids", allowed)
         if self.logit_bias is not None:
-            object.__setattr__(self, "logit_bias", _bias(self.logit_bias))
+            check("logit_bias", _bias)
         if self.stop_strings and not self.detokenize:
             raise SamplingParamsError("stop strings need detokenize=True; use stop_token_ids instead")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SamplingParams:
         """Build from a mapping; an unknown field raises and names the nearest known one."""
-        known = [f.name for f in fields(cls)]
-        for name in values:
-            if name not in known:
-                raise UnknownOptionError(name, known, "SamplingParams")
+        if not isinstance(values, Mapping):
+            raise SamplingParamsError(f"SamplingParams.from_dict takes a mapping, got {shown(values)}")
+        check_names(values, (f.name for f in fields(cls)), "SamplingParams")
         return cls(**values)
 
     @property
@@ -166,52 +217,70 @@ class SamplingParams:
         return SamplerVariant.GREEDY if self.temperature == 0.0 else SamplerVariant.SAMPLE
 
 
-def _int(name: str, value: Any, low: int, high: int) -> None:
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise SamplingParamsError(f"{name} must be an integer, got {value!r}")
-    if not low <= value.__index__() <= high:
-        raise SamplingParamsError(f"{name} must be in [{low}, {high}], got {value}")
+def _int(name: str, value: Any, low: int, high: int) -> int:
+    try:
+        number = whole(value)
+    except TypeError:
+        raise SamplingParamsError(f"{name} must be an integer, got {shown(value)}") from None
+    if not low <= number <= high:
+        raise SamplingParamsError(f"{name} must be at least {low} and at most {high}, got {shown(value)}")
+    return number
 
 
-def _float(name: str, value: Any, low: float, high: float, *, above: bool = False) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise SamplingParamsError(f"{name} must be a number, got {value!r}")
-    ok = (low < value if above else low <= value) and value <= high
-    if not ok or not math.isfinite(value):  # a NaN fails every comparison
-        bracket = "(" if above else "["
-        raise SamplingParamsError(f"{name} must be a finite number in {bracket}{low}, {high}], got {value}")
+def _optional_int(name: str, value: Any, low: int, high: int) -> int | None:
+    return None if value is None else _int(name, value, low, high)
 
 
-def _strings(name: str, value: str | Sequence[str] | None) -> tuple[str, ...]:
-    items = (value,) if isinstance(value, str) else tuple(value or ())
-    if not all(isinstance(item, str) and item for item in items):
-        raise SamplingParamsError(f"{name} must be non-empty strings, got {value!r}")
-    return items
-
-
-def _ids(name: str, value: Sequence[int] | None) -> tuple[int, ...]:
-    items = tuple(value or ())
-    for item in items:
-        _int(name, item, 0, 2**31 - 1)
-    return items
-
-
-def _bias(value: Mapping[int, float]) -> dict[int, float]:
-    if not isinstance(value, Mapping):
-        raise SamplingParamsError(f"logit_bias must map token ids to numbers, got {value!r}")
-    if len(value) > MAX_LOGIT_BIAS:
+def _float(name: str, value: Any, low: float, high: float, above: bool = False) -> float:
+    try:
+        number = real(value)
+    except TypeError:
+        raise SamplingParamsError(f"{name} must be a number, got {shown(value)}") from None
+    if not low <= number <= high or (above and number == low):  # a NaN fails every comparison
+        least = "above" if above else "of at least"
         raise SamplingParamsError(
-            f"logit_bias has {len(value)} entries, at most {MAX_LOGIT_BIAS} are supported"
+            f"{name} must be a finite number {least} {low:g} and at most {high:g}, got {shown(value)}"
         )
+    return number
+
+
+def _items(name: str, value: Any, what: str) -> tuple[Any, ...]:
+    """A list, array or tensor as a tuple; None is empty."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if value is None:
+        return ()
+    if not isinstance(value, Iterable) or isinstance(value, (str, bytes, Mapping)):
+        raise SamplingParamsError(f"{name} must be a list of {what}, got {shown(value)}")
+    return tuple(value)
+
+
+def _strings(name: str, value: Any) -> tuple[str, ...]:
+    items = (value,) if isinstance(value, str) else _items(name, value, "strings")
+    if not all(isinstance(item, str) and item for item in items):
+        raise SamplingParamsError(f"{name} must be non-empty strings, got {shown(value)}")
+    return items
+
+
+def _ids(name: str, value: Any) -> tuple[int, ...]:
+    return tuple(_int(name, item, 0, _ID_LIMIT - 1) for item in _items(name, value, "token ids"))
+
+
+def _bias(name: str, value: Any) -> dict[int, float]:
+    if not isinstance(value, Mapping):
+        raise SamplingParamsError(f"{name} must map token ids to numbers, got {shown(value)}")
+    if len(value) > MAX_LOGIT_BIAS:
+        raise SamplingParamsError(f"{name} has {len(value)} entries, at most {MAX_LOGIT_BIAS} are supported")
     bias: dict[int, float] = {}
-    for token, amount in value.items():
+    for key, amount in value.items():
         try:
-            token = int(token)  # JSON has only string keys
-        except (TypeError, ValueError):
-            raise SamplingParamsError(f"logit_bias: {token!r} is not a token id") from None
-        _int("logit_bias", token, 0, 2**31 - 1)
-        _float("logit_bias", amount, -1e9, 1e9)
-        bias[token] = float(amount)
+            token = int(key) if isinstance(key, str) else key  # JSON has only string keys
+        except ValueError:
+            raise SamplingParamsError(f"{name}: {shown(key)} is not a token id") from None
+        token = _int(f"a token id of {name}", token, 0, _ID_LIMIT - 1)
+        if token in bias:
+            raise SamplingParamsError(f"{name} has token {token} twice, as a number and as a string")
+        bias[token] = _float(name, amount, -MAX_LOGIT_BIAS_VALUE, MAX_LOGIT_BIAS_VALUE)
     return bias
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +16,8 @@ import pytest
 import torch
 
 from ostinato import LLM, RequestOutputKind, SamplingParams
-from ostinato.errors import OstinatoError, RequestError
+from ostinato.errors import CheckpointError, OstinatoError, RequestError, TokenizerError
+from ostinato.tokenizer import Tokenizer
 
 Tiny = Callable[[str], tuple[Path, Any]]
 GREEDY = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
@@ -78,14 +81,135 @@ def test_what_is_no_prompt_is_refused_and_the_rest_runs(tiny: Tiny, prompt: Any)
     assert not left_behind(llm)
 
 
+@pytest.mark.parametrize(
+    "prompts",
+    [None, 5, b"Hello", bytearray(b"Hello"), np.int64(5), torch.tensor(5), SamplingParams, {1: 2, "a": 3}],
+    ids=repr,
+)
+def test_what_are_no_prompts(smol: LLM, prompts: Any) -> None:
+    with pytest.raises(RequestError, match="prompt"):
+        smol.generate(prompts, GREEDY, use_tqdm=False)
+    assert not left_behind(smol)
+
+
+@pytest.mark.parametrize("prompt", [torch.tensor(5), np.int64(5), np.array([1.5]), b"x", memoryview(b"x")])
+def test_the_others_run_beside_what_is_no_prompt(smol: LLM, prompt: Any) -> None:
+    good, bad = smol.generate(["Hello", prompt], GREEDY, use_tqdm=False)
+    assert good.error is None
+    assert isinstance(bad.error, RequestError)
+
+
+@pytest.mark.parametrize("ids", [np.array([5, 6, 7]), torch.tensor([5, 6, 7]), [np.int64(5), 6, 7]], ids=repr)
+def test_an_array_is_one_prompt(tiny: Tiny, ids: Any) -> None:
+    (output,) = tiny_llm(tiny).generate(ids, GREEDY, use_tqdm=False)
+    assert output.prompt_token_ids == [5, 6, 7]
+
+
+def test_a_failure_while_adding_leaves_nothing_queued(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = tiny_llm(tiny)
+    check = llm.engine._check
+
+    def broken(ids: tuple[int, ...], params: SamplingParams) -> None:
+        check(ids, params)
+        if ids == (7,):
+            raise MemoryError
+
+    monkeypatch.setattr(llm.engine, "_check", broken)
+    with pytest.raises(MemoryError):
+        llm.generate([[5], [6], [7]], GREEDY, use_tqdm=False)
+    assert not left_behind(llm)
+
+
 def test_a_lone_surrogate_is_no_text(smol: LLM) -> None:
     for call in (
-        lambda: smol.generate("\ud800", GREEDY, use_tqdm=False),
+        lambda: smol.generate("a\ud800", GREEDY, use_tqdm=False),
         lambda: smol.chat([{"role": "user", "content": "\ud800"}], GREEDY, use_tqdm=False),
     ):
-        with pytest.raises(RequestError):
+        with pytest.raises(
+            RequestError, match=r"the prompt contains a lone surrogate .* at position \d+: it"
+        ):
+            call()
+    with pytest.raises(RequestError, match="bad_words.* contains a lone surrogate"):
+        smol.generate("a", SamplingParams(bad_words=["\ud800"]), use_tqdm=False)
+    assert not left_behind(smol)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (5, "got int"),
+        ((SamplingParams() for _ in range(1)), "got generator"),
+        (SamplingParams, "got the class SamplingParams itself"),
+        ({"max_tokens": 5}, "got dict"),
+        ({}, "got dict"),
+        ("x", "got str"),
+        ([5], r"sampling_params\[0\] must be a SamplingParams, got int"),
+    ],
+    ids=str,
+)
+def test_what_are_no_sampling_params(smol: LLM, given: Any, words: str) -> None:
+    hello = [{"role": "user", "content": "Hello"}]
+    for call in (
+        lambda: smol.generate("Hello", given, use_tqdm=False),
+        lambda: smol.chat(hello, given, use_tqdm=False),
+        lambda: list(smol.stream("Hello", given)),
+    ):
+        with pytest.raises(RequestError, match=f"sampling_params.*{words}|{words}"):
             call()
     assert not left_behind(smol)
+
+
+@pytest.mark.parametrize(
+    "messages", [None, 5, {"role": "user"}, (m for m in ()), "Hello", b"Hello"], ids=repr
+)
+def test_what_are_no_messages(smol: LLM, messages: Any) -> None:
+    with pytest.raises(RequestError, match="messages must be a list like"):
+        smol.chat(messages, GREEDY, use_tqdm=False)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (5, "must be a dict"),
+        ({1: 2}, "must be a dict"),
+        ({"messages": []}, "'messages'"),
+        ({"tools": []}, "'tools'"),
+        ({"add_generation_prompt": True}, "'add_generation_prompt'"),
+        ({"chat_template": "x"}, "chat_template.jinja"),
+        ({"self": 1}, "'self'"),
+    ],
+)
+def test_what_are_no_template_variables(smol: LLM, given: Any, words: str) -> None:
+    hello = [{"role": "user", "content": "Hello"}]
+    with pytest.raises(RequestError, match=f"^chat_template_kwargs.*{words}"):
+        smol.chat(hello, GREEDY, use_tqdm=False, chat_template_kwargs=given)
+
+
+def test_a_bad_conversation_is_called_one(smol: LLM) -> None:
+    good = [{"role": "user", "content": "Hello"}]
+    outputs = smol.chat([good, [5]], GREEDY, use_tqdm=False)  # type: ignore[list-item]
+    assert outputs[0].error is None
+    assert str(outputs[1].error).startswith("conversation 1: messages[0]")
+    with pytest.raises(RequestError, match="2 conversations but 1"):
+        smol.chat([good, good], [GREEDY])
+
+
+def test_a_model_without_a_chat_template(smol: LLM) -> None:
+    tokenizer = Tokenizer(smol.get_tokenizer()._library, source="here")
+    with pytest.raises(TokenizerError, match="no chat template") as caught:
+        tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}])
+    assert "/v1" not in str(caught.value)
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("value", ["2", ["2"], {"a": 2}, True, 2.0, list(range(70))], ids=str)
+def test_end_of_sequence_ids_that_are_none(tiny: Tiny, tmp_path: Path, file: str, value: Any) -> None:
+    folder = Path(shutil.copytree(tiny("llama3")[0], tmp_path / "model"))
+    path = folder / file
+    config = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(config | {"eos_token_id": value}))
+    with pytest.raises(CheckpointError, match="eos_token_id"):
+        LLM(str(folder), skip_tokenizer_init=True)
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
+SMALL = ["smollm2-135m", "--load-format", "dummy", "--max-model-len", "64"]
 RUN = [sys.executable, "-m", "ostinato.cli"]
 
 
@@ -44,6 +48,12 @@ def test_a_conversation_from_standard_input() -> None:
         (["generate", "x", "--temperature", "-1"], "temperature must be"),
         (["generate", ""], "empty"),
         (["chat", "hi", "--max-model-len", "9999999"], "at most 8192"),
+        (["chat", ""], "the message is empty"),
+        (["graphs", "--json", "/no/such/folder/x"], "/no/such/folder/x cannot be written"),
+        (["graphs", "--html", "/tmp"], "it is a folder"),
+        (["graphs", *SMALL, "--json", "/dev/full"], "/dev/full cannot be written"),
+        (["graphs", *SMALL, "--audit"], "there are no graphs for --audit"),
+        (["graphs", *SMALL, "--dot", "/dev/null"], "there are no graphs for --dot"),
     ],
 )
 def test_errors_are_one_line_and_exit_1(args: list[str], words: str) -> None:
@@ -51,6 +61,51 @@ def test_errors_are_one_line_and_exit_1(args: list[str], words: str) -> None:
     assert done.returncode == 1
     assert words in done.stderr
     assert "Traceback" not in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_chat_without_standard_input() -> None:
+    done = subprocess.run(
+        ["bash", "-c", 'exec "$@" <&-', "bash", *RUN, "chat"],
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr == "ostinato: there is no standard input to talk through: give a MESSAGE\n"
+
+
+def test_a_message_that_is_too_long_does_not_end_the_conversation() -> None:
+    long = "word " * 200
+    done = run("chat", "--max-model-len", "64", "--max-tokens", "3", stdin=f"Hi\n{long}\nHi\n")
+    assert done.returncode == 0
+    assert done.stdout.count("> ") == 4
+    assert "max_model_len=64" in done.stderr
+    assert "start a new chat" in done.stderr
+
+
+def test_a_terminal_that_knows_ascii_only() -> None:
+    done = subprocess.run(
+        [*RUN, "generate", "caf\u00e9", "--max-tokens", "2"],
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("caf?")
+
+
+def test_explain() -> None:
+    done = run("explain", *SMALL, "--batch", "3")
+    assert done.returncode == 0, done.stderr
+    assert "a decode step of 3 sequences:" in done.stdout
+    assert "max_model_len" in done.stdout
+
+
+def test_reports_without_graphs(tmp_path: Path) -> None:
+    data, page = tmp_path / "r.json", tmp_path / "r.html"
+    done = run("graphs", *SMALL, "--json", str(data), "--html", str(page))
+    assert done.returncode == 0, done.stderr
+    assert "no graphs: CUDA graphs need an NVIDIA GPU" in done.stdout
+    assert json.loads(data.read_text())["report"]["keys"] == []
+    assert page.read_text().startswith("<!")
 
 
 def test_an_unknown_flag_exits_2() -> None:

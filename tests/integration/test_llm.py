@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -398,7 +399,7 @@ def test_interrupt_ends_cleanly(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> 
         llm.generate(prompts(5), GREEDY, use_tqdm=False)
     assert not llm.engine.has_unfinished
     llm.engine.scheduler.check()
-    assert {o.outputs[0].finish_reason for o in llm.engine.outputs.take_failed()} == {"abort"}
+    assert llm.engine.outputs.take_failed() == []
     given = prompts(3)
     assert tokens(llm.generate(given, GREEDY, use_tqdm=False)) == tokens(
         tiny_llm(tiny).generate(given, GREEDY, use_tqdm=False)
@@ -407,6 +408,8 @@ def test_interrupt_ends_cleanly(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_step_that_fails_answers_every_request(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     llm = tiny_llm(tiny)
+    stream = llm.stream([5, 6], GREEDY)
+    next(stream)
 
     def broken(batch: Any) -> Any:
         raise RuntimeError("the device is on fire")
@@ -415,10 +418,130 @@ def test_a_step_that_fails_answers_every_request(tiny: Tiny, monkeypatch: pytest
         patch.setattr(llm.engine.runner, "run", broken)
         with pytest.raises(RuntimeError, match="on fire"):
             llm.generate(prompts(5), GREEDY, use_tqdm=False)
-    failed = llm.engine.outputs.take_failed()
-    assert len(failed) == 5
-    assert all(o.finished and "on fire" in str(o.error) for o in failed)
+    with pytest.raises(RuntimeError, match="on fire"):  # the stream was not the one that stepped
+        next(stream)
+    assert llm.engine.outputs.take_failed() == []
+    assert llm._inbox == {}
     assert len(llm.generate(prompts(2), GREEDY, use_tqdm=False)) == 2
+
+
+def test_an_interrupt_ends_other_streams(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = tiny_llm(tiny)
+    stream = llm.stream([5, 6], GREEDY)
+    next(stream)
+
+    def interrupted(batch: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(llm.engine.runner, "run", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate([[7]], GREEDY, use_tqdm=False)
+    assert [o.outputs[0].finish_reason for o in stream] == ["abort"]
+    assert llm._inbox == {}
+
+
+# --- calls that overlap ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [RequestOutputKind.DELTA, RequestOutputKind.CUMULATIVE])
+@pytest.mark.parametrize("depth", [1, 3])
+def test_a_call_inside_a_stream(tiny: Tiny, depth: int, kind: RequestOutputKind) -> None:
+    llm = tiny_llm(tiny, pipeline_depth=depth)
+    alone, other = (tokens(llm.generate([p], GREEDY, use_tqdm=False))[0] for p in ([5, 6], [7]))
+    params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, output_kind=kind)
+    pieces = []
+    for output in llm.stream([5, 6], params):
+        pieces.append(output.outputs[0].token_ids)
+        assert tokens(llm.generate([[7]], GREEDY, use_tqdm=False)) == [other]
+    assert (sum(pieces, []) if kind is RequestOutputKind.DELTA else pieces[-1]) == alone
+    assert llm._inbox == {}
+    assert llm.engine.scheduler.allocator.usage == 0
+
+
+def test_streams_side_by_side(tiny: Tiny) -> None:
+    llm = tiny_llm(tiny, pipeline_depth=2)
+    wanted = tokens(llm.generate([[5], [6]], GREEDY, use_tqdm=False))
+    pairs = list(zip(llm.stream([5], GREEDY), llm.stream([6], GREEDY), strict=True))
+    assert tokens(list(pairs[-1])) == wanted
+    left, right = llm.stream([5], GREEDY), llm.stream([6], GREEDY)
+    next(left), next(right)
+    left.close()  # aborts its own request only
+    assert tokens(list(right))[-1] == wanted[1]
+    assert llm._inbox == {}
+
+
+def test_two_threads(tiny: Tiny) -> None:
+    llm = tiny_llm(tiny, pipeline_depth=2)
+    given = [prompts(6) for _ in range(2)]
+    wanted = [tokens(llm.generate(one, GREEDY, use_tqdm=False)) for one in given]
+    found: list[list[list[list[int]]]] = [[], []]
+
+    def work(mine: int) -> None:
+        for _ in range(3):
+            found[mine].append(tokens(llm.generate(given[mine], GREEDY, use_tqdm=False)))
+            streamed = [list(llm.stream(p, GREEDY))[-1] for p in given[mine]]
+            found[mine].append(tokens(streamed))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert found == [[one] * 6 for one in wanted]
+    assert llm._inbox == {}
+    llm.engine.scheduler.check()
+
+
+def test_a_request_that_the_engine_was_told_to_end(tiny: Tiny) -> None:
+    llm = tiny_llm(tiny)
+    stream = llm.stream([5], GREEDY)
+    running = next(stream).request_id
+    llm.engine.abort([running])
+    with pytest.raises(RequestError, match="ended"):
+        list(stream)
+
+
+# --- request ids -----------------------------------------------------------------------
+
+
+def test_a_request_id_that_is_taken_leaves_nothing(tiny: Tiny) -> None:
+    engine = tiny_llm(tiny).engine
+    engine.add_request([5], GREEDY, "a-0")
+    with pytest.raises(RequestError, match="'a-0' is already running"):
+        engine.add_request([5], SamplingParams(n=2), "a")
+    with pytest.raises(RequestError, match="'a-0' is already running"):
+        engine.add_request([5], GREEDY, "a-0")
+    assert "a" not in engine.outputs
+    assert len(engine.scheduler.unfinished) == 1
+    engine.abort(["a-0"])
+    assert engine.add_request([5], SamplingParams(n=2), "a") == "a"  # free again
+    engine.close()
+
+
+def test_a_request_that_cannot_be_queued_leaves_nothing(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = tiny_llm(tiny).engine
+    add = engine.scheduler.add
+
+    def full(request: Any) -> None:
+        if request.index == 1:
+            raise RequestError("full")
+        add(request)
+
+    monkeypatch.setattr(engine.scheduler, "add", full)
+    with pytest.raises(RequestError, match="full"):
+        engine.add_request([5], SamplingParams(n=3), "a")
+    assert "a" not in engine.outputs
+    assert not engine.has_unfinished
+
+
+def test_the_engines_own_ids_skip_those_in_use(tiny: Tiny) -> None:
+    engine = tiny_llm(tiny).engine
+    engine.add_request([5], GREEDY, "1")
+    engine.add_request([5], GREEDY, "2-1")
+    assert engine.add_request([5], SamplingParams(n=2)) == "3"
+    assert engine.add_request([5], GREEDY) == "4"
+    engine.close()
 
 
 def test_fail_on_fallback_names_the_reason(tiny: Tiny) -> None:
@@ -431,8 +554,17 @@ def test_fail_on_fallback_names_the_reason(tiny: Tiny) -> None:
 def test_a_closed_llm_says_so(tiny: Tiny) -> None:
     llm = tiny_llm(tiny)
     llm.close()
-    with pytest.raises(EngineDeadError, match="closed"):
+    with pytest.raises(EngineDeadError, match="^this LLM was closed; make a new one$"):
         llm.generate([[5]], GREEDY)
+
+
+def test_closing_ends_open_streams(tiny: Tiny) -> None:
+    llm = tiny_llm(tiny)
+    stream = llm.stream([5], GREEDY)
+    next(stream)
+    llm.close()
+    assert [o.outputs[0].finish_reason for o in stream] == ["abort"]
+    assert llm.engine.outputs.take_failed() == []
 
 
 def test_every_step_is_accounted_for(tiny: Tiny) -> None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+from decimal import Decimal
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from ostinato import SamplingParams
 from ostinato.errors import OstinatoError, SamplingParamsError, UnknownOptionError
@@ -16,6 +19,7 @@ from ostinato.types import MAX_LOGIT_BIAS, Request, SamplerVariant
 @pytest.mark.parametrize(
     ("name", "value"),
     [
+        pytest.param("n", 10**5000, id="n-huge"), pytest.param("temperature", 10**5000, id="temperature-huge"),
         ("n", 0), ("n", 1.5), ("n", True),
         ("temperature", -0.1), ("temperature", math.nan), ("temperature", math.inf), ("temperature", "hot"),
         ("top_p", 0.0), ("top_p", 1.1), ("top_p", math.nan), ("top_p", None),
@@ -31,6 +35,16 @@ from ostinato.types import MAX_LOGIT_BIAS, Request, SamplerVariant
         ("allowed_token_ids", []), ("allowed_token_ids", [-5]),
         ("logit_bias", {"x": 1.0}), ("logit_bias", {1: math.nan}), ("logit_bias", [1]),
         ("logit_bias", dict.fromkeys(range(MAX_LOGIT_BIAS + 1), 1.0)),
+        ("temperature", 10**400), ("temperature", 1e39), ("temperature", 1.1e4),
+        ("temperature", Decimal(1)), ("temperature", True), ("temperature", np.float32("nan")),
+        ("repetition_penalty", 1e39), ("repetition_penalty", 1e-9), ("repetition_penalty", -(10**400)),
+        ("n", np.float32(1)), ("n", np.True_), ("seed", 1.0), ("max_tokens", 2**31),
+        ("stop", 5), ("stop", True), ("stop", b"x"), ("stop", {"x": 1}), ("bad_words", 5),
+        ("stop_token_ids", 5), ("stop_token_ids", "12"), ("stop_token_ids", np.array([1.5])),
+        ("stop_token_ids", torch.tensor([-1])), ("stop_token_ids", [True]),
+        ("allowed_token_ids", 5), ("allowed_token_ids", np.array(5)), ("allowed_token_ids", torch.tensor([])),
+        ("logit_bias", {1.9: 1}), ("logit_bias", {True: 1}), ("logit_bias", {"5": 1, 5: 2}),
+        ("logit_bias", {1: 10**400}), ("logit_bias", {1: 1e10}), ("logit_bias", {"9" * 5000: 1}),
         ("ignore_eos", 1), ("detokenize", "no"), ("skip_special_tokens", None), ("output_kind", "delta"),
     ],
 )  # fmt: skip
@@ -38,6 +52,55 @@ def test_a_bad_value_is_refused_by_name(name: str, value: Any) -> None:
     with pytest.raises(SamplingParamsError, match=name) as caught:
         SamplingParams(**{name: value})
     assert isinstance(caught.value, (OstinatoError, ValueError))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "plain"),
+    [
+        ("n", np.int64(2), 2), ("top_k", np.int32(-1), -1), ("seed", np.uint32(5), 5), ("seed", torch.tensor(5), 5),
+        ("max_tokens", np.int64(3), 3), ("max_tokens", None, None), ("logprobs", np.int8(3), 3),
+        ("temperature", 1, 1.0), ("temperature", np.float32(0.5), 0.5), ("temperature", np.int64(2), 2.0),
+        ("temperature", 1e-320, 1e-320), ("temperature", 1e4, 1e4), ("top_p", np.float64(0.5), 0.5),
+        ("repetition_penalty", 1e-3, 1e-3),
+        ("stop", ["a", "b"], ("a", "b")), ("stop", np.array(["a"]), ("a",)),
+        ("stop_token_ids", np.array([1, 2]), (1, 2)), ("stop_token_ids", torch.tensor([3]), (3,)),
+        ("allowed_token_ids", np.array([7]), (7,)), ("allowed_token_ids", [np.int64(7)], (7,)),
+        ("allowed_token_ids", range(2), (0, 1)),
+        ("logit_bias", {np.int64(5): np.float32(2)}, {5: 2.0}),
+    ],
+)  # fmt: skip
+def test_numbers_of_other_libraries_become_pythons(name: str, value: Any, plain: Any) -> None:
+    kept = getattr(SamplingParams(**{name: value}), name)
+    assert repr(kept) == repr(plain)  # equal, and of the same types
+
+
+def test_a_range_is_told_as_numbers() -> None:
+    with pytest.raises(SamplingParamsError, match=r"finite number of at least 0 and at most 10000, got nan"):
+        SamplingParams(temperature=math.nan)
+    with pytest.raises(
+        SamplingParamsError, match=r"top_p must be a finite number above 0 and at most 1, got 0"
+    ):
+        SamplingParams(top_p=0)
+
+
+def test_the_shortest_output_fits_a_position() -> None:
+    assert SamplingParams(max_tokens=None, min_tokens=2**30).min_tokens == 2**30
+    with pytest.raises(SamplingParamsError, match="min_tokens"):
+        SamplingParams(max_tokens=None, min_tokens=2**30 + 1)
+
+
+@pytest.mark.parametrize(
+    ("values", "error", "words"),
+    [
+        (5, SamplingParamsError, "mapping, got 5"),
+        ([("n", 1)], SamplingParamsError, "mapping"),
+        ({5: 1}, UnknownOptionError, "'5'"),
+        ({10**5000: 1}, UnknownOptionError, "type int"),
+    ],
+)
+def test_what_from_dict_refuses(values: Any, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        SamplingParams.from_dict(values)
 
 
 def test_stop_strings_need_text() -> None:

@@ -128,6 +128,7 @@ class GraphCache(Generic[K]):
         self._to_try: deque[tuple[K, int]] = deque()
         self._trial: tuple[KeyRecord[K], Trial] | None = None
         self._dying: list[_Graph] = []
+        self._just_captured = False
 
     # --- running -----------------------------------------------------------------------
 
@@ -180,6 +181,7 @@ class GraphCache(Generic[K]):
             self._fail(record, error, "capture failed")
             return False
         self._graphs[key] = _Graph(handle)
+        self._just_captured = True
         record.state, record.note, record.trusted = KeyState.CAPTURED, "", self._checker is None
         if self._checker is not None:
             sizes = self._checker.sizes(key, rows)
@@ -265,6 +267,9 @@ class GraphCache(Generic[K]):
     def idle(self) -> None:
         """Between two steps: start at most one trial, and free what has played its last."""
         self._reap()
+        if self._just_captured:  # that was this gap's extra run
+            self._just_captured = False
+            return
         if self._trial is not None or self._checker is None:
             return
         while self._to_try:

@@ -23,6 +23,9 @@ class TorchBackend:
     """`GraphBackend` on the current CUDA device and stream."""
 
     def __init__(self) -> None:
+        from cuda.bindings import runtime  # now, since the first capture should not wait for it
+
+        self._runtime = runtime
         self._pool = torch.cuda.graph_pool_handle()
         self._live = 0
         """Graphs that hold the pool."""
@@ -66,16 +69,14 @@ class TorchBackend:
         graph.reset()
 
     def num_nodes(self, graph: Any) -> int:
-        from cuda.bindings import runtime
-
+        runtime = self._runtime
         error, _, count = runtime.cudaGraphGetNodes(graph.raw_cuda_graph(), 0)
         if error != runtime.cudaError_t.cudaSuccess:
             raise CaptureError(f"cudaGraphGetNodes: {error}")
         return int(count)
 
     def instantiate(self, graph: Any) -> None:
-        from cuda.bindings import runtime
-
+        runtime = self._runtime
         graph.instantiate()
         # Without this the first replay uploads it, and its memory would not be seen yet.
         stream = torch.cuda.current_stream().cuda_stream

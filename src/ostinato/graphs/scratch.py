@@ -71,12 +71,13 @@ class ScratchChecker:
     def sizes(self, key: GraphKey, rows: int) -> list[int]:
         """The size that was hit, then 1, then one less than padded."""
         wanted = dict.fromkeys((rows, 1, max(key.num_seqs - 1, 1)))
-        return [size for size in wanted if size <= self._max_rows] or [self._max_rows]
+        most = min(self._max_rows, key.num_tokens)  # a sequence has a token at least
+        return [size for size in wanted if size <= most] or [most]
 
     def trial(
         self, key: GraphKey, rows: int, eager: Callable[[], object], replay: Callable[[], object]
     ) -> Trial | None:
-        rows = min(rows, key.num_seqs, self._max_rows)
+        rows = min(rows, key.num_seqs, key.num_tokens, self._max_rows)
         if not rows or (key.kind is not StepKind.DECODE and key.num_tokens > self._max_tokens):
             return None
         program = self._program
@@ -123,7 +124,7 @@ class ScratchChecker:
 
     def run(self, key: GraphKey, rows: int, body: Callable[[], object]) -> None:
         """Do something while scratch sequences are laid out for a key."""
-        with self._borrowed(key, min(rows, key.num_seqs, self._max_rows)):
+        with self._borrowed(key, min(rows, key.num_seqs, key.num_tokens, self._max_rows)):
             body()
 
     def warm_up(self, key: GraphKey) -> None:
