@@ -50,7 +50,6 @@ _BOUNDS: Mapping[str, tuple[int, int]] = {
     "seed": (-(2**63), 2**63 - 1),
     "kv_cache_memory_bytes": (1, 2**62),
     "num_gpu_blocks_override": (1, 2**31 - 1),
-    "block_size": (8, 256),
     "max_model_len": (2, MAX_MODEL_LEN),
     "max_num_seqs": (1, MAX_NUM_SEQS),
     "max_num_batched_tokens": (1, MAX_NUM_BATCHED_TOKENS),
@@ -88,7 +87,7 @@ class EngineOptions:
     """A name, or a `torch.dtype`. "auto": the model's own on a GPU (bfloat16 where it is wider), float32 on a CPU."""
     quantization: str | None = None
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    seed: int = 0
+    seed: int | None = 0
     """Seeds requests that bring no seed of their own."""
     tensor_parallel_size: int = 1
     gpu_memory_utilization: float = 0.92
@@ -149,7 +148,9 @@ class EngineOptions:
             if (value := values.get(name)) is not None and not low <= value <= high:
                 raise ConfigError(f"{name} must be at least {low} and at most {high}, got {shown(value)}")
         if self.tensor_parallel_size != 1:
-            raise ConfigError(f"tensor_parallel_size={self.tensor_parallel_size} is not supported yet; use 1")
+            raise ConfigError(
+                f"tensor_parallel_size={shown(self.tensor_parallel_size)} is not supported yet; use 1"
+            )
         if self.quantization is not None:
             raise ConfigError(
                 f"quantization={self.quantization!r} is not supported yet; leave it None "
@@ -157,8 +158,10 @@ class EngineOptions:
             )
         if self.dtype != "auto" and self.dtype not in DTYPES:
             raise ConfigError(f"dtype must be 'auto' or one of {', '.join(DTYPES)}, got {self.dtype!r}")
-        if self.block_size & (self.block_size - 1):
-            raise ConfigError(f"block_size must be a power of two from 8 to 256, got {self.block_size}")
+        if self.block_size & (self.block_size - 1) or not 8 <= self.block_size <= 256:
+            raise ConfigError(
+                f"block_size must be a power of two from 8 to 256, got {shown(self.block_size)}"
+            )
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
             raise ConfigError(f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization}")
         budget = self.cudagraph_memory_budget
@@ -255,6 +258,8 @@ def resolve(
             f"max_model_len={length} is more than the {model_positions} positions that the model was made for; "
             f"use at most {model_positions}"
         )
+    if length < 2:
+        raise ConfigError(f"the model was made for {length} position; a prompt token and a new one need 2")
     seqs = pick("max_num_seqs", 256 if on_gpu else 32)
     tokens = pick("max_num_batched_tokens", max(8192 if on_gpu else 1024, seqs))
     if tokens < seqs:

@@ -458,7 +458,8 @@ def build(options: EngineOptions, backend: GraphBackend | None = None) -> Engine
         kv_bytes = program.cache.data.numel() * program.cache.data.element_size()
         trial_bytes = kv_bytes // (num_blocks + scratch) * scratch
         memory.append(MemoryLine("KV cache", kv_bytes - trial_bytes))
-        memory.append(MemoryLine("KV blocks for trials", trial_bytes))
+        if scratch:
+            memory.append(MemoryLine("KV blocks for trials", trial_bytes))
         stages.done("KV cache")
         blocks = range(num_blocks, num_blocks + scratch)
         runner = _make_runner(config, program, ring, plan, buffers, blocks, addresses, backend)

@@ -61,6 +61,8 @@ class LLM:
         self.engine = engine
         self._lock = threading.RLock()  # around every use of the engine
         self._inbox: dict[str, _Box] = {}  # by id of each prompt under way: where its call waits
+        self._stepping = False
+        self._dropped: list[str] = []  # to abort after the step that runs now
 
     # --- generation --------------------------------------------------------------------
 
@@ -226,10 +228,14 @@ class LLM:
 
     def _advance(self) -> None:
         """Run one step; what comes out of it goes to the calls that wait for it."""
+        self._stepping = True
         try:
             self._file(self.engine.step())
         finally:
+            self._stepping = False
             self._file(self.engine.outputs.take_failed())
+            self.engine.abort(self._dropped)
+            self._dropped.clear()
 
     def _file(self, outputs: Iterable[RequestOutput]) -> None:
         for output in outputs:
@@ -243,6 +249,9 @@ class LLM:
         engine = self.engine
         with self._lock:
             left = [name for name in prompt_ids if self._inbox.pop(name, None) is not None]
+            if self._stepping:  # the garbage collector ends a stream in the middle of this thread's step
+                self._dropped.extend(left)
+                return
             try:
                 engine.abort(left)
                 while left and engine.has_unfinished and not engine.scheduler.has_unfinished:
@@ -325,9 +334,10 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
         return [many]
     if hasattr(many, "tolist"):  # an array or a tensor
         many = many.tolist()
-    if not isinstance(many, Iterable) or isinstance(many, type):
-        return [many]  # no prompt either: refused where prompts are
-    items = list(many)
+    try:
+        items = list(many)
+    except TypeError:
+        return [many]  # no list and no prompt either: refused where prompts are
     return [items] if items and all(isinstance(item, Integral) for item in items) else items
 
 

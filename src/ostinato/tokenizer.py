@@ -163,6 +163,7 @@ class Tokenizer:
         if not isinstance(text, str):
             raise RequestError(f"{name} must be text, got {type(text).__name__}")
         try:
+            text.encode()  # the library's own error does not say what is wrong with a surrogate
             ids: list[int] = self._library.encode(text, add_special_tokens=False).ids
         except UnicodeEncodeError as error:
             raise RequestError(

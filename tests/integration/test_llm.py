@@ -493,6 +493,25 @@ def test_two_threads(tiny: Tiny) -> None:
     llm.engine.scheduler.check()
 
 
+def test_a_stream_that_is_collected_during_a_step(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = tiny_llm(tiny)
+    wanted = tokens(llm.generate([[6]], GREEDY, use_tqdm=False))
+    stream, run = llm.stream([5], GREEDY), llm.engine.runner.run
+    unfinished: list[int] = []
+    next(stream)
+
+    def collects(batch: Any) -> Any:
+        stream.close()  # type: ignore[attr-defined]  # a generator
+        unfinished.append(len(llm.engine.scheduler.unfinished))
+        return run(batch)
+
+    monkeypatch.setattr(llm.engine.runner, "run", collects)
+    assert tokens(llm.generate([[6]], GREEDY, use_tqdm=False)) == wanted
+    assert unfinished[:2] == [2, 1]  # aborted after the step, not in it
+    assert not llm.engine.has_unfinished
+    llm.engine.scheduler.check()
+
+
 def test_a_request_that_the_engine_was_told_to_end(tiny: Tiny) -> None:
     llm = tiny_llm(tiny)
     stream = llm.stream([5], GREEDY)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
+import math
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -82,6 +86,60 @@ def test_an_unknown_architecture_lists_the_known_ones(folder: Path) -> None:
         ({"num_key_value_heads": 4}, CheckpointError, "no multiple"),
         ({"rms_norm_eps": -1.0}, CheckpointError, "rms_norm_eps"),
         ({"architectures": []}, CheckpointError, "architectures"),
+        ({"architectures": [["x"]]}, CheckpointError, "architectures"),
+        ({"architectures": 5}, CheckpointError, "architectures"),
+        (
+            {"architectures": ["NewForCausalLM", "LlamaForCausalLM"]},
+            UnsupportedModelError,
+            "'NewForCausalLM'",
+        ),
+        ({"num_key_value_heads": "two"}, CheckpointError, "num_key_value_heads is 'two'"),
+        ({"num_key_value_heads": 2.0}, CheckpointError, "num_key_value_heads is 2.0"),
+        ({"num_key_value_heads": 0}, CheckpointError, "num_key_value_heads is 0"),
+        ({"head_dim": "x"}, CheckpointError, "head_dim is 'x'"),
+        ({"head_dim": -8}, CheckpointError, "head_dim is -8"),
+        ({"head_dim": 8.0}, CheckpointError, "head_dim is 8.0"),
+        ({"head_dim": None, "hidden_size": 2}, CheckpointError, "head_dim=0"),
+        ({"rope_scaling": 5}, CheckpointError, "rope_scaling is 5; expected an object"),
+        ({"rope_parameters": "linear"}, CheckpointError, "rope_parameters is 'linear'"),
+        ({"rope_parameters": {"rope_theta": "x"}}, CheckpointError, "rope_theta is 'x'"),
+        ({"rope_parameters": None, "rope_theta": -5}, CheckpointError, "rope_theta is -5"),
+        ({"rope_parameters": None, "rope_theta": 0}, CheckpointError, "rope_theta is 0"),
+        ({"rope_parameters": None, "rope_theta": math.nan}, CheckpointError, "rope_theta is nan"),
+        ({"rope_parameters": None, "rope_theta": 10**400}, CheckpointError, "rope_theta is 1000"),
+        (
+            {"max_position_embeddings": 10**12},
+            CheckpointError,
+            "max_position_embeddings is 1000000000000; at most",
+        ),
+        ({"num_hidden_layers": 10**6}, CheckpointError, "num_hidden_layers is 1000000; at most"),
+        ({"hidden_size": 10**12}, CheckpointError, "hidden_size is"),
+        ({"tie_word_embeddings": "false"}, CheckpointError, "tie_word_embeddings is 'false'"),
+        ({"rope_parameters": None, "rope_theta": 1e-300}, CheckpointError, "rope_theta=1e-300 is too small"),
+        ({"head_dim": 7}, CheckpointError, "head_dim=7; rotary"),
+        ({"head_dim": 10**6}, CheckpointError, "head_dim=1000000"),
+        (
+            {
+                "rope_scaling": {
+                    "rope_type": "llama3",
+                    "factor": 8,
+                    "low_freq_factor": 4,
+                    "high_freq_factor": 4,
+                    "original_max_position_embeddings": 64,
+                }
+            },
+            CheckpointError,
+            "high_freq_factor is 4.0, not above",
+        ),
+        ({"max_position_embeddings": 1}, ConfigError, "1 position"),
+        *(
+            (
+                {"architectures": ["MistralForCausalLM"], "sliding_window": w},
+                CheckpointError,
+                "sliding_window is",
+            )
+            for w in ("x", 0, -4, True)
+        ),
     ],
 )
 def test_a_config_that_cannot_be_served(
@@ -90,6 +148,44 @@ def test_a_config_that_cannot_be_served(
     edit_config(folder, **changes)
     with pytest.raises(error, match=words):
         load(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_file_that_may_not_be_read(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    deny(monkeypatch, io, "open", folder / name)
+    with pytest.raises(CheckpointError, match=f"{name} cannot be read: permission denied"):
+        load(folder)
+
+
+@pytest.mark.parametrize(("call", "at"), [("stat", "config.json"), ("listdir", ".")])
+def test_a_folder_that_may_not_be_read(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, call: str, at: str
+) -> None:
+    (folder / "model.safetensors").rename(folder / "other.safetensors")
+    deny(monkeypatch, os, call, folder / at)
+    with pytest.raises(CheckpointError, match=f"{folder}.* cannot be read: permission denied"):
+        load(folder)
+
+
+def test_a_missing_file_is_not_called_unreadable(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"no \.safetensors file"):
+        load(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"no config\.json"):
+        load(folder)
+
+
+def deny(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, path: Path) -> None:
+    """Make one path unreadable: file modes mean nothing to root, as which tests may run."""
+    real = getattr(module, name)
+
+    def denied(target: Any, *args: Any, **options: Any) -> Any:
+        if not isinstance(target, int) and Path(target) == path:
+            raise PermissionError(errno.EACCES, "Permission denied", str(target))
+        return real(target, *args, **options)
+
+    monkeypatch.setattr(module, name, denied)
 
 
 def test_a_sliding_window_in_some_layers_is_refused(tiny: Tiny, tmp_path: Path) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from ostinato.config import EngineOptions, resolve
+from ostinato.config import EngineOptions, available_memory, resolve
 from ostinato.errors import ConfigError, UnknownOptionError
 from ostinato.graphs.plan import CudaGraphMode
 
@@ -73,6 +75,47 @@ def test_an_unknown_compilation_option() -> None:
         ({"cudagraph_capture": "eager"}, "'lazy', 'startup' or 'profile'"),
         ({"compilation_config": {"max_cudagraph_capture_size": 0}}, "max_cudagraph_capture_size"),
         ({"enforce_eager": True, "compilation_config": {"cudagraph_mode": "FULL"}}, "contradicts"),
+        ({"tensor_parallel_size": "1"}, "tensor_parallel_size must be an integer, got '1'"),
+        ({"model": 5}, "model must be a string or None, got 5"),
+        ({"tokenizer": ["a"]}, "tokenizer must be"),
+        ({"revision": 1}, "revision must be"),
+        ({"quantization": 8}, "quantization must be"),
+        ({"load_format": 1}, "load_format must be 'auto' or 'dummy'"),
+        ({"dtype": 16}, "dtype must be"),
+        ({"dtype": torch.int8}, "dtype must be"),
+        ({"device": None}, "device must be 'auto', 'cuda' or 'cpu', got None"),
+        ({"seed": "1"}, "seed must be an integer"),
+        ({"seed": 2**63}, "seed must be at least"),
+        ({"seed": True}, "seed must be an integer"),
+        ({"gpu_memory_utilization": "0.9"}, "gpu_memory_utilization must be a number"),
+        ({"gpu_memory_utilization": 10**400}, "gpu_memory_utilization"),
+        ({"kv_cache_memory_bytes": 1e9}, "kv_cache_memory_bytes must be an integer or None"),
+        ({"max_num_seqs": 10**7}, "max_num_seqs must be at least 1 and at most 65536"),
+        ({"max_num_seqs": "8"}, "max_num_seqs must be"),
+        ({"max_num_batched_tokens": 2**22 + 1}, "max_num_batched_tokens must be .* at most 4194304"),
+        ({"enable_prefix_caching": 1}, "enable_prefix_caching must be True or False"),
+        ({"skip_tokenizer_init": "no"}, "skip_tokenizer_init must be"),
+        ({"strict": 1}, "strict must be"),
+        ({"fail_on_fallback": None}, "fail_on_fallback must be"),
+        ({"fail_on_mismatch": 0}, "fail_on_mismatch must be"),
+        ({"cudagraph_verify": "yes"}, "cudagraph_verify must be"),
+        ({"cudagraph_memory_budget": "1GB"}, "cudagraph_memory_budget must be an integer or a number"),
+        ({"cudagraph_memory_budget": float("nan")}, "cudagraph_memory_budget"),
+        ({"compilation_config": 5}, "compilation_config must be a mapping"),
+        ({"compilation_config": None}, "compilation_config must be a mapping"),
+        ({"compilation_config": {5: 1}}, "compilation_config: unknown option '5'"),
+        ({"compilation_config": {"cudagraph_capture_sizes": 5}}, "cudagraph_capture_sizes must be a list"),
+        ({"compilation_config": {"cudagraph_capture_sizes": "12"}}, "cudagraph_capture_sizes must be a list"),
+        ({"compilation_config": {"cudagraph_capture_sizes": [1, "2"]}}, "cudagraph_capture_sizes must be"),
+        (
+            {"compilation_config": {"cudagraph_mode": 5}},
+            "cudagraph_mode must be a string, a CudaGraphMode or",
+        ),
+        ({"compilation_config": {"cudagraph_mode": ""}}, "cudagraph_mode must be one of"),
+        (
+            {"compilation_config": {"max_cudagraph_prefill_tokens": "9"}},
+            "max_cudagraph_prefill_tokens must be",
+        ),
     ],
 )
 def test_a_bad_value_is_refused_by_name(options: dict[str, Any], words: str) -> None:
@@ -96,3 +139,53 @@ def test_what_was_decided_and_by_whom() -> None:
     assert c.capture_sizes == (1, 2, 4, 8, 12)
     with pytest.raises(AttributeError):
         c.max_num_seqs = 3
+
+
+def test_options_are_checked_before_there_is_a_model() -> None:
+    with pytest.raises(ConfigError, match="cudagraph_mode"):
+        EngineOptions(model="/does/not/exist", compilation_config={"cudagraph_mode": "SOME"})
+
+
+def test_paths_dtypes_and_foreign_numbers_become_plain() -> None:
+    values = {
+        "model": Path("m"),
+        "dtype": torch.bfloat16,
+        "max_num_seqs": np.int64(4),
+        "gpu_memory_utilization": 1,
+    }
+    sizes = [np.int32(2), 1]
+    options = EngineOptions.from_kwargs(values | {"compilation_config": {"cudagraph_capture_sizes": sizes}})
+    sizes.clear()
+    plain = (options.model, options.dtype, options.max_num_seqs, options.gpu_memory_utilization)
+    assert repr(plain) == "('m', 'bfloat16', 4, 1.0)"
+    assert repr(options.compilation_config["cudagraph_capture_sizes"]) == "(2, 1)"
+
+
+def test_memory_is_what_the_machine_and_the_container_leave(tmp_path: Path) -> None:
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("MemTotal:  900 kB\nMemFree: 1 kB\nMemAvailable:   600 kB\nHugePages_Total: 0\n")
+    assert available_memory(meminfo, tmp_path) == 600 * 1024
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.current").write_text("7000\n")
+    assert available_memory(meminfo, tmp_path) == 600 * 1024
+    (tmp_path / "memory.max").write_text("10000\n")
+    assert available_memory(meminfo, tmp_path) == 3000
+    (tmp_path / "memory.stat").write_text("anon 5000\ninactive_file 2000\n")
+    assert available_memory(meminfo, tmp_path) == 5000
+    (tmp_path / "memory.current").write_text("70000\n")
+    assert available_memory(meminfo, tmp_path) == 0
+
+
+@pytest.mark.parametrize("known", [("SC_AVPHYS_PAGES", "SC_PHYS_PAGES"), ("SC_PHYS_PAGES",), ()])
+def test_memory_where_there_is_no_proc(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, known: tuple[str, ...]
+) -> None:
+    pages = dict.fromkeys(known, 1 << 20) | {"SC_PAGE_SIZE": 4096}
+
+    def sysconf(name: str) -> int:
+        if name not in pages:
+            raise ValueError("unrecognized configuration name")
+        return pages[name]
+
+    monkeypatch.setattr("os.sysconf", sysconf)
+    assert available_memory(tmp_path / "none", tmp_path) == (2 << 30 if len(known) == 1 else 4 << 30)

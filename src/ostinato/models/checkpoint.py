@@ -7,7 +7,9 @@ any weight is read. Pickle files are never loaded. Knows nothing of what a model
 
 from __future__ import annotations
 
+import fnmatch
 import json
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -77,16 +79,22 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
     Raises:
         ModelNotFoundError: nothing there.
-        CheckpointError: a file is missing, damaged, or shorter than its header says.
+        CheckpointError: a file is missing, damaged, not readable, or shorter than its header says.
         UnsupportedModelError: the weights are pickles, or of a type that cannot be read.
     """
     path = Path(path)
-    if path.is_dir():
-        return SafetensorsCheckpoint(path)
-    if path.is_file():
-        from .gguf import GGUFCheckpoint
+    try:
+        if path.is_dir():
+            return SafetensorsCheckpoint(path)
+        if path.is_file():
+            from .gguf import GGUFCheckpoint
 
-        return GGUFCheckpoint(path)
+            return GGUFCheckpoint(path)
+    except PermissionError as error:
+        raise CheckpointError(
+            f"{error.filename or path} cannot be read: permission denied; "
+            "give this user the right to read the model's folder and files"
+        ) from error
     raise ModelNotFoundError(f"no such file or folder: {path.absolute()}")
 
 
@@ -95,13 +103,13 @@ class SafetensorsCheckpoint(Checkpoint):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        if not (path / "config.json").is_file():
+        if not _exists(path / "config.json"):
             raise CheckpointError(
                 f"{path} has no config.json; a model folder needs one, or pass a .gguf file instead of a folder"
             )
         self.config = read_json(path / "config.json")
         generation = path / "generation_config.json"
-        self.generation_config = read_json(generation) if generation.is_file() else {}
+        self.generation_config = read_json(generation) if _exists(generation) else {}
         self._handles: dict[str, Any] = {}
         tensors: dict[str, TensorInfo] = {}
         wanted = _index(path)
@@ -139,7 +147,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+        raise CheckpointError(f"{path} cannot be read: {_reason(error)}") from error
     except (ValueError, RecursionError) as error:  # bad UTF-8 is a ValueError too
         raise CheckpointError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
@@ -147,10 +155,23 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def _exists(file: Path) -> bool:
+    """Unlike `is_file`, this raises where the folder may not be entered, instead of finding nothing."""
+    try:
+        file.stat()
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _reason(error: OSError) -> str:
+    return (error.strerror or str(error)).lower()
+
+
 def _index(path: Path) -> dict[str, str] | None:
     """Tensor name to file name, from model.safetensors.index.json; None if there is none."""
     index = path / "model.safetensors.index.json"
-    if not index.is_file():
+    if not _exists(index):
         return None
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -161,7 +182,7 @@ def _index(path: Path) -> dict[str, str] | None:
             raise CheckpointError(
                 f"{index}: {name!r} is in {file!r}, expected the name of a .safetensors file"
             )
-    missing = sorted({file for file in weight_map.values() if not (path / file).is_file()})
+    missing = sorted({file for file in weight_map.values() if not _exists(path / file)})
     if missing:
         raise CheckpointError(
             f"{path}: {len(missing)} of {len(set(weight_map.values()))} weight files are missing, "
@@ -171,19 +192,20 @@ def _index(path: Path) -> dict[str, str] | None:
 
 
 def _weight_files(path: Path) -> list[str]:
-    if (path / "model.safetensors").is_file():
+    if _exists(path / "model.safetensors"):
         return ["model.safetensors"]
-    files = sorted(file.name for file in path.glob("*.safetensors"))
+    names = sorted(os.listdir(path))  # raises where the folder may not be read; glob would find nothing
+    files = fnmatch.filter(names, "*.safetensors")
     if files:
         return files
-    pickles = sorted(file.name for pattern in _PICKLES for file in path.glob(pattern))
+    pickles = [name for pattern in _PICKLES for name in fnmatch.filter(names, pattern)]
     if pickles:
         raise UnsupportedModelError(
             f"{path} has its weights only as pickle ({pickles[0]}), which is never loaded because it can run "
             f"code. Convert it where you trust it: transformers' `AutoModelForCausalLM.from_pretrained(folder)"
             f".save_pretrained(new_folder)` writes safetensors"
         )
-    gguf = sorted(file.name for file in path.glob("*.gguf"))
+    gguf = fnmatch.filter(names, "*.gguf")
     hint = f"; pass {path / gguf[0]} to load the GGUF file" if gguf else ""
     raise CheckpointError(f"{path} has no .safetensors file{hint}")
 
@@ -193,14 +215,18 @@ def _open_safetensors(file: Path) -> tuple[Any, dict[str, TensorInfo]]:
     from safetensors import safe_open
 
     try:
+        with file.open("rb"):  # the library does not tell a file that may not be read from a damaged one
+            pass
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {_reason(error)}") from error
+    try:
         handle: Any = safe_open(str(file), framework="pt", device="cpu")
         found = {}
         for name in handle.keys():  # noqa: SIM118  not a mapping
             view = handle.get_slice(name)
             found[name] = TensorInfo(tuple(view.get_shape()), str(view.get_dtype()))
     except Exception as error:  # the Rust library raises types of its own
-        size = file.stat().st_size if file.is_file() else 0
         raise CheckpointError(
-            f"{file} ({size} bytes) is not a whole safetensors file: {error}; download it again"
+            f"{file} ({file.stat().st_size} bytes) is not a whole safetensors file: {error}; download it again"
         ) from error
     return handle, found

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .spec import ModelSpec, base_spec
+from .spec import ModelSpec, base_spec, flag
 
 
 def spec(config: Mapping[str, Any]) -> ModelSpec:
-    bias = bool(config.get("attention_bias", False))
+    bias = flag(config, "attention_bias")
     return base_spec(config, "LlamaForCausalLM", qkv_bias=bias, output_bias=bias)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .spec import ModelSpec, base_spec, refuse
+from .spec import ModelSpec, base_spec, flag, refuse
 
 
 def spec(config: Mapping[str, Any]) -> ModelSpec:
     refuse(config, "use_sliding_window", (False, None), "sliding window in some layers")
-    bias = bool(config.get("attention_bias", False))
+    bias = flag(config, "attention_bias")
     # Qwen3's heads are 128 wide whatever the hidden size, also where a config leaves that out.
     config = {"head_dim": 128} | dict(config)
     return base_spec(config, "Qwen3ForCausalLM", qk_norm=True, qkv_bias=bias, output_bias=bias)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..errors import CheckpointError, UnsupportedModelError
+from ..types import shown
 from . import llama, mistral, qwen2, qwen3
 from .spec import ModelSpec
 
@@ -24,10 +25,12 @@ def spec_from_config(config: Mapping[str, Any]) -> ModelSpec:
         UnsupportedModelError: unknown architecture, or a feature that is not implemented.
         CheckpointError: a field is missing or impossible.
     """
-    names = config.get("architectures") or []
-    if not isinstance(names, list) or not names:
-        raise CheckpointError(f"config: no 'architectures'; known: {', '.join(FAMILIES)}")
-    for name in names:
-        if name in FAMILIES:
-            return FAMILIES[name](config)
-    raise UnsupportedModelError(f"architecture {names[0]!r} is not supported; known: {', '.join(FAMILIES)}")
+    known = ", ".join(FAMILIES)
+    names = config.get("architectures")
+    if not isinstance(names, list) or not names or not isinstance(names[0], str):
+        raise CheckpointError(
+            f"config: 'architectures' is {shown(names)}; expected a list of names; known: {known}"
+        )
+    if names[0] not in FAMILIES:  # the first is what the weights are
+        raise UnsupportedModelError(f"architecture {names[0]!r} is not supported; known: {known}")
+    return FAMILIES[names[0]](config)

@@ -12,6 +12,7 @@ import torch
 from ..errors import CheckpointError, UnsupportedModelError
 from ..ops import AttentionShape
 from ..sampling import MAX_VOCAB
+from ..types import real, shown, whole
 
 
 @dataclass(frozen=True)
@@ -45,30 +46,65 @@ class ModelSpec:
         return self.num_layers * layer + self.vocab_size * h * (2 - self.tied_embeddings) + h
 
 
-def require(config: Mapping[str, Any], name: str, kind: type = int) -> Any:
-    """A config field that must be there, be a `kind`, and be positive."""
+MAX_POSITIONS = 2**27
+MAX_LAYERS = 4096
+MAX_HEAD_DIM = 4096
+_MAX_SIZE = 2**27
+"""Far above every width and count of a real model."""
+
+
+def require(config: Mapping[str, Any], name: str, kind: type = int, most: int = _MAX_SIZE) -> Any:
+    """A config field that must be there, be a `kind`, be positive, and if it is an int at most `most`."""
     value = config.get(name)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if not isinstance(value, kind) or isinstance(value, bool) or not value > 0:  # type: ignore[operator]
-        found = "is missing" if name not in config else f"is {value!r}"
+    try:
+        number = whole(value) if kind is int else real(value)
+    except TypeError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        found = f"is {shown(value)}" if name in config else "is missing"
         raise CheckpointError(f"config: {name} {found}; expected a positive {kind.__name__}")
-    return value
+    if kind is int and number > most:
+        raise CheckpointError(f"config: {name} is {shown(value)}; at most {most} makes sense")
+    return number
+
+
+def optional(config: Mapping[str, Any], name: str, kind: type = int, default: Any = None) -> Any:
+    """As `require`, or the default where the field is null or missing."""
+    return default if config.get(name) is None else require(config, name, kind)
+
+
+def flag(config: Mapping[str, Any], name: str) -> bool:
+    """True or false; null or missing is false."""
+    value = config.get(name)
+    if not isinstance(value, bool | None):
+        raise CheckpointError(f"config: {name} is {shown(value)}; expected true or false")
+    return bool(value)
+
+
+def section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """An object inside the config; empty where it is null or missing."""
+    value = config.get(name)
+    if not isinstance(value, Mapping | None):
+        raise CheckpointError(f"config: {name} is {shown(value)}; expected an object")
+    return value or {}
 
 
 def refuse(config: Mapping[str, Any], name: str, allowed: tuple[Any, ...], what: str) -> None:
     """Refuse a feature by name, instead of computing something else in silence."""
     if config.get(name) not in allowed:
-        raise UnsupportedModelError(f"config: {name}={config[name]!r} ({what}) is not supported")
+        raise UnsupportedModelError(f"config: {name}={shown(config[name])} ({what}) is not supported")
 
 
-def base_spec(config: Mapping[str, Any], architecture: str, **features: Any) -> ModelSpec:
+def base_spec(
+    config: Mapping[str, Any], architecture: str, *, sliding_window: int | None = None, **features: Any
+) -> ModelSpec:
     """The part of the config that all families share.
 
     Args:
         config: as in `config.json`.
         architecture: name that the registry knows it by.
-        **features: fields of `ModelSpec` and `sliding_window`, which differ by family.
+        sliding_window: tokens that a token sees, itself included; None: all before it.
+        **features: fields of `ModelSpec`, which differ by family.
 
     Raises:
         CheckpointError: a field is missing or impossible.
@@ -78,31 +114,31 @@ def base_spec(config: Mapping[str, Any], architecture: str, **features: Any) -> 
     refuse(config, "mlp_bias", (False, None), "bias in the MLP")
     refuse(config, "pretraining_tp", (1, 0, None), "sliced weights")
     hidden, heads = require(config, "hidden_size"), require(config, "num_attention_heads")
-    kv_heads = config.get("num_key_value_heads") or heads
+    kv_heads = optional(config, "num_key_value_heads", default=heads)
     if heads % kv_heads:
         raise CheckpointError(
             f"config: num_attention_heads={heads} is no multiple of num_key_value_heads={kv_heads}"
         )
-    head_dim = config.get("head_dim") or hidden // heads
-    if head_dim % 2:
-        raise CheckpointError(f"config: head_dim={head_dim} is odd; rotary embeddings need an even one")
-    max_positions = require(config, "max_position_embeddings")
+    head_dim = optional(config, "head_dim", default=hidden // heads)
+    if head_dim % 2 or not 0 < head_dim <= MAX_HEAD_DIM:
+        raise CheckpointError(
+            f"config: head_dim={head_dim}; rotary embeddings need an even one from 2 to {MAX_HEAD_DIM}"
+        )
     if require(config, "vocab_size") > MAX_VOCAB:
         raise UnsupportedModelError(
             f"config: vocab_size={config['vocab_size']}; the samplers take at most {MAX_VOCAB}"
         )
-    window = features.pop("sliding_window", None)
     return ModelSpec(
         architecture=architecture,
         vocab_size=require(config, "vocab_size"),
         hidden_size=hidden,
         intermediate_size=require(config, "intermediate_size"),
-        num_layers=require(config, "num_hidden_layers"),
-        attention=AttentionShape(heads, kv_heads, head_dim, window),
+        num_layers=require(config, "num_hidden_layers", most=MAX_LAYERS),
+        attention=AttentionShape(heads, kv_heads, head_dim, sliding_window),
         norm_eps=require(config, "rms_norm_eps", float),
-        max_positions=max_positions,
+        max_positions=require(config, "max_position_embeddings", most=MAX_POSITIONS),
         rope_inv_freq=rope_frequencies(config, head_dim),
-        tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+        tied_embeddings=flag(config, "tie_word_embeddings"),
         **features,
     )
 
@@ -114,18 +150,22 @@ def rope_frequencies(config: Mapping[str, Any], head_dim: int) -> tuple[float, .
     wavelengths by `factor`, leaves short ones, and blends between). Transformers 5 keeps the
     same fields under `rope_parameters`. A GGUF file supplies factors one by one.
     """
-    scaling = dict(config.get("rope_parameters") or {}) | dict(config.get("rope_scaling") or {})
-    theta = float(scaling.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    scaling = {**section(config, "rope_parameters"), **section(config, "rope_scaling")}
+    theta = optional(scaling, "rope_theta", float, optional(config, "rope_theta", float, 10000.0))
     partial = scaling.get("partial_rotary_factor", config.get("partial_rotary_factor"))
     if partial not in (None, 1, 1.0):
-        raise UnsupportedModelError(f"config: partial_rotary_factor={partial!r} is not supported")
+        raise UnsupportedModelError(f"config: partial_rotary_factor={shown(partial)} is not supported")
     # float32, as every implementation computes it: the angles at far positions show the difference
     exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
     inv_freq: list[float] = (1.0 / (theta**exponents)).tolist()
+    if not all(map(math.isfinite, inv_freq)):
+        raise CheckpointError(f"config: rope_theta={theta} is too small for float32")
     factors = config.get("rope_freq_factors")
     if factors is not None:
         if len(factors) != len(inv_freq):
             raise CheckpointError(f"config: {len(factors)} rope_freq_factors for {len(inv_freq)} frequencies")
+        if not all(0 < factor < math.inf for factor in factors):
+            raise CheckpointError("config: rope_freq_factors must be positive numbers")
         return tuple(f / factor for f, factor in zip(inv_freq, factors, strict=True))
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind == "default":
@@ -137,6 +177,8 @@ def rope_frequencies(config: Mapping[str, Any], head_dim: int) -> tuple[float, .
         low = require(scaling, "low_freq_factor", float)
         high = require(scaling, "high_freq_factor", float)
         original = require(scaling, "original_max_position_embeddings")
+        if high <= low:
+            raise CheckpointError(f"config: high_freq_factor is {high}, not above low_freq_factor={low}")
         result = []
         for f in inv_freq:
             wavelength = 2 * math.pi / f
@@ -149,5 +191,5 @@ def rope_frequencies(config: Mapping[str, Any], head_dim: int) -> tuple[float, .
                 result.append((1 - blend) * f / factor + blend * f)
         return tuple(result)
     raise UnsupportedModelError(
-        f"config: rope_scaling of type {kind!r} is not supported; known: default, linear, llama3"
+        f"config: rope_scaling of type {shown(kind)} is not supported; known: default, linear, llama3"
     )
