@@ -7,7 +7,7 @@ the host (`tolist`), so it cannot be captured; on a GPU it serves tests only.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +35,8 @@ class ReferenceView(StepView):
     """[m, 1, 1, longest] bool, or None where all contexts are equally long"""
     chunks: tuple[tuple[int, int, int, torch.Tensor], ...]
     """(first token, end, context length, slots [context]) of the other live sequences"""
+    angles: dict[int, torch.Tensor] = field(default_factory=dict)
+    """Rows of the rope table at the step's positions, looked up by the first layer for all"""
 
 
 class ReferenceOps:
@@ -158,10 +160,14 @@ class ReferenceOps:
         tokens = qkv.shape[0]
         heads = qkv.view(tokens, shape.heads + 2 * shape.kv_heads, shape.head_dim)
         q, k, v = heads.split([shape.heads, shape.kv_heads, shape.kv_heads], dim=1)
+        angles = view.angles.get(id(rope))
+        if angles is None:  # [T, 2, 1, head_dim / 2]
+            angles = view.angles[id(rope)] = rope[view.positions.long()].unsqueeze(2)
         if q_norm is not None and k_norm is not None:
-            q, k = rms_norm(q, q_norm, eps), rms_norm(k, k_norm, eps)
-        angles = rope[view.positions.long()].unsqueeze(2)  # [T, 2, 1, head_dim / 2]
-        q, k = rotate(q, angles), rotate(k, angles)
+            q, k = rotate(rms_norm(q, q_norm, eps), angles), rotate(rms_norm(k, k_norm, eps), angles)
+        else:  # queries and keys lie side by side: one rotation for both
+            both = rotate(heads[:, : shape.heads + shape.kv_heads], angles)
+            q, k = both.split([shape.heads, shape.kv_heads], dim=1)
         keys, values = (part.view(-1, shape.kv_heads, shape.head_dim) for part in cache)
         if view.all_live:
             keys.index_copy_(0, view.live_slots, k)
@@ -230,9 +236,8 @@ class ReferenceOps:
         gate_up: torch.Tensor,
         out: torch.Tensor,
     ) -> None:
-        linear(rms_norm(x, norm, eps), weight, None, gate_up)
-        gate, up = gate_up.chunk(2, dim=-1)
-        torch.mul(F.silu(gate), up, out=out)
+        gate, up = product(rms_norm(x, norm, eps), weight).chunk(2, dim=-1)
+        out.copy_(F.silu(gate).mul_(up))
 
     def norm_head(
         self,
