@@ -1,0 +1,42 @@
+"""`GraphCache` on a GPU without the engine: the example, and buffers that move."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+
+from ostinato.graphs.cache import GraphCache
+from ostinato.graphs.keys import KeyState
+
+pytestmark = pytest.mark.gpu
+
+
+def test_the_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    example = Path(__file__).parents[2] / "examples" / "graph_cache.py"
+    runpy.run_path(str(example), run_name="__main__")
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 7
+    assert all("mismatches 0" in line for line in lines)
+    assert any("captured" in line and "replays   0" not in line for line in lines)
+
+
+def test_a_function_that_breaks_the_contract_never_serves() -> None:
+    """It counts on the host: a graph would repeat the number of its capture."""
+    x, y = (torch.zeros(4, device="cuda") for _ in range(2))
+    calls = []
+
+    def counting(batch: int) -> None:
+        calls.append(batch)
+        torch.add(x[:batch], float(len(calls)), out=y[:batch])
+
+    with torch.cuda.stream(torch.cuda.Stream()):
+        cache = GraphCache(counting, {"x": x, "y": y})
+        for _ in range(6):
+            cache(4)
+            torch.cuda.synchronize()
+        assert cache.book[4].state is KeyState.QUARANTINED
+        assert cache.book[4].replays == 0
+        assert y.tolist() == [float(len(calls))] * 4
