@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .config import EngineConfig, EngineOptions, available_memory, resolve
-from .errors import CheckpointError, EngineDeadError, KVCacheError, OstinatoError, RequestError
+from .errors import CheckpointError, EngineDeadError, KVCacheError, RequestError
 from .graphs.inspect import AddressBook
 from .graphs.keys import KeyBook
 from .graphs.plan import CudaGraphMode, Plan, default_prefill_seqs, default_token_sizes
@@ -578,19 +578,10 @@ def _device_context(device: torch.device) -> Callable[[], AbstractContextManager
 
 def _warm_up(program: StepProgram, buffers: StepBuffers) -> None:
     """Load kernels and make library workspaces, on rows that are all padding."""
-    from .inputs import Batch
-
-    empty = Schedule(0, StepKind.DECODE, (), (), (), SamplerVariant.GREEDY)
-    for kind, tokens, seqs in (
-        (StepKind.PREFILL, buffers.shapes.max_num_tokens, 1),
-        (StepKind.DECODE, 1, 1),
-    ):
+    for kind, tokens in ((StepKind.MIXED, buffers.shapes.max_num_tokens), (StepKind.DECODE, 1)):
         for variant in SamplerVariant:
-            route = Route(GraphKey(kind, tokens, seqs, variant), None)
-            batch: Batch = buffers.write(
-                Schedule(0, kind, (), (), (), variant) if kind is not StepKind.DECODE else empty, route
-            )
-            program(batch)
+            route = Route(GraphKey(kind, tokens, 1, variant), None)
+            program(buffers.write(Schedule(0, kind, (), (), (), variant), route))
     torch.cuda.synchronize()
 
 
@@ -706,4 +697,4 @@ def _make_runner(
     return EagerRunner(program, ring)
 
 
-__all__ = ["Engine", "MemoryLine", "OstinatoError", "build"]
+__all__ = ["Engine", "MemoryLine", "build"]

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-GUARD_BLOCK = 0
+from .kv_blocks import GUARD_BLOCK
+
+__all__ = ["GUARD_BLOCK", "KVCache"]
 
 
 @dataclass(frozen=True)
