@@ -127,6 +127,8 @@ class EngineOptions:
     on_capture_error: Literal["eager", "raise"] = "eager"
     fail_on_fallback: bool = False
     """Raise `FallbackError` on a step that has no graph; the steps before capture excepted."""
+    debug_graphs: bool = False
+    """Run every step op by op at its padded shape, with a profiler range and a log line for each op."""
     pipeline_depth: int | None = None
     """Steps in flight before the first one's tokens are read, 1 to 3; None: 2 on a GPU, 1 on a CPU."""
     strict: bool = False
@@ -211,6 +213,7 @@ class EngineConfig:
     fail_on_mismatch: bool
     on_capture_error: Literal["eager", "raise"]
     fail_on_fallback: bool
+    debug_graphs: bool
     pipeline_depth: int
     strict: bool
     source: Mapping[str, str]
@@ -302,6 +305,7 @@ def resolve(
         cudagraph_min_hits=pick("cudagraph_min_hits", 2),
         on_capture_error=pick("on_capture_error", "eager"),
         fail_on_fallback=pick("fail_on_fallback", False),
+        debug_graphs=pick("debug_graphs", False),
         pipeline_depth=pick("pipeline_depth", 2 if on_gpu else 1),
         strict=pick("strict", False),
         source=source,

@@ -322,6 +322,8 @@ class Engine:
         """Why no step of this engine can run on a graph; None if steps can."""
         if self.plan.mode is not CudaGraphMode.NONE:
             return None
+        if self.config.debug_graphs:
+            return "debug_graphs=True runs every step op by op"
         if self.config.device.type != "cuda":
             return "CUDA graphs need an NVIDIA GPU, and this runs on the CPU"
         return "enforce_eager=True, enable_cuda_graph=False or cudagraph_mode='NONE' was asked for"
@@ -381,6 +383,10 @@ def build(options: EngineOptions, backend: GraphBackend | None = None) -> Engine
     )
     device = config.device
     ops = select(device)
+    if config.debug_graphs:
+        from .graphs.debug import DebugOps
+
+        ops = DebugOps(ops).ops
     stages.done("open")
 
     with ThreadPoolExecutor(1) as pool, torch.inference_mode():
@@ -416,7 +422,12 @@ def build(options: EngineOptions, backend: GraphBackend | None = None) -> Engine
         )
         buffers = StepBuffers(shapes, device, config.pipeline_depth)
         memory.append(MemoryLine("static inputs and step state", buffers.nbytes))
-        padded = device.type == "cuda" or config.strict or config.cudagraph_mode is not CudaGraphMode.NONE
+        padded = (
+            device.type == "cuda"
+            or config.strict
+            or config.debug_graphs
+            or config.cudagraph_mode is not CudaGraphMode.NONE
+        )
         plan = Plan(
             mode=config.cudagraph_mode,
             capture_sizes=config.capture_sizes,

@@ -549,7 +549,7 @@ class Reason(str, Enum):
 
 
 _REASON_TEXTS = {
-    Reason.DISABLED: "graphs are off: no GPU, enforce_eager=True or cudagraph_mode='NONE'",
+    Reason.DISABLED: "graphs are off: no GPU, enforce_eager=True, cudagraph_mode='NONE' or debug_graphs=True",
     Reason.NO_KEY_YET: "the shape was not captured yet; it is at its cudagraph_min_hits-th step",
     Reason.BEING_CHECKED: "captured, and now compared with eager before it serves",
     Reason.OVER_MAX: "more sequences than the largest captured size",
