@@ -18,6 +18,7 @@ import torch
 from ostinato import LLM, RequestOutputKind, SamplingParams
 from ostinato.errors import CheckpointError, OstinatoError, RequestError, TokenizerError
 from ostinato.tokenizer import Tokenizer
+from tests.integration.test_cli import hear_ctrl_c
 
 Tiny = Callable[[str], tuple[Path, Any]]
 GREEDY = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
@@ -399,7 +400,11 @@ def test_an_argument_that_is_not_utf_8() -> None:
 
 def test_ctrl_c_while_loading() -> None:
     process = subprocess.Popen(
-        [*RUN, "generate", "x", "--verbose"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*RUN, "generate", "x", "--verbose"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=hear_ctrl_c,
     )
     assert process.stderr is not None
     assert "open" in process.stderr.readline()  # the first stage of the start is done

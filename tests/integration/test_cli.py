@@ -114,10 +114,15 @@ def test_an_unknown_flag_exits_2() -> None:
     assert "temprature" in done.stderr
 
 
+def hear_ctrl_c() -> None:
+    """A shell's background jobs ignore it, and so would whatever they start."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def test_ctrl_c_ends_cleanly() -> None:
     process = subprocess.Popen(
         [*RUN, "generate", "Once upon a time", "--max-tokens", "4000", "--ignore-eos"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=hear_ctrl_c,
     )  # fmt: skip
     assert process.stdout is not None
     assert process.stdout.read(40)  # it is generating
