@@ -22,15 +22,16 @@ from ostinato.kv_cache import GUARD_BLOCK
 GREEDY = SamplingParams(temperature=0.0, max_tokens=10, ignore_eos=True)
 
 
+def make(tiny: Callable[[str], tuple[Path, Any]], **options: Any) -> LLM:
+    """A tiny Llama of eight rows, checked at every step."""
+    defaults: dict[str, Any] = {"skip_tokenizer_init": True, "strict": True}
+    defaults |= {"max_num_seqs": 8, "max_num_batched_tokens": 64}
+    return LLM(str(tiny("llama3")[0]), **defaults | options)
+
+
 @pytest.fixture
 def llm(tiny: Callable[[str], tuple[Path, Any]]) -> Iterator[LLM]:
-    made = LLM(
-        str(tiny("llama3")[0]),
-        skip_tokenizer_init=True,
-        strict=True,
-        max_num_seqs=8,
-        max_num_batched_tokens=64,
-    )
+    made = make(tiny)
     yield made
     made.close()
 
@@ -65,7 +66,7 @@ def test_the_strict_runner_is_on(llm: LLM) -> None:
 
 def test_poisoned_padding_changes_no_token(llm: LLM, tiny: Callable[[str], tuple[Path, Any]]) -> None:
     """5 rows padded to 8, with NaN all around, against no padding at all."""
-    plain = LLM(str(tiny("llama3")[0]), skip_tokenizer_init=True, max_num_seqs=8, max_num_batched_tokens=64)
+    plain = make(tiny, strict=False)
     assert llm.engine.plan.pad_seqs(5) == 8
     assert plain.engine.plan.pad_seqs(5) == 5
     assert run(llm, 5) == run(plain, 5)
@@ -156,23 +157,9 @@ def test_a_kept_output_is_not_overwritten_by_the_next_step(llm: LLM) -> None:
 
 def test_results_in_flight_have_slots_of_their_own(tiny: Callable[[str], tuple[Path, Any]]) -> None:
     """Three steps in flight: the ring must be deeper, or a result is overwritten before it is read."""
-    llm = LLM(
-        str(tiny("llama3")[0]),
-        skip_tokenizer_init=True,
-        strict=True,
-        pipeline_depth=3,
-        max_num_seqs=8,
-        max_num_batched_tokens=64,
-    )
+    llm = make(tiny, pipeline_depth=3)
     slow = run(llm, 5)
-    llm2 = LLM(
-        str(tiny("llama3")[0]),
-        skip_tokenizer_init=True,
-        strict=True,
-        pipeline_depth=1,
-        max_num_seqs=8,
-        max_num_batched_tokens=64,
-    )
+    llm2 = make(tiny, pipeline_depth=1)
     assert slow == run(llm2, 5)
     ring = llm.engine.runner.eager._ring
     assert len(ring._slots) == 4

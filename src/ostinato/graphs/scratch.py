@@ -63,11 +63,6 @@ class ScratchChecker:
         self._max_rows = min(len(self._blocks), buffers.shapes.max_num_seqs)
         self._max_tokens = len(self._blocks) * size
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the save area."""
-        return 2 * self._saved.numel() * self._saved.element_size()
-
     def sizes(self, key: GraphKey, rows: int) -> list[int]:
         """The size that was hit, then 1, then one less than padded."""
         wanted = dict.fromkeys((rows, 1, max(key.num_seqs - 1, 1)))

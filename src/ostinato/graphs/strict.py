@@ -17,6 +17,7 @@ from ..inputs import Batch, StepBuffers
 from ..kv_cache import GUARD_BLOCK
 from ..types import GraphKey
 from .runner import EagerRunner, Pending, ResultRing, StepProgram
+from .scratch import poison
 
 _FAR = 2**30
 """Padding value far out of range: using it as an index fails at once on a CPU."""
@@ -37,7 +38,6 @@ class StrictRunner:
         self._addresses = {name: t.data_ptr() for name, t in self._registered.items()}
         self._seen: dict[GraphKey, dict[str, tuple[int, tuple[int, ...]]]] = {}
         self._constants: dict[GraphKey, dict[str, object]] = {}
-        program.cache.data[:, :, GUARD_BLOCK] = torch.nan
 
     @property
     def program(self) -> StepProgram:
@@ -93,12 +93,8 @@ class StrictRunner:
 
     def poison(self, batch: Batch) -> None:
         """Contract line 4: make whatever must not be read unusable."""
-        scratch, static, state = self._program.arena.data, batch.static, batch.state
-        scratch.fill_(0xFF)  # NaN in every float type, -1 in every integer type
-        state.emitted.fill_(-_FAR)
-        state.logprob_values.fill_(torch.nan)
-        state.logprob_ids.fill_(-_FAR)
-        state.logprob_rank.fill_(-_FAR)
+        poison(self._program, self._buffers)
+        static = batch.static
         if batch.decode:
             for unread in (static.tokens, static.token_positions, static.token_rows):
                 unread.fill_(_FAR)
