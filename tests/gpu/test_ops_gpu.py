@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 sys.path.append(str(Path(__file__).parents[1] / "unit"))
 from test_triton_ops import ABSURD, EPS, Seq, World, alone, make_world, standard
 
-from ostinato.ops import AttentionShape, OpSet, Scratch, StepView
+from ostinato.ops import AttentionShape, Linear, OpSet, Scratch, StepView
 from ostinato.ops.reference import ReferenceOps
 from ostinato.ops.triton import TritonOps
 from ostinato.types import SamplerVariant, StepKind
@@ -154,15 +154,15 @@ def forward(ops: OpSet, world: World, w: Weights) -> StepView:
     s = world.scratch
     view = ops.prepare(world.batch, s)
     ops.embed(view.ids, w.table, s.x)
-    ops.norm_linear(s.x, w.norm, EPS, w.qkv, w.qkv_bias, normed=s.normed, out=s.qkv)
+    ops.norm_linear(s.x, w.norm, EPS, Linear(w.qkv, w.qkv_bias), normed=s.normed, out=s.qkv)
     ops.rope_paged_attention(
         s.qkv, view, world.cache, world.rope, world.q_norm, world.k_norm, EPS, world.shape,
         workspace=s.attention, out=s.attn,
     )  # fmt: skip
-    ops.linear_add(s.attn, w.o, w.o_bias, residual=s.x)
-    ops.norm_gate_up(s.x, w.norm, EPS, w.gate_up, normed=s.normed, gate_up=s.gate_up, out=s.act)
-    ops.linear_add(s.act, w.down, None, residual=s.x)
-    ops.norm_head(s.x, view.last_index, w.norm, EPS, w.table, last=s.last, logits=s.logits)
+    ops.linear_add(s.attn, Linear(w.o, w.o_bias), residual=s.x)
+    ops.norm_gate_up(s.x, w.norm, EPS, Linear(w.gate_up), normed=s.normed, gate_up=s.gate_up, out=s.act)
+    ops.linear_add(s.act, Linear(w.down), residual=s.x)
+    ops.norm_head(s.x, view.last_index, w.norm, EPS, Linear(w.table), last=s.last, logits=s.logits)
     return view
 
 
@@ -194,7 +194,7 @@ def test_our_own_product_for_the_head(seed: int) -> None:
     x, w = (torch.randn(n, 576, device="cuda", dtype=torch.bfloat16) for n in (37, 5003))
     norm, index = torch.ones(576, device="cuda", dtype=torch.bfloat16), torch.arange(37, device="cuda").int()
     last, logits = torch.empty_like(x), torch.empty(37, 5003, device="cuda")
-    ops.norm_head(x, index, norm, EPS, w, last=last, logits=logits)
+    ops.norm_head(x, index, norm, EPS, Linear(w), last=last, logits=logits)
     assert_near(logits, last.double() @ w.double().t(), 1e-5)
 
 

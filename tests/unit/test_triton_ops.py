@@ -24,7 +24,7 @@ if not torch.cuda.is_available():
 pytest.importorskip("triton")
 
 from ostinato.inputs import FLAG_PENALTIES, Batch, BufferShapes, StepBuffers
-from ostinato.ops import AttentionShape, OpSet, Scratch, StepView
+from ostinato.ops import AttentionShape, Linear, OpSet, Scratch, StepView
 from ostinato.ops.reference import ReferenceOps, rms_norm
 from ostinato.ops.triton import TritonOps
 from ostinato.types import GraphKey, Route, SamplerVariant, StepKind
@@ -404,8 +404,8 @@ def test_linear_ops(seed: int, hidden: int, dtype: torch.dtype) -> None:
     w, b = weight(inner, hidden), torch.randn(inner, dtype=dtype)
     for bias in (None, b):
         actual, expected = poison(tokens, inner), poison(tokens, inner)
-        ops.norm_linear(x, norm, EPS, w, bias, normed=poison(tokens, hidden), out=actual)
-        reference.norm_linear(x, norm, EPS, w, bias, normed=poison(tokens, hidden), out=expected)
+        ops.norm_linear(x, norm, EPS, Linear(w, bias), normed=poison(tokens, hidden), out=actual)
+        reference.norm_linear(x, norm, EPS, Linear(w, bias), normed=poison(tokens, hidden), out=expected)
         torch.testing.assert_close(actual, expected, **exact)
 
     w, b, act = (
@@ -415,8 +415,8 @@ def test_linear_ops(seed: int, hidden: int, dtype: torch.dtype) -> None:
     )
     for bias in (None, b):
         actual, expected = x.clone(), x.clone()
-        ops.linear_add(act, w, bias, residual=actual)
-        reference.linear_add(act, w, bias, residual=expected)
+        ops.linear_add(act, Linear(w, bias), residual=actual)
+        reference.linear_add(act, Linear(w, bias), residual=expected)
         torch.testing.assert_close(actual, expected, **exact)
 
     w = weight(2 * inner, hidden)
@@ -424,7 +424,13 @@ def test_linear_ops(seed: int, hidden: int, dtype: torch.dtype) -> None:
     for which in (ops, reference):
         results.append(poison(tokens, inner))
         which.norm_gate_up(
-            x, norm, EPS, w, normed=poison(tokens, hidden), gate_up=poison(tokens, 2 * inner), out=results[-1]
+            x,
+            norm,
+            EPS,
+            Linear(w),
+            normed=poison(tokens, hidden),
+            gate_up=poison(tokens, 2 * inner),
+            out=results[-1],
         )
     torch.testing.assert_close(*results, **exact)
 
@@ -432,7 +438,7 @@ def test_linear_ops(seed: int, hidden: int, dtype: torch.dtype) -> None:
     results = []
     for which in (ops, reference):
         results.append(poison(3, vocab, dtype=torch.float32))
-        which.norm_head(x, last_index, norm, EPS, w, last=poison(3, hidden), logits=results[-1])
+        which.norm_head(x, last_index, norm, EPS, Linear(w), last=poison(3, hidden), logits=results[-1])
     torch.testing.assert_close(*results, **exact)
 
 
@@ -441,7 +447,7 @@ def test_norm_is_rounded_before_its_weight(seed: int) -> None:
     torch.manual_seed(seed)
     x, norm, w = (torch.randn(*size).half() for size in ((8, 200), (200,), (4, 200)))
     normed, out = torch.full_like(x, float("nan")), torch.empty(8, 4).half()
-    TritonOps().norm_linear(x, norm, EPS, w, None, normed=normed, out=out)
+    TritonOps().norm_linear(x, norm, EPS, Linear(w), normed=normed, out=out)
     differ = normed != rms_norm(x, norm, EPS)
     assert differ.float().mean() < 0.01  # a last bit of the reciprocal root may tip a rounding
 
@@ -454,7 +460,7 @@ def test_head_without_a_widening_product(seed: int) -> None:
     x, w = torch.randn(19, 72, dtype=torch.float16), torch.randn(1001, 72, dtype=torch.float16)
     norm, index = torch.ones(72, dtype=torch.float16), torch.randperm(19).int()
     logits, last = torch.full((19, 1001), float("nan")), torch.empty_like(x)
-    ops.norm_head(x, index, norm, EPS, w, last=last, logits=logits)
+    ops.norm_head(x, index, norm, EPS, Linear(w), last=last, logits=logits)
     torch.testing.assert_close(logits.double(), last.double() @ w.double().t(), rtol=1e-5, atol=1e-4)
 
 
@@ -527,10 +533,10 @@ def compile_launches() -> None:
         )
         norm = torch.zeros(hidden, dtype=dtype)
         ops.embed(s.ids, head, s.x)
-        ops.norm_linear(s.x, norm, EPS, qkv, qkv[:, 0].contiguous(), normed=s.normed, out=s.qkv)
-        ops.linear_add(s.act, down, norm, residual=s.x)
-        ops.norm_gate_up(s.x, norm, EPS, up, normed=s.normed, gate_up=s.gate_up, out=s.act)
-        ops.norm_head(s.x, s.last_index, norm, EPS, head, last=s.last, logits=s.logits)
+        ops.norm_linear(s.x, norm, EPS, Linear(qkv, qkv[:, 0].contiguous()), normed=s.normed, out=s.qkv)
+        ops.linear_add(s.act, Linear(down, norm), residual=s.x)
+        ops.norm_gate_up(s.x, norm, EPS, Linear(up), normed=s.normed, gate_up=s.gate_up, out=s.act)
+        ops.norm_head(s.x, s.last_index, norm, EPS, Linear(head), last=s.last, logits=s.logits)
     sys.stdout.write("\n".join(sorted(set(seen.values()))))
 
 

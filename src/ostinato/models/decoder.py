@@ -13,25 +13,23 @@ import torch
 
 from ..errors import CheckpointError
 from ..kv_cache import KVCache
-from ..ops import OpSet, Scratch, StepView
+from ..ops import Linear, OpSet, Scratch, StepView
 from .checkpoint import Checkpoint
 from .spec import ModelSpec
 
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """Weights of one layer, projections that share an input fused: [out, in] as in `nn.Linear`."""
+    """Weights of one layer; projections that share an input are fused along their outputs."""
 
     input_norm: torch.Tensor
-    qkv: torch.Tensor
-    qkv_bias: torch.Tensor | None
+    qkv: Linear
     q_norm: torch.Tensor | None
     k_norm: torch.Tensor | None
-    output: torch.Tensor
-    output_bias: torch.Tensor | None
+    output: Linear
     mlp_norm: torch.Tensor
-    gate_up: torch.Tensor
-    down: torch.Tensor
+    gate_up: Linear
+    down: Linear
 
 
 @dataclass(frozen=True)
@@ -43,23 +41,22 @@ class Decoder:
     """[vocab, hidden]"""
     layers: tuple[LayerWeights, ...]
     final_norm: torch.Tensor
-    head: torch.Tensor
-    """[vocab, hidden]; the embedding itself where the two are tied"""
+    head: Linear
+    """Its weight is the embedding itself where the two are tied."""
     rope: torch.Tensor
     """[positions, 2, head_dim / 2] float32 cosines and sines"""
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Every weight and table by name."""
-        found = {
-            "embedding": self.embedding,
-            "final_norm": self.final_norm,
-            "head": self.head,
-            "rope": self.rope,
-        }
+        found = {"embedding": self.embedding, "final_norm": self.final_norm, "rope": self.rope}
+        parts: list[tuple[str, torch.Tensor | Linear | None]] = [("head", self.head)]
         for index, layer in enumerate(self.layers):
-            for name, tensor in vars(layer).items():
-                if tensor is not None:
-                    found[f"layers.{index}.{name}"] = tensor
+            parts += [(f"layers.{index}.{name}", part) for name, part in vars(layer).items()]
+        for name, part in parts:
+            if isinstance(part, Linear):
+                found |= {f"{name}.{field}": t for field, t in vars(part).items() if t is not None}
+            elif part is not None:
+                found[name] = part
         return found
 
     @property
@@ -73,7 +70,7 @@ class Decoder:
         eps = spec.norm_eps
         ops.embed(view.ids, self.embedding, s.x)
         for index, layer in enumerate(self.layers):
-            ops.norm_linear(s.x, layer.input_norm, eps, layer.qkv, layer.qkv_bias, normed=s.normed, out=s.qkv)
+            ops.norm_linear(s.x, layer.input_norm, eps, layer.qkv, normed=s.normed, out=s.qkv)
             ops.rope_paged_attention(
                 s.qkv,
                 view,
@@ -86,11 +83,11 @@ class Decoder:
                 workspace=s.attention,
                 out=s.attn,
             )
-            ops.linear_add(s.attn, layer.output, layer.output_bias, residual=s.x)
+            ops.linear_add(s.attn, layer.output, residual=s.x)
             ops.norm_gate_up(
                 s.x, layer.mlp_norm, eps, layer.gate_up, normed=s.normed, gate_up=s.gate_up, out=s.act
             )
-            ops.linear_add(s.act, layer.down, None, residual=s.x)
+            ops.linear_add(s.act, layer.down, residual=s.x)
         ops.norm_head(s.x, view.last_index, self.final_norm, eps, self.head, last=s.last, logits=s.logits)
 
 
@@ -215,15 +212,18 @@ def _assemble(
         layers.append(
             LayerWeights(
                 input_norm=get(own + "input_layernorm.weight"),
-                qkv=get(*(f"{attn}{x}_proj.weight" for x in "qkv")),
-                qkv_bias=get(*(f"{attn}{x}_proj.bias" for x in "qkv")) if spec.qkv_bias else None,
+                qkv=Linear(
+                    get(*(f"{attn}{x}_proj.weight" for x in "qkv")),
+                    get(*(f"{attn}{x}_proj.bias" for x in "qkv")) if spec.qkv_bias else None,
+                ),
                 q_norm=get(attn + "q_norm.weight") if spec.qk_norm else None,
                 k_norm=get(attn + "k_norm.weight") if spec.qk_norm else None,
-                output=get(attn + "o_proj.weight"),
-                output_bias=get(attn + "o_proj.bias") if spec.output_bias else None,
+                output=Linear(
+                    get(attn + "o_proj.weight"), get(attn + "o_proj.bias") if spec.output_bias else None
+                ),
                 mlp_norm=get(own + "post_attention_layernorm.weight"),
-                gate_up=get(mlp + "gate_proj.weight", mlp + "up_proj.weight"),
-                down=get(mlp + "down_proj.weight"),
+                gate_up=Linear(get(mlp + "gate_proj.weight", mlp + "up_proj.weight")),
+                down=Linear(get(mlp + "down_proj.weight")),
             )
         )
     embedding = get("model.embed_tokens.weight")
@@ -232,6 +232,6 @@ def _assemble(
         embedding=embedding,
         layers=tuple(layers),
         final_norm=get("model.norm.weight"),
-        head=embedding if spec.tied_embeddings else get("lm_head.weight"),
+        head=Linear(embedding if spec.tied_embeddings else get("lm_head.weight")),
         rope=rope_table(spec, positions, device),
     )

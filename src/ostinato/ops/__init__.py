@@ -47,6 +47,26 @@ class AttentionShape:
 
 
 @dataclass(frozen=True)
+class Linear:
+    """Weights of a linear map: `x @ (weight * scale).T + bias`."""
+
+    weight: torch.Tensor
+    """[out, in], as in `nn.Linear`; float8_e4m3fn where there is a scale"""
+    bias: torch.Tensor | None = None
+    """[out]"""
+    scale: torch.Tensor | None = None
+    """[out] float32, one for each output channel"""
+
+    @property
+    def out_features(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return self.weight.shape[1]
+
+
+@dataclass(frozen=True)
 class StepView:
     """What a step is, in the device's own terms; `prepare` computes it from the static buffers.
 
@@ -139,13 +159,12 @@ class OpSet(Protocol):
         x: torch.Tensor,
         norm: torch.Tensor,
         eps: float,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
+        linear: Linear,
         *,
         normed: torch.Tensor,
         out: torch.Tensor,
     ) -> None:
-        """out = rms_norm(x) @ weight.T + bias; x [T, hidden], weight [n, hidden], out [T, n]."""
+        """out = linear(rms_norm(x)); x [T, hidden], out [T, n]."""
         ...
 
     def rope_paged_attention(
@@ -171,10 +190,8 @@ class OpSet(Protocol):
         """
         ...
 
-    def linear_add(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, residual: torch.Tensor
-    ) -> None:
-        """residual += x @ weight.T + bias; x [T, k], weight [hidden, k], residual [T, hidden]."""
+    def linear_add(self, x: torch.Tensor, linear: Linear, *, residual: torch.Tensor) -> None:
+        """residual += linear(x); x [T, k], residual [T, hidden]."""
         ...
 
     def norm_gate_up(
@@ -182,13 +199,13 @@ class OpSet(Protocol):
         x: torch.Tensor,
         norm: torch.Tensor,
         eps: float,
-        weight: torch.Tensor,
+        linear: Linear,
         *,
         normed: torch.Tensor,
         gate_up: torch.Tensor,
         out: torch.Tensor,
     ) -> None:
-        """out = silu(g) * u with [g, u] = rms_norm(x) @ weight.T; weight [2 intermediate, hidden]."""
+        """out = silu(g) * u with [g, u] = linear(rms_norm(x)), without bias; out [T, intermediate]."""
         ...
 
     def norm_head(
@@ -197,12 +214,12 @@ class OpSet(Protocol):
         last_index: torch.Tensor,
         norm: torch.Tensor,
         eps: float,
-        weight: torch.Tensor,
+        linear: Linear,
         *,
         last: torch.Tensor,
         logits: torch.Tensor,
     ) -> None:
-        """logits[s] = rms_norm(x[last_index[s]]) @ weight.T, float32; weight [vocab, hidden]."""
+        """logits[s] = linear(rms_norm(x[last_index[s]])), float32, without bias; logits [S, vocab]."""
         ...
 
     def sample(

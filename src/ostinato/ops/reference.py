@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from .. import sampling
 from ..inputs import FLAG_PENALTIES, Batch, StaticInputs, StepState
 from ..types import SamplerVariant
-from . import AttentionShape, Scratch, StepView
+from . import AttentionShape, Linear, Scratch, StepView
 
 
 @dataclass(frozen=True)
@@ -134,13 +134,12 @@ class ReferenceOps:
         x: torch.Tensor,
         norm: torch.Tensor,
         eps: float,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
+        linear: Linear,
         *,
         normed: torch.Tensor,
         out: torch.Tensor,
     ) -> None:
-        linear(rms_norm(x, norm, eps), weight, bias, out)
+        apply(rms_norm(x, norm, eps), linear, out)
 
     def rope_paged_attention(
         self,
@@ -218,25 +217,23 @@ class ReferenceOps:
                 )
             result[start:end] = attended[0].transpose(0, 1)
 
-    def linear_add(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, residual: torch.Tensor
-    ) -> None:
-        residual.add_(product(x, weight))
-        if bias is not None:
-            residual.add_(bias)
+    def linear_add(self, x: torch.Tensor, linear: Linear, *, residual: torch.Tensor) -> None:
+        residual.add_(product(x, linear.weight))
+        if linear.bias is not None:
+            residual.add_(linear.bias)
 
     def norm_gate_up(
         self,
         x: torch.Tensor,
         norm: torch.Tensor,
         eps: float,
-        weight: torch.Tensor,
+        linear: Linear,
         *,
         normed: torch.Tensor,
         gate_up: torch.Tensor,
         out: torch.Tensor,
     ) -> None:
-        gate, up = product(rms_norm(x, norm, eps), weight).chunk(2, dim=-1)
+        gate, up = product(rms_norm(x, norm, eps), linear.weight).chunk(2, dim=-1)
         out.copy_(F.silu(gate).mul_(up))
 
     def norm_head(
@@ -245,13 +242,13 @@ class ReferenceOps:
         last_index: torch.Tensor,
         norm: torch.Tensor,
         eps: float,
-        weight: torch.Tensor,
+        linear: Linear,
         *,
         last: torch.Tensor,
         logits: torch.Tensor,
     ) -> None:
         torch.index_select(x, 0, last_index, out=last)
-        linear(rms_norm(last, norm, eps), weight, None, logits)
+        apply(rms_norm(last, norm, eps), linear, logits)
 
     def sample(
         self,
@@ -317,12 +314,12 @@ def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return (weight @ x.t()).t()[:rows]
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
-    """out = x @ weight.T + bias."""
-    if bias is None:
-        out.copy_(product(x, weight))
+def apply(x: torch.Tensor, linear: Linear, out: torch.Tensor) -> None:
+    """out = linear(x)."""
+    if linear.bias is None:
+        out.copy_(product(x, linear.weight))
     else:
-        torch.add(product(x, weight), bias, out=out)
+        torch.add(product(x, linear.weight), linear.bias, out=out)
 
 
 def rotate(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:

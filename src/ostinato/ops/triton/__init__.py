@@ -17,7 +17,7 @@ from triton import cdiv, next_power_of_2
 
 from ...inputs import FLAG_PENALTIES, Batch, StaticInputs, StepState
 from ...types import SamplerVariant
-from .. import AttentionShape, Scratch, StepView
+from .. import AttentionShape, Linear, Scratch, StepView
 from . import attention, pointwise
 
 SPLITS = 16
@@ -128,19 +128,18 @@ class TritonOps:
         x: torch.Tensor,
         norm: torch.Tensor,
         eps: float,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
+        linear: Linear,
         *,
         normed: torch.Tensor,
         out: torch.Tensor,
     ) -> None:
         _rms_norm(x, None, norm, eps, normed)
-        if bias is None:
-            torch.mm(normed, weight.t(), out=out)
+        if linear.bias is None:
+            torch.mm(normed, linear.weight.t(), out=out)
         else:
             # The bias first and the product onto it: one rounding, as in `addmm`, and no temporary.
-            _add_bias(out, bias, add=False)
-            out.addmm_(normed, weight.t())
+            _add_bias(out, linear.bias, add=False)
+            out.addmm_(normed, linear.weight.t())
 
     def rope_paged_attention(
         self,
@@ -193,26 +192,24 @@ class TritonOps:
                 num_warps=tile.warps, num_stages=2,
             )  # fmt: skip
 
-    def linear_add(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, residual: torch.Tensor
-    ) -> None:
-        residual.addmm_(x, weight.t())
-        if bias is not None:
-            _add_bias(residual, bias, add=True)
+    def linear_add(self, x: torch.Tensor, linear: Linear, *, residual: torch.Tensor) -> None:
+        residual.addmm_(x, linear.weight.t())
+        if linear.bias is not None:
+            _add_bias(residual, linear.bias, add=True)
 
     def norm_gate_up(
         self,
         x: torch.Tensor,
         norm: torch.Tensor,
         eps: float,
-        weight: torch.Tensor,
+        linear: Linear,
         *,
         normed: torch.Tensor,
         gate_up: torch.Tensor,
         out: torch.Tensor,
     ) -> None:
         _rms_norm(x, None, norm, eps, normed)
-        torch.mm(normed, weight.t(), out=gate_up)
+        torch.mm(normed, linear.weight.t(), out=gate_up)
         tokens, width = out.shape
         grid = (tokens, cdiv(width, COLUMNS_BLOCK))
         pointwise.silu_mul[grid](gate_up, out, WIDTH=width, BLOCK=COLUMNS_BLOCK, num_warps=4)
@@ -223,12 +220,13 @@ class TritonOps:
         last_index: torch.Tensor,
         norm: torch.Tensor,
         eps: float,
-        weight: torch.Tensor,
+        linear: Linear,
         *,
         last: torch.Tensor,
         logits: torch.Tensor,
     ) -> None:
         """As the protocol says; `last` receives the normed rows."""
+        weight = linear.weight
         _rms_norm(x, last_index, norm, eps, last)
         if logits.dtype == weight.dtype:
             torch.mm(last, weight.t(), out=logits)
