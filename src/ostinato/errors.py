@@ -17,6 +17,7 @@ __all__ = [
     "EngineDeadError",
     "FallbackError",
     "GraphError",
+    "KernelError",
     "KVCacheError",
     "MismatchError",
     "ModelError",
@@ -98,6 +99,10 @@ class MismatchError(GraphError):
 
 class StrictError(GraphError):
     """A line of the graph contract was broken (see docs/graph-contract.md)."""
+
+
+class KernelError(OstinatoError):
+    """A kernel does not compile, load or launch on this GPU."""
 
 
 class EngineDeadError(OstinatoError):

@@ -1,0 +1,122 @@
+"""CUDA C++ compiled at run time and launched: NVRTC, the driver, and a cache of binaries on disk."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import tempfile
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...errors import KernelError
+
+
+class Kernel:
+    """A function of a compiled program, ready to be launched on torch's current stream."""
+
+    def __init__(self, function: Any, *, grid: int, block: int, shared_bytes: int, pdl: bool) -> None:
+        from cuda.bindings import driver
+
+        self._function, self._driver = function, driver
+        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        _check(driver.cuFuncSetAttribute(function, attribute, shared_bytes), "shared memory")
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = grid, 1, 1
+        config.blockDimX, config.blockDimY, config.blockDimZ = block, 1, 1
+        config.sharedMemBytes = shared_bytes
+        if pdl:
+            early = driver.CUlaunchAttribute()
+            early.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+            early.value.programmaticStreamSerializationAllowed = 1
+            config.attrs, config.numAttrs = [early], 1
+        self._config = config
+
+    def launch(self, params: bytes) -> None:
+        """Launch with one parameter, a struct passed by value."""
+        held = ctypes.create_string_buffer(params, len(params))
+        slots = (ctypes.c_void_p * 1)(ctypes.addressof(held))
+        self._config.hStream = torch.cuda.current_stream().cuda_stream
+        status = self._driver.cuLaunchKernelEx(self._config, self._function, ctypes.addressof(slots), 0)
+        _check(status, "launch")
+
+
+def build(
+    source: Path,
+    name: str,
+    macros: Mapping[str, int],
+    *,
+    block: int,
+    shared_bytes: int,
+    grid: int,
+    pdl: bool = True,
+) -> Kernel:
+    """Compile a source file for the current GPU, or take the binary from the cache.
+
+    Args:
+        source: CUDA C++; needs no header.
+        name: of an `extern "C"` kernel in it.
+        macros: `-D` definitions.
+        block: threads.
+        shared_bytes: of dynamic shared memory.
+        grid: blocks.
+        pdl: launch before the kernel in front has ended (programmatic dependent launch).
+
+    Raises:
+        KernelError: it does not compile or load; the compiler's log is in the message.
+    """
+    from cuda.bindings import driver
+
+    binary = compile_cubin(source.read_text(), source.name, macros, arch())
+    torch.cuda.current_stream()  # there is a context
+    module = _check(driver.cuModuleLoadData(binary), f"loading {source.name}")
+    function = _check(driver.cuModuleGetFunction(module, name.encode()), name)
+    return Kernel(function, grid=grid, block=block, shared_bytes=shared_bytes, pdl=pdl)
+
+
+@lru_cache
+def arch() -> str:
+    """The current GPU as NVRTC names it; architecture-specific instructions included."""
+    major, minor = torch.cuda.get_device_capability()
+    return f"sm_{major}{minor}" + ("a" if major >= 9 else "")
+
+
+def compile_cubin(text: str, filename: str, macros: Mapping[str, int], arch: str) -> bytes:
+    """Machine code of a program, from the cache where it has been compiled before."""
+    from cuda.bindings import nvrtc
+
+    version = _check(nvrtc.nvrtcVersion(), "version")
+    options = [f"--gpu-architecture={arch}", "--std=c++17", "-default-device"]
+    options += [f"-D{key}={value}" for key, value in sorted(macros.items())]
+    digest = hashlib.sha256("\0".join([text, *options, str(version)]).encode()).hexdigest()[:32]
+    folder = Path(os.environ.get("OSTINATO_CACHE") or Path.home() / ".cache" / "ostinato") / "kernels"
+    cached = folder / f"{Path(filename).stem}-{digest}.cubin"
+    if cached.is_file():
+        return cached.read_bytes()
+    program = _check(nvrtc.nvrtcCreateProgram(text.encode(), filename.encode(), 0, [], []), "program")
+    encoded = [option.encode() for option in options]
+    status = nvrtc.nvrtcCompileProgram(program, len(encoded), encoded)[0]
+    if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+        log = b" " * _check(nvrtc.nvrtcGetProgramLogSize(program), "log")
+        nvrtc.nvrtcGetProgramLog(program, log)
+        raise KernelError(f"{filename} does not compile for {arch}: {log.decode(errors='replace').strip()}")
+    binary = b" " * _check(nvrtc.nvrtcGetCUBINSize(program), "size")
+    _check(nvrtc.nvrtcGetCUBIN(program, binary), "binary")
+    nvrtc.nvrtcDestroyProgram(program)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
+        file.write(binary)
+    Path(file.name).replace(cached)  # whole or not at all, whoever else compiles the same
+    return binary
+
+
+def _check(result: Any, what: str) -> Any:
+    """The value of a driver or NVRTC call."""
+    status, *values = result
+    if int(status) != 0:
+        raise KernelError(f"CUDA kernel, {what}: {status.name}")
+    return values[0] if len(values) == 1 else tuple(values)
