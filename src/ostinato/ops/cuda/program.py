@@ -104,7 +104,7 @@ def compile_cubin(text: str, filename: str, macros: Mapping[str, int], arch: str
         log = b" " * _check(nvrtc.nvrtcGetProgramLogSize(program), "log")
         nvrtc.nvrtcGetProgramLog(program, log)
         raise KernelError(f"{filename} does not compile for {arch}: {log.decode(errors='replace').strip()}")
-    binary = b" " * _check(nvrtc.nvrtcGetCUBINSize(program), "size")
+    binary: bytes = b" " * _check(nvrtc.nvrtcGetCUBINSize(program), "size")
     _check(nvrtc.nvrtcGetCUBIN(program, binary), "binary")
     nvrtc.nvrtcDestroyProgram(program)
     folder.mkdir(parents=True, exist_ok=True)
