@@ -21,10 +21,13 @@ from .types import (
     MAX_LOGPROBS,
     MAX_STOP_IDS,
     GraphKey,
+    Members,
     Request,
     Route,
+    SamplerVariant,
     Schedule,
     ScheduledRow,
+    SteadyRows,
     StepKind,
 )
 
@@ -283,7 +286,10 @@ class StepBuffers:
         ]
         self._enabled: set[int] = set()
         self._held: set[int] = set()
+        self._members: Members | None = None
+        """Whose rows the last write brought up to date, where the next one may find the same."""
         self._views: dict[GraphKey, tuple[torch.Tensor, ...]] = {}
+        self._last_batch: Batch | None = None
         self._ring = [_Staging(self.words) for _ in range(depth + 1)]
         self._turn = 0
 
@@ -312,20 +318,26 @@ class StepBuffers:
         Returns:
             The batch at the route's padded shape.
         """
+        rows, steady = schedule.rows, schedule.rows if isinstance(schedule.rows, SteadyRows) else None
+        if steady is not None and steady.members is self._members:
+            if steady.grown:
+                self._grow(steady)
+            return self.batch(route, steady.members.logprobs)
+        self._members = None if steady is None else steady.members
         if schedule.moves:
             self._move(schedule.moves)
         edits = _Edits(self._offset, self._width)
         for row in schedule.leaves:
             self._disable(edits, row)
             self._held.discard(row)
-        for item in schedule.rows:
+        for item in rows:
             if item.joins:
                 self._join(edits, item)
             if item.new_blocks:
                 edits.put("block_table", item.row, item.new_blocks, column=item.num_blocks_before)
-            if item.request.host_dependent:
+            if item.request.bad_word_ids and item.request.host_dependent:
                 edits.put("mask", item.row, self._mask(item.request))
-        decoding = {item.row for item in schedule.rows if item.decode}
+        decoding = {item.row for item in rows if item.decode}
         for row in decoding - self._enabled:
             edits.set("enabled", row, 1)
         if schedule.kind is StepKind.DECODE:
@@ -335,24 +347,42 @@ class StepBuffers:
         else:
             self._enabled |= decoding
             self._lay_out(edits, schedule, route.key)
+        self._apply(edits)
+        jobs = _prompt_jobs(schedule) if schedule.needs_prompt_logprobs else ()
+        # Logprobs are of the full sampler: the others need not look.
+        full = schedule.sampler is SamplerVariant.FULL
+        logprobs = full and any(r.samples and r.request.params.logprobs is not None for r in rows)
+        return self.batch(route, logprobs, jobs)
+
+    def _grow(self, steady: SteadyRows) -> None:
+        """New blocks, where nothing else changed."""
+        edits = _Edits(self._offset, self._width)
+        for item in map(steady.row, steady.grown):
+            edits.put("block_table", item.row, item.new_blocks, column=item.num_blocks_before)
+        self._apply(edits)
+
+    def _apply(self, edits: _Edits) -> None:
+        """Send edits to the device, from the next slot of the ring."""
         if edits:
             staging = self._ring[self._turn]
             self._turn = (self._turn + 1) % len(self._ring)
             staging.apply(*edits.arrays())
-        jobs = _prompt_jobs(schedule) if schedule.needs_prompt_logprobs else ()
-        logprobs = any(r.samples and r.request.params.logprobs is not None for r in schedule.rows)
-        return self.batch(route, logprobs, jobs)
 
     def batch(
         self, route: Route, logprobs: bool = False, prompt_logprobs: tuple[PromptLogprobsJob, ...] = ()
     ) -> Batch:
         """The batch of a route over whatever the buffers hold: the same views for the same key."""
+        last = self._last_batch
+        if last is not None and last.route is route and last.logprobs == logprobs and not prompt_logprobs:
+            return last
         views = self._views.get(route.key)
         if views is None:
             views = self._views[route.key] = self._cut(route.key)
-        return Batch(
+        batch = Batch(
             route, logprobs, prompt_logprobs, self.shapes.block_size, self.static, self.state, *views
         )
+        self._last_batch = None if prompt_logprobs else batch
+        return batch
 
     def mirrors(self) -> tuple[set[int], set[int]]:
         """What the host remembers of the device rows; for whoever borrows them and puts them back."""
@@ -361,6 +391,7 @@ class StepBuffers:
     def set_mirrors(self, mirrors: tuple[set[int], set[int]]) -> None:
         """Undo what happened since `mirrors()`, once the device buffers are restored."""
         self._enabled, self._held = set(mirrors[0]), set(mirrors[1])
+        self._members = None
 
     def _cut(self, key: GraphKey) -> tuple[torch.Tensor, ...]:
         s, seqs, tokens = self.static, key.num_seqs, key.num_tokens

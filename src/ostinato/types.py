@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from enum import Enum, IntEnum
 from numbers import Real
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, overload
 
 from .errors import SamplingParamsError, UnknownOptionError
 
@@ -459,13 +459,83 @@ class ScheduledRow(NamedTuple):
     """The request's epoch at launch."""
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class Members:
+    """Requests that decode together, step after step; steps of equal rows share one object."""
+
+    requests: tuple[Request, ...]
+    rows: tuple[int, ...]
+    """Device rows, ascending; none of them changes."""
+    epochs: tuple[int, ...]
+    starts: tuple[int, ...]
+    """Position of each one's first token."""
+    logprobs: bool
+    """One of them wants logprobs."""
+
+
+class SteadyRows(Sequence[ScheduledRow]):
+    """The rows of a decode step whose members are those of the step before it.
+
+    Says the same as a tuple of rows, but makes a row only when it is asked for: a step that
+    changes nothing costs the host the same whatever its size.
+    """
+
+    __slots__ = ("_num_blocks", "grown", "members", "offset")
+
+    def __init__(
+        self,
+        members: Members,
+        offset: int,
+        num_blocks: Sequence[int],
+        grown: Mapping[int, tuple[int, ...]],
+    ) -> None:
+        """One step.
+
+        Args:
+            members: who decodes.
+            offset: tokens since the members' starts.
+            num_blocks: blocks that each member had before this step.
+            grown: new blocks by place of the member, for those that get any.
+        """
+        self.members, self.offset, self.grown = members, offset, grown
+        self._num_blocks = num_blocks
+
+    def __len__(self) -> int:
+        return len(self.members.rows)
+
+    @overload
+    def __getitem__(self, index: int) -> ScheduledRow: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[ScheduledRow, ...]: ...
+    def __getitem__(self, index: int | slice) -> ScheduledRow | tuple[ScheduledRow, ...]:
+        if isinstance(index, slice):
+            return tuple(self.row(i) for i in range(*index.indices(len(self))))
+        return self.row(range(len(self))[index])
+
+    def row(self, place: int) -> ScheduledRow:
+        """The row of the member at that place."""
+        m = self.members
+        return ScheduledRow(
+            m.requests[place],
+            m.rows[place],
+            m.starts[place] + self.offset,
+            1,
+            True,
+            True,
+            False,
+            self._num_blocks[place],
+            self.grown.get(place, ()),
+            m.epochs[place],
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class Schedule:
     """What one step runs. No tensors; `to_json` with the parameters can be replayed."""
 
     step: int
     kind: StepKind
-    rows: tuple[ScheduledRow, ...]
+    rows: Sequence[ScheduledRow]
     """A decode step: by device row. Otherwise decodes, chunks that go on, chunks that join, each by arrival."""
     leaves: tuple[int, ...]
     """Device rows that nobody uses any more: written inactive before this step."""
@@ -475,18 +545,18 @@ class Schedule:
 
     @property
     def num_tokens(self) -> int:
-        return sum(row.length for row in self.rows)
+        return len(self.rows) if self.kind is StepKind.DECODE else sum(row.length for row in self.rows)
 
     @property
     def num_seqs(self) -> int:
         """Rows the step spans: for a decode step up to the highest device row, holes included."""
         if self.kind is StepKind.DECODE:
-            return max(row.row for row in self.rows) + 1
+            return self.rows[-1].row + 1
         return len(self.rows)
 
     @property
     def needs_prompt_logprobs(self) -> bool:
-        return any(
+        return self.kind is not StepKind.DECODE and any(
             r.request.params.prompt_logprobs is not None and r.start < len(r.request.prompt_token_ids)
             for r in self.rows
         )
@@ -520,6 +590,10 @@ class GraphKey:
     num_tokens: int
     num_seqs: int
     sampler: SamplerVariant
+
+    def __hash__(self) -> int:
+        # Every step looks its key up several times, and hashing an enum is slow; few keys differ in these alone.
+        return hash((self.num_tokens, self.num_seqs))
 
     def __str__(self) -> str:
         return (

@@ -11,12 +11,14 @@ import torch
 from ostinato.inputs import BufferShapes, StepBuffers
 from ostinato.types import (
     GraphKey,
+    Members,
     Request,
     Route,
     SamplerVariant,
     SamplingParams,
     Schedule,
     ScheduledRow,
+    SteadyRows,
     StepKind,
 )
 
@@ -161,6 +163,49 @@ def test_an_unchanged_decode_step_writes_nothing(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("ostinato.inputs._Staging.apply", lambda *args: pytest.fail("something was written"))
     write(b, item(one, 0))
     assert torch.equal(b.words, before)
+
+
+def steady(members: Members, offset: int, grown: dict[int, tuple[int, ...]] | None = None) -> Schedule:
+    rows = SteadyRows(members, offset, [1 + offset] * len(members.rows), grown or {})
+    return Schedule(offset, StepKind.DECODE, rows, (), (), SamplerVariant.GREEDY)
+
+
+def test_a_steady_step_writes_the_blocks_that_rows_got_and_looks_at_no_row(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    b, requests = buffers(), (request("a"), request("b"))
+    for row, one in enumerate(requests):
+        join(b, one, row)
+    members = Members(requests, (0, 1), (0, 0), (10, 10), logprobs=True)
+    route = Route(GraphKey(StepKind.DECODE, 4, 4, SamplerVariant.GREEDY), None)
+    first = b.write(steady(members, 0), route)
+    assert first.logprobs
+    assert b.static.enabled.tolist() == [1, 1, 0, 0]
+    with monkeypatch.context() as patched:
+        patched.setattr(SteadyRows, "__getitem__", lambda *args: pytest.fail("a row was looked at"))
+        assert b.write(steady(members, 1), route) is first
+    b.write(steady(members, 2, {1: (7, 8)}), route)
+    assert b.static.block_table[:2, :5].tolist() == [[3, 0, 0, 0, 0], [3, 0, 0, 7, 8]]
+
+
+def test_a_steady_step_after_another_one_is_written_in_full() -> None:
+    """The members are known, but between two of their steps others changed what the device holds."""
+    b, requests = buffers(), (request("a"), request("b"))
+    for row, one in enumerate(requests):
+        join(b, one, row)
+    members = Members(requests, (0, 1), (0, 0), (10, 10), logprobs=False)
+    route = Route(GraphKey(StepKind.DECODE, 4, 4, SamplerVariant.GREEDY), None)
+    b.write(steady(members, 0), route)
+    write(b, item(requests[0], 0))
+    assert b.static.enabled.tolist() == [1, 0, 0, 0]
+    b.write(steady(members, 1), route)
+    assert b.static.enabled.tolist() == [1, 1, 0, 0]
+    mirrors, words = b.mirrors(), b.words.clone()
+    write(b, item(requests[1], 1))  # a trial borrows the rows
+    b.words.copy_(words)
+    b.set_mirrors(mirrors)
+    b.write(steady(members, 2), route)
+    assert b.static.enabled.tolist() == [1, 1, 0, 0]
 
 
 def test_staging_slots_outnumber_the_steps_in_flight() -> None:
