@@ -167,13 +167,13 @@ def test_an_unchanged_decode_step_writes_nothing(monkeypatch: pytest.MonkeyPatch
 
 def steady(members: Members, offset: int, grown: dict[int, tuple[int, ...]] | None = None) -> Schedule:
     rows = SteadyRows(members, offset, [1 + offset] * len(members.rows), grown or {})
-    return Schedule(offset, StepKind.DECODE, rows, (), (), SamplerVariant.GREEDY)
+    return Schedule(offset, StepKind.DECODE, rows, (), (), SamplerVariant.FULL)
 
 
 def test_a_steady_step_writes_the_blocks_that_rows_got_and_looks_at_no_row(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    b, requests = buffers(), (request("a"), request("b"))
+    b, requests = buffers(), (request("a", logprobs=1), request("b"))
     for row, one in enumerate(requests):
         join(b, one, row)
     members = Members(requests, (0, 1), (0, 0), (10, 10), logprobs=True)
