@@ -10,8 +10,10 @@ captured graph may read (docs/graph-contract.md, line 1).
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,6 +37,9 @@ FLAG_PENALTIES = 1
 FLAG_MASK = 2
 FLAG_BIAS = 4
 FLAG_LOGPROBS = 8
+
+_FLOAT, _BITS, _TWO_BITS = struct.Struct("<f"), struct.Struct("<i"), struct.Struct("<2i")
+"""The bits of a float32, and of a 64-bit seed, as int32."""
 
 
 @dataclass(frozen=True)
@@ -290,7 +295,7 @@ class StepBuffers:
         """Whose rows the last write brought up to date, where the next one may find the same."""
         self._views: dict[GraphKey, tuple[torch.Tensor, ...]] = {}
         self._last_batch: Batch | None = None
-        self._ring = [_Staging(self.words) for _ in range(depth + 1)]
+        self._ring = [_Staging(device) for _ in range(depth + 1)]
         self._turn = 0
 
     @property
@@ -366,7 +371,7 @@ class StepBuffers:
         if edits:
             staging = self._ring[self._turn]
             self._turn = (self._turn + 1) % len(self._ring)
-            staging.apply(*edits.arrays())
+            staging.apply(edits.scatters(self.words))
 
     def batch(
         self, route: Route, logprobs: bool = False, prompt_logprobs: tuple[PromptLogprobsJob, ...] = ()
@@ -421,7 +426,7 @@ class StepBuffers:
             edits.set_float(name, row, getattr(params, name))
         edits.set("top_k", row, max(params.top_k, 0))
         seed = request.seed & 0xFFFFFFFFFFFFFFFF
-        edits.put("seed", row, np.array([seed & 0xFFFFFFFF, seed >> 32], np.uint32).view(np.int32))
+        edits.put("seed", row, _TWO_BITS.unpack(seed.to_bytes(8, "little")))
         edits.set("min_position", row, prompt + params.min_tokens)
         edits.set("last_position", row, request.max_total_tokens - 1)
         edits.set("num_stop_ids", row, len(request.stop_token_ids))
@@ -435,7 +440,7 @@ class StepBuffers:
         if masked and not request.host_dependent:
             edits.put("mask", row, self._mask(request))
         if params.has_penalties:
-            self._rebuild_counts(request, row)
+            self._rebuild_counts(edits, request, row)
 
     def _mask(self, request: Request) -> np.ndarray:
         """Bits of the tokens that may come next, [mask_words] int32."""
@@ -446,17 +451,19 @@ class StepBuffers:
         bits[list(request.banned_next())] = False
         return np.packbits(bits, bitorder="little").view(np.int32)
 
-    def _rebuild_counts(self, request: Request, row: int) -> None:
-        """Penalty state from the history; stream order puts it before the step that joins."""
-        bits = np.zeros(self.shapes.mask_words * 32, bool)
-        bits[list(request.prompt_token_ids)] = True
-        packed = torch.from_numpy(np.packbits(bits, bitorder="little").view(np.int32))
-        self.state.prompt_mask[row].copy_(packed)
-        counts = np.zeros(self.shapes.vocab_size, np.int16)
+    def _rebuild_counts(self, edits: _Edits, request: Request, row: int) -> None:
+        """Penalty state from the history; the host's work grows with the history, not with the vocabulary."""
+        state, shapes = self.state, self.shapes
+        state.prompt_mask[row].zero_()
+        ids = np.unique(np.asarray(request.prompt_token_ids, np.int64))
+        words, place = np.unique(ids >> 5, return_inverse=True)
+        bits = np.zeros(len(words), np.uint32)
+        np.bitwise_or.at(bits, place, np.uint32(1) << (ids & 31).astype(np.uint32))
+        edits.also(state.prompt_mask, row * shapes.mask_words + words, bits.view(np.int32))
+        state.output_counts[row].zero_()
         if request.output_token_ids:
-            ids, often = np.unique(np.array(request.output_token_ids), return_counts=True)
-            counts[ids] = np.minimum(often, 32767)
-        self.state.output_counts[row].copy_(torch.from_numpy(counts))
+            ids, often = np.unique(np.asarray(request.output_token_ids, np.int64), return_counts=True)
+            edits.also(state.output_counts, row * shapes.vocab_size + ids, np.minimum(often, 32767))
 
     def _lay_out(self, edits: _Edits, schedule: Schedule, key: GraphKey) -> None:
         """Tokens and sequences of a prefill or mixed step, padding included."""
@@ -507,15 +514,16 @@ class _Edits:
         self._offset, self._width = offset, width
         self._single: dict[int, int] = {}
         self._runs: list[tuple[int, np.ndarray]] = []
+        self._others: list[tuple[torch.Tensor, np.ndarray, np.ndarray]] = []
 
     def __bool__(self) -> bool:
-        return bool(self._single or self._runs)
+        return bool(self._single or self._runs or self._others)
 
     def set(self, name: str, row: int, value: int) -> None:
         self._single[self._offset[name] + row * self._width[name]] = value
 
     def set_float(self, name: str, row: int, value: float) -> None:
-        self.set(name, row, int(np.float32(value).view(np.int32)))
+        self.set(name, row, _BITS.unpack(_FLOAT.pack(value))[0])
 
     def put(self, name: str, row: int, values: Sequence[int] | np.ndarray, column: int = 0) -> None:
         """Consecutive words from (row, column) of a field on."""
@@ -523,8 +531,17 @@ class _Edits:
             start = self._offset[name] + row * self._width[name] + column
             self._runs.append((start, np.asarray(values, np.int32)))
 
-    def arrays(self) -> tuple[np.ndarray, np.ndarray]:
-        """(int64 indices, int32 values) of all edits; no index stands twice."""
+    def also(self, tensor: torch.Tensor, index: np.ndarray, values: np.ndarray) -> None:
+        """Elements of a tensor that is not part of `words`, by flat index; no index stands twice."""
+        self._others.append((tensor.view(-1), index.astype(np.int64), values.astype(np.int32)))
+
+    def scatters(self, words: torch.Tensor) -> list[tuple[torch.Tensor, np.ndarray, np.ndarray]]:
+        """(flat tensor, int64 indices, int32 values) of all edits."""
+        own = [(words, *self._arrays())] if self._single or self._runs else []
+        return own + self._others
+
+    def _arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        """Indices and values of the edits of `words`; no index stands twice."""
         index = [np.fromiter(self._single.keys(), np.int64, len(self._single))]
         value = [np.fromiter(self._single.values(), np.int32, len(self._single))]
         for start, run in self._runs:
@@ -536,27 +553,49 @@ class _Edits:
 class _Staging:
     """One slot of the staging ring: host memory that a copy may still be reading."""
 
-    def __init__(self, words: torch.Tensor) -> None:
-        self._words = words
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._host = torch.empty(0, dtype=torch.uint8)
-        self._copied: torch.cuda.Event | None = None
+        self._copied: Any = None
+        """What to wait for before the host memory is written again."""
 
-    def apply(self, index: np.ndarray, value: np.ndarray) -> None:
-        """words[index] = value, with one copy and one scatter in stream order."""
-        if self._words.device.type == "cpu":
-            self._words[torch.from_numpy(index)] = torch.from_numpy(value)
+    def apply(self, scatters: Sequence[tuple[torch.Tensor, np.ndarray, np.ndarray]]) -> None:
+        """tensor[index] = value for each, with one copy in stream order."""
+        if self._device.type == "cpu":
+            for tensor, index, value in scatters:
+                tensor[torch.from_numpy(index)] = torch.from_numpy(value).to(tensor.dtype)
             return
-        n = len(index)
         if self._copied is not None:
             self._copied.synchronize()  # long past: the ring is deeper than the steps in flight
-        if self._host.numel() < 12 * n:
-            self._host = torch.empty(max(24 * n, 1 << 16), dtype=torch.uint8, pin_memory=True)
-        self._host[: 8 * n].view(torch.int64).numpy()[:] = index
-        self._host[8 * n : 12 * n].view(torch.int32).numpy()[:] = value
-        packed = self._host[: 12 * n].to(self._words.device, non_blocking=True)
-        self._words.index_copy_(0, packed[: 8 * n].view(torch.int64), packed[8 * n :].view(torch.int32))
-        self._copied = torch.cuda.Event()
-        self._copied.record()
+        total = sum(len(index) for _, index, _ in scatters)
+        if self._host.numel() < 12 * total:
+            self._host = self._room(max(24 * total, 1 << 16))
+        split = 8 * total
+        np.concatenate([i for _, i, _ in scatters], out=self._host[:split].view(torch.int64).numpy())
+        np.concatenate(
+            [v for _, _, v in scatters], out=self._host[split : split + 4 * total].view(torch.int32).numpy()
+        )
+        self._copied = self._send([(tensor, len(index)) for tensor, index, _ in scatters], total)
+
+    def _room(self, nbytes: int) -> torch.Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+
+    def _send(self, targets: Sequence[tuple[torch.Tensor, int]], total: int) -> Any:
+        """Start the copy and the scatters behind it; an event that passes when the copy has been made."""
+        packed = self._host[: 12 * total].to(self._device, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+        scatter(packed, targets, total)
+        return copied
+
+
+def scatter(packed: torch.Tensor, targets: Sequence[tuple[torch.Tensor, int]], total: int) -> None:
+    """Write what a staging slot holds, [12 * total] bytes: all indices, then all values, target by target."""
+    index, value = packed[: 8 * total].view(torch.int64), packed[8 * total :].view(torch.int32)
+    at = 0
+    for tensor, count in targets:
+        tensor.index_copy_(0, index[at : at + count], value[at : at + count].to(tensor.dtype))
+        at += count
 
 
 def _prompt_jobs(schedule: Schedule) -> tuple[PromptLogprobsJob, ...]:

@@ -165,6 +165,43 @@ def test_results_in_flight_have_slots_of_their_own(tiny: Callable[[str], tuple[P
     assert len(ring._slots) == 4
 
 
+def test_a_pipeline_deeper_than_the_ring(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A result that nobody has read yet is not overwritten: the step is refused instead."""
+    engine = llm.engine
+    object.__setattr__(engine.config, "pipeline_depth", 4)  # the ring was made for one
+    with pytest.raises(StrictError, match="expected at most 1 steps in flight"):
+        run(llm)
+    object.__setattr__(engine.config, "pipeline_depth", 1)
+    assert len(run(llm)) == 3  # steps that were given up hold no slot
+
+
+@pytest.mark.parametrize("name", ["tokens", "token_positions", "seq_lens"])
+def test_padding_of_a_prompt_step_that_is_used(llm: LLM, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """It holds numbers far out of range, so whoever takes one for an index fails at once."""
+
+    def use(batch: Batch) -> None:
+        if not batch.decode:
+            batch.static.block_table[0][getattr(batch, name)[-1].long()]
+
+    around_advance(llm, monkeypatch, use)
+    with pytest.raises(IndexError, match=str(2**30)):
+        run(llm)
+
+
+def test_padded_sequences_of_a_prompt_step_ask_for_samples(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that samples for whoever asks, row or no row, writes to rows that did not run."""
+    seen: list[int] = []
+
+    def look(batch: Batch) -> None:
+        if not batch.decode:
+            seen.extend(batch.samples[batch.rows < 0].tolist())
+
+    around_advance(llm, monkeypatch, look)
+    run(llm)
+    assert seen
+    assert set(seen) == {1}
+
+
 def test_an_idle_rows_garbage_has_no_effect(llm: LLM) -> None:
     """Rows that requests left hold NaN parameters and guard blocks; later requests see none of it."""
     alone = run(llm, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +160,31 @@ def test_whatever_a_graph_does_wrong_is_seen_before_it_serves(
     assert states == {KeyState.QUARANTINED}
     assert any(what in r.note for r in llm.engine.plan.book.records())
     assert llm.get_metrics()["eager_steps"]["quarantined"] > 0
+
+
+@pytest.mark.parametrize("name", ["tokens", "token_positions", "seq_lens"])
+@pytest.mark.parametrize("kind", [StepKind.DECODE, StepKind.MIXED])
+def test_whoever_reads_padding_does_not_get_the_same_twice(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, kind: StepKind, name: str
+) -> None:
+    """The two runs of a trial find different numbers there, so a step that reads them differs."""
+    llm = fake_engine(tiny("llama3")[0], FakeBackend())
+    runner, buffers = llm.engine.runner, llm.engine.buffers
+    program = runner._program
+    advance = program.ops.advance
+
+    def reads_padding(batch: Any, view: Any, tokens: torch.Tensor) -> None:
+        advance(batch, view, tokens)
+        batch.state.last_token[0] += getattr(batch, name)[-1]
+
+    key = GraphKey(kind, 8 if kind is StepKind.DECODE else 64, 8, SamplerVariant.GREEDY)
+    body = partial(run_key, program, buffers, key)
+    with torch.inference_mode():
+        clean = runner.checker.trial(key, 3, body, body)
+        monkeypatch.setattr(program.ops, "advance", reads_padding)
+        trial = runner.checker.trial(key, 3, body, body)
+    assert clean.mismatches() == []
+    assert any(found.startswith("last_token[0]") for found in trial.mismatches())
 
 
 def test_a_graph_that_goes_bad_later_is_caught_by_a_live_check(tiny: Tiny) -> None:

@@ -7,6 +7,7 @@ pinned host buffers, one event a step.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 
 from .. import sampling
+from ..errors import StrictError
 from ..inputs import Batch, PromptLogprobsJob, StepBuffers
 from ..kv_cache import KVCache
 from ..models.decoder import Decoder
@@ -180,10 +182,13 @@ class Pending:
         prompt: dict[int, list[TokenLogprobs]],
     ) -> None:
         self._slot, self._columns, self._logprobs, self._prompt = slot, columns, logprobs, prompt
+        self.unread = True
+        """Nobody has asked for the result yet, so its slot must not be used again."""
 
     def result(self) -> StepResult:
         """Wait for the step and read what it produced."""
         slot, n = self._slot, self._columns
+        self.unread = False
         if slot.arrived is not None:
             slot.arrived.synchronize()
         tokens = slot.tokens[:n].tolist()
@@ -213,6 +218,8 @@ class _RingSlot:
         self.ids = like(state.logprob_ids)
         self.rank = like(state.logprob_rank)
         self.arrived = torch.cuda.Event() if pin else None
+        self.tenant: weakref.ref[Pending] | None = None
+        """Whose results are here; a step that was given up does not keep the slot."""
 
 
 class ResultRing:
@@ -223,8 +230,18 @@ class ResultRing:
         self._turn = 0
 
     def send(self, batch: Batch, prompt: dict[int, list[TokenLogprobs]]) -> Pending:
-        """Start the copy of a step's results, in stream order behind the step."""
+        """Start the copy of a step's results, in stream order behind the step.
+
+        Raises:
+            StrictError: more steps are in flight than the ring has slots.
+        """
         slot = self._slots[self._turn]
+        tenant = slot.tenant() if slot.tenant is not None else None
+        if tenant is not None and tenant.unread:
+            raise StrictError(
+                f"all {len(self._slots)} result slots hold unread results: expected at most "
+                f"{len(self._slots) - 1} steps in flight, this is one more than the ring can take"
+            )
         self._turn = (self._turn + 1) % len(self._slots)
         state, n = batch.state, batch.num_seqs
         slot.tokens[:n].copy_(state.emitted[:n], non_blocking=True)
@@ -234,7 +251,9 @@ class ResultRing:
             slot.rank[:n].copy_(state.logprob_rank[:n], non_blocking=True)
         if slot.arrived is not None:
             slot.arrived.record()
-        return Pending(slot, n, batch.logprobs, prompt)
+        pending = Pending(slot, n, batch.logprobs, prompt)
+        slot.tenant = weakref.ref(pending)
+        return pending
 
 
 class Runner(Protocol):
