@@ -338,6 +338,7 @@ class Engine:
             "kv_cache_usage": scheduler.allocator.usage,
             "graph_steps": {str(key): count for key, count in plan.graph_steps.items()},
             "eager_steps": {reason.value: count for reason, count in plan.eager_steps.items()},
+            "delayed_steps": {why.value: count for why, count in scheduler.delayed_steps.items()},
             "memory_bytes": {line.name: line.nbytes for line in self.memory},
             "startup_seconds": dict(self.startup),
         }

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from .graphs.plan import Plan
 from .types import (
     CompletionOutput,
+    Delay,
     Request,
     RequestMetrics,
     RequestOutput,
@@ -187,4 +188,14 @@ class OutputAssembler:
             num_preemptions=sum(r.num_preemptions for r in entry.requests),
             graph_steps=graph - entry.graph_steps,
             eager_steps=dict(eager - entry.eager_steps),
+            delays=_total(r.delays for r in entry.requests),
         )
+
+
+def _total(delays: Iterable[Mapping[Delay, int]]) -> dict[str, int]:
+    """Delays of several requests, by code."""
+    found: Counter[str] = Counter()
+    for own in delays:
+        for why, count in own.items():
+            found[why.value] += count
+    return dict(found)

@@ -26,6 +26,7 @@ from operator import attrgetter, itemgetter
 from .errors import ConfigError, KVCacheError, RequestError
 from .kv_blocks import BlockAllocator, extend_hashes
 from .types import (
+    Delay,
     FinishReason,
     Logprob,
     Members,
@@ -217,6 +218,8 @@ class Scheduler:
         """Times a row was held back because its next mask depends on an unknown token."""
         self.num_block_stalls = 0
         """Times a running row was held back because no block was free for it."""
+        self.delayed_steps: Counter[Delay] = Counter()
+        """Steps that running requests had to sit out, by reason, whether others ran in them or nobody."""
         self.num_passed_over = 0
         """Times a waiting request was passed over because its prefix was being computed."""
         self.prefix_cache_queries = 0
@@ -235,6 +238,7 @@ class Scheduler:
         self._passed_over: dict[int, list[_Entry]] = {}  # by the last block hash they wait for
         # The head of the queue that did not fit, and `num_releases` then: until a release it still does not.
         self._blocked: tuple[_Entry, int] | None = None
+        self._delayed: set[Delay] = set()  # of the step that is being made
         self._steady: _Steady | None = None
         # The last step, if it was a decode of every running request and nobody came or went since.
         self._repeatable: Sequence[ScheduledRow] = ()
@@ -365,6 +369,7 @@ class Scheduler:
         if steady is not None:
             return steady
         self._disturb()
+        self._delayed.clear()
         rows: list[ScheduledRow] = []
         preemptions = self.num_preemptions
         prefilling, variant = self._schedule_decodes(rows)
@@ -386,6 +391,7 @@ class Scheduler:
             if chunks:
                 kind = StepKind.MIXED if num_decodes else StepKind.PREFILL
                 variant = max(variant, self._variant(chunks))
+        self.delayed_steps.update(self._delayed)
         if not rows:
             return None
         moves: tuple[tuple[int, int], ...] = ()
@@ -456,6 +462,11 @@ class Scheduler:
         group.num_blocks = num_blocks
         return grown
 
+    def _delay(self, request: Request, why: Delay) -> None:
+        """A running request sits this step out."""
+        request.delays[why] = request.delays.get(why, 0) + 1
+        self._delayed.add(why)
+
     def _settle(self) -> None:
         """Bring the requests' counters up to date."""
         if self._steady is not None:
@@ -481,6 +492,7 @@ class Scheduler:
                 continue  # its last token is in flight
             if entry.host_dependent and request.num_launched:
                 self.num_host_dependency += 1
+                self._delay(request, Delay.HOST_DEPENDENCY)
                 continue
             num_blocks = len(request.blocks)
             new_blocks: tuple[int, ...] = ()
@@ -651,6 +663,7 @@ class Scheduler:
             new = allocator.allocate(needed)
             if new is None:
                 self.num_block_stalls += 1
+                self._delay(request, Delay.NO_FREE_BLOCK)
                 return None
         request.blocks += new
         entry.capacity = len(request.blocks) * self.config.block_size

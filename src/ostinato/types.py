@@ -381,6 +381,8 @@ class Request:
     epoch: int = 0
     """Raised by preemption: tokens launched under an older epoch are dropped."""
     num_preemptions: int = 0
+    delays: dict[Delay, int] = field(default_factory=dict)
+    """Steps that it sat out, by reason."""
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     cumulative_logprob: float = 0.0
@@ -622,6 +624,24 @@ class Reason(str, Enum):
         return _REASON_TEXTS[self]
 
 
+class Delay(str, Enum):
+    """Why a running request sat out a step: the step ran, on a graph or not, without it."""
+
+    HOST_DEPENDENCY = "host_dependency"
+    NO_FREE_BLOCK = "no_free_block"
+
+    @property
+    def text(self) -> str:
+        """For people."""
+        return _DELAY_TEXTS[self]
+
+
+_DELAY_TEXTS = {
+    Delay.HOST_DEPENDENCY: "its next token depends on the last one through bad_words of several tokens, "
+    "so it waited until the host knew that",
+    Delay.NO_FREE_BLOCK: "the KV cache had no free block for it",
+}
+
 _REASON_TEXTS = {
     Reason.DISABLED: "graphs are off: no GPU, enforce_eager=True, cudagraph_mode='NONE' or debug_graphs=True",
     Reason.NO_KEY_YET: "the shape was not captured yet; it is at its cudagraph_min_hits-th step",
@@ -692,6 +712,8 @@ class RequestMetrics:
     """Steps that ran on a graph while this request was running."""
     eager_steps: Mapping[str, int] = field(default_factory=dict)
     """Steps that ran eagerly meanwhile, by reason code."""
+    delays: Mapping[str, int] = field(default_factory=dict)
+    """Steps that its own rows sat out, by reason code."""
 
     @property
     def time_to_first_token(self) -> float | None:

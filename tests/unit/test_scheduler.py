@@ -21,6 +21,7 @@ from ostinato.errors import ConfigError, KVCacheError, RequestError
 from ostinato.kv_blocks import BlockAllocator
 from ostinato.scheduler import Scheduler, SchedulerConfig
 from ostinato.types import (
+    Delay,
     FinishReason,
     Logprob,
     Request,
@@ -835,6 +836,7 @@ def test_the_latest_request_keeps_its_blocks_while_it_waits_for_one():
         engine.step()
     assert engine.scheduler.num_preemptions == 0
     assert requests[1].status is RequestStatus.RUNNING
+    assert (requests[0].delays, requests[1].delays) == ({}, {Delay.NO_FREE_BLOCK: 1})
     engine.finish()
 
 
@@ -877,6 +879,12 @@ def test_host_dependent_requests_hold_back_only_themselves():
     assert names == [["0", "1"], ["1"], ["0", "1"], ["1"], ["0", "1"], ["1"]]
     engine.finish()
     assert engine.scheduler.num_host_dependency > 0
+    assert (
+        requests[0].delays[Delay.HOST_DEPENDENCY]
+        == engine.scheduler.delayed_steps[Delay.HOST_DEPENDENCY]
+        >= 3
+    )
+    assert requests[1].delays == {}
     check_answers(engine, specs, requests)
 
 
