@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from ..config import EngineConfig
 from ..errors import GraphError
 from ..inputs import Batch, StepBuffers
@@ -38,6 +40,7 @@ class GraphRunner:
         scratch: Sequence[int],
         addresses: AddressBook,
         backend: GraphBackend,
+        save_area: torch.Tensor | None,
         config: EngineConfig,
     ) -> None:
         """Nothing is captured yet.
@@ -50,15 +53,18 @@ class GraphRunner:
             scratch: KV blocks for trials, which no request gets.
             addresses: what the allocator owns and owned, for pointer audits.
             backend: the device.
+            save_area: for trials (`ScratchChecker`); None: new graphs are not checked.
             config: policies.
         """
         self.eager = EagerRunner(program, ring)
         self.backend = backend
-        self.checker = ScratchChecker(program, buffers, scratch, backend) if config.cudagraph_verify else None
+        self.checker = (
+            None if save_area is None else ScratchChecker(program, buffers, scratch, backend, save_area)
+        )
         self.cache: GraphCache[GraphKey] = GraphCache(
             lambda key: program(buffers.batch(Route(key, None))),
             {"words": buffers.words, "arena": program.arena.data, "KV cache": program.cache.data},
-            verify=config.cudagraph_verify,
+            verify=self.checker is not None,
             on_capture_error=config.on_capture_error,
             fail_on_mismatch=config.fail_on_mismatch,
             backend=backend,

@@ -142,6 +142,8 @@ class GraphReport:
     budget_bytes: int | None = None
     """Most that graphs may hold; None: no bound."""
     graph_bytes: int = 0
+    predicted_graph_bytes: int | None = None
+    """What graphs of all greedy keys were expected to take, before the KV cache was sized."""
     steps_by_key: dict[str, int] = field(default_factory=dict)
     """Steps that ran on each key's graph."""
     eager_by_reason: dict[str, int] = field(default_factory=dict)
@@ -288,9 +290,21 @@ def table(report: GraphReport) -> str:
     on_graphs = f" ({report.graph_steps / steps:.1%})" if steps else ""
     lines += ["", f"steps: {report.graph_steps:,} of {steps:,} on graphs{on_graphs}", *_why(report)]
     bound = "no budget" if report.budget_bytes is None else f"budget {_size(report.budget_bytes)}"
-    lines += [f"graph memory: {_size(report.graph_bytes)} ({bound})"]
+    lines += [f"graph memory: {_size(report.graph_bytes)} ({bound})", *_predicted(report)]
     lines += ["holes:", *(f"  {hole}" for hole in report.holes)] if report.holes else ["holes: none"]
     return "\n".join(lines) + "\n"
+
+
+def _predicted(report: GraphReport) -> list[str]:
+    """What graphs were expected to take, against what those that are captured took."""
+    if report.predicted_graph_bytes is None:
+        return []
+    held = [k for k in report.keys if k.state in ("captured", "checking")]
+    expected = sum(k.predicted_bytes for k in held)
+    return [
+        f"predicted before the KV cache was sized: {_size(report.predicted_graph_bytes)} for every greedy key; "
+        f"of the {_count(len(held), 'captured key')}: {_size(expected)} predicted, {_size(report.graph_bytes)} measured"
+    ]
 
 
 def _why(report: GraphReport) -> list[str]:
@@ -338,7 +352,7 @@ def explain(report: GraphReport, batch: int | None = None) -> str:
         "  none reported"
     ]
     bound = "no budget" if report.budget_bytes is None else f"of a budget of {_size(report.budget_bytes)}"
-    lines += [f"graphs hold {_size(report.graph_bytes)} ({bound})"]
+    lines += [f"graphs hold {_size(report.graph_bytes)} ({bound})", *_predicted(report)]
     return "\n".join(line.rstrip() for line in lines) + "\n"
 
 

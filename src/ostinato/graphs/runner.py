@@ -7,7 +7,6 @@ pinned host buffers, one event a step.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -182,13 +181,20 @@ class Pending:
         prompt: dict[int, list[TokenLogprobs]],
     ) -> None:
         self._slot, self._columns, self._logprobs, self._prompt = slot, columns, logprobs, prompt
-        self.unread = True
-        """Nobody has asked for the result yet, so its slot must not be used again."""
+        self._ticket = slot.ticket
 
     def result(self) -> StepResult:
-        """Wait for the step and read what it produced."""
+        """Wait for the step and read what it produced.
+
+        Raises:
+            StrictError: a later step has overwritten it: more were in flight than the ring has slots for.
+        """
         slot, n = self._slot, self._columns
-        self.unread = False
+        if slot.ticket != self._ticket:
+            raise StrictError(
+                f"a later step was given the result slot of this one before it was read: expected "
+                f"user {self._ticket} of the slot, found {slot.ticket}; the pipeline is deeper than the ring"
+            )
         if slot.arrived is not None:
             slot.arrived.synchronize()
         tokens = slot.tokens[:n].tolist()
@@ -218,8 +224,8 @@ class _RingSlot:
         self.ids = like(state.logprob_ids)
         self.rank = like(state.logprob_rank)
         self.arrived = torch.cuda.Event() if pin else None
-        self.tenant: weakref.ref[Pending] | None = None
-        """Whose results are here; a step that was given up does not keep the slot."""
+        self.ticket = 0
+        """Steps that have used the slot."""
 
 
 class ResultRing:
@@ -230,18 +236,9 @@ class ResultRing:
         self._turn = 0
 
     def send(self, batch: Batch, prompt: dict[int, list[TokenLogprobs]]) -> Pending:
-        """Start the copy of a step's results, in stream order behind the step.
-
-        Raises:
-            StrictError: more steps are in flight than the ring has slots.
-        """
+        """Start the copy of a step's results, in stream order behind the step."""
         slot = self._slots[self._turn]
-        tenant = slot.tenant() if slot.tenant is not None else None
-        if tenant is not None and tenant.unread:
-            raise StrictError(
-                f"all {len(self._slots)} result slots hold unread results: expected at most "
-                f"{len(self._slots) - 1} steps in flight, this is one more than the ring can take"
-            )
+        slot.ticket += 1
         self._turn = (self._turn + 1) % len(self._slots)
         state, n = batch.state, batch.num_seqs
         slot.tokens[:n].copy_(state.emitted[:n], non_blocking=True)
@@ -251,9 +248,7 @@ class ResultRing:
             slot.rank[:n].copy_(state.logprob_rank[:n], non_blocking=True)
         if slot.arrived is not None:
             slot.arrived.record()
-        pending = Pending(slot, n, batch.logprobs, prompt)
-        slot.tenant = weakref.ref(pending)
-        return pending
+        return Pending(slot, n, batch.logprobs, prompt)
 
 
 class Runner(Protocol):

@@ -43,20 +43,21 @@ class ScratchChecker:
         buffers: StepBuffers,
         blocks: Sequence[int],
         backend: GraphBackend,
+        save_area: torch.Tensor,
         seed: int = 0,
     ) -> None:
-        """Reserve the save area.
+        """Nothing is saved or laid out yet.
 
         Args:
             program: the step.
             buffers: what it reads.
             blocks: KV blocks that the allocator never hands out.
             backend: the device.
+            save_area: [2, len(buffers.words)] int32: what a trial found there, and what it began with.
             seed: of the made-up sequences.
         """
         self._program, self._buffers, self._blocks, self._backend = program, buffers, tuple(blocks), backend
-        self._saved = torch.empty_like(buffers.words)
-        self._start = torch.empty_like(buffers.words)
+        self._saved, self._start = save_area
         self._random = random.Random(seed)
         self._choices: dict[SamplerVariant, list[SamplingParams]] = {}
         size = buffers.shapes.block_size
