@@ -491,6 +491,11 @@ def build(options: EngineOptions, backend: GraphBackend | None = None) -> Engine
         stages.done("KV cache")
         blocks = range(num_blocks, num_blocks + scratch)
         runner = _make_runner(config, program, ring, plan, buffers, blocks, addresses, backend, save_area)
+        taken = _reserved(device)
+        with context():
+            runner.rehearse(_rehearsals(plan))
+        if device.type == "cuda" and save_area is not None:
+            memory.append(MemoryLine("memory of trials", _reserved(device) - taken))
         words = tokenizer.result()
         stages.done("tokenizer")
         name = checkpoint.path.name if checkpoint else str(options.model)
@@ -639,6 +644,22 @@ def _predict_graphs(
             plan.book.budget / 2**20,
         )
     return predicted
+
+
+def _rehearsals(plan: Plan) -> list[GraphKey]:
+    """Keys that between them use all that trials use: the largest decode step, each sampler, prompts."""
+    if plan.mode is CudaGraphMode.NONE or not plan.capture_sizes:
+        return []
+    small, large = plan.capture_sizes[0], plan.capture_sizes[-1]
+    sizes = zip(SamplerVariant, (large, small, small), strict=True)
+    keys = [GraphKey(StepKind.DECODE, size, size, sampler) for sampler, size in sizes]
+    prompts = [key for key in plan.ladder(SamplerVariant.GREEDY) if key.kind is StepKind.MIXED]
+    return keys + prompts[-1:]
+
+
+def _reserved(device: torch.device) -> int:
+    """Bytes that torch has taken from the driver."""
+    return torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
 
 
 def _scratch_blocks(config: EngineConfig) -> int:

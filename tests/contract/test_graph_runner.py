@@ -14,6 +14,7 @@ from ostinato import LLM, SamplingParams
 from ostinato.errors import CaptureError, MismatchError
 from ostinato.graphs.keys import KeyState
 from ostinato.graphs.profile import Profile
+from ostinato.graphs.scratch import ScratchChecker
 from ostinato.kv_cache import GUARD_BLOCK
 from ostinato.types import GraphKey, Route, SamplerVariant, StepKind
 from tests.fakes import FakeBackend, FakeGraph, fake_engine
@@ -185,6 +186,34 @@ def test_whoever_reads_padding_does_not_get_the_same_twice(
         trial = runner.checker.trial(key, 3, body, body)
     assert clean.mismatches() == []
     assert any(found.startswith("last_token[0]") for found in trial.mismatches())
+
+
+def test_no_trial_between_two_steps_is_the_first_of_its_kind(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kinds and samplers are rehearsed while the engine is built, the largest decode step among them."""
+    rehearsed: list[GraphKey] = []
+    trial = ScratchChecker.trial
+
+    def noting(self: Any, key: GraphKey, *args: Any) -> Any:
+        rehearsed.append(key)
+        return trial(self, key, *args)
+
+    monkeypatch.setattr(ScratchChecker, "trial", noting)
+    llm = fake_engine(tiny("llama3")[0], FakeBackend())
+    assert {(k.kind, k.sampler) for k in rehearsed} >= {(StepKind.DECODE, s) for s in SamplerVariant}
+    assert StepKind.MIXED in {k.kind for k in rehearsed}
+    assert max(k.num_seqs for k in rehearsed) == llm.engine.config.max_num_seqs
+    assert not llm.engine.plan.book.records(), "nobody asked for a key yet"
+    assert not llm.engine.plan.eager_steps
+
+
+def test_live_checks_are_as_frequent_as_asked_for(tiny: Tiny) -> None:
+    """Also where a verdict takes long: the check that was due meanwhile comes with the next replay."""
+    llm = fake_engine(tiny("llama3")[0], FakeBackend(), cudagraph_verify_every=4)
+    traffic(llm, 4)
+    runner = llm.engine.runner
+    assert runner.num_live_checks == runner.num_replays // 4 > 10
 
 
 def test_a_graph_that_goes_bad_later_is_caught_by_a_live_check(tiny: Tiny) -> None:

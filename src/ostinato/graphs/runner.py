@@ -267,6 +267,10 @@ class Runner(Protocol):
         """Read what arrived since the last step; never waits."""
         ...
 
+    def rehearse(self, keys: Sequence[GraphKey]) -> None:
+        """Load what only checks of graphs use."""
+        ...
+
     def prepare(self, keys: Sequence[GraphKey]) -> None:
         """Capture keys before there is traffic."""
         ...
@@ -295,6 +299,9 @@ class EagerRunner:
         return self.deliver(batch)
 
     def poll(self) -> None:
+        pass
+
+    def rehearse(self, keys: Sequence[GraphKey]) -> None:
         pass
 
     def prepare(self, keys: Sequence[GraphKey]) -> None:

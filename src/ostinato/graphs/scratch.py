@@ -135,6 +135,22 @@ class ScratchChecker:
         """Run a key eagerly on scratch rows, so that its kernels are loaded."""
         self.run(key, key.num_seqs, lambda: self._program(self._buffers.batch(Route(key, None))))
 
+    def rehearse(self, keys: Sequence[GraphKey]) -> None:
+        """One trial of each key, eagerly both times: loads what only trials use, and takes their memory.
+
+        Without it the first trial between two steps would wait for kernels that copy and compare,
+        and for the driver to hand out memory.
+        """
+        for key in keys:
+
+            def run(key: GraphKey = key) -> None:
+                self._program(self._buffers.batch(Route(key, None)))
+
+            trial = self.trial(key, key.num_seqs, run, run)
+            self._backend.wait()
+            if trial is not None:
+                trial.mismatches()
+
     def _lay_out(self, key: GraphKey, rows: int) -> tuple[Batch, int, int]:
         """Made-up sequences in device rows 0 ... rows - 1; every other row is idle and poisoned.
 

@@ -55,6 +55,9 @@ class StrictRunner:
     def poll(self) -> None:
         pass
 
+    def rehearse(self, keys: Sequence[GraphKey]) -> None:
+        pass
+
     def prepare(self, keys: Sequence[GraphKey]) -> None:
         pass
 
