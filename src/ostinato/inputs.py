@@ -493,7 +493,9 @@ class StepBuffers:
 
     def _move(self, moves: Sequence[tuple[int, int]]) -> None:
         """Move whole rows on the device, in stream order: no source is also a target."""
-        source, target = torch.tensor(moves, device=self.device).unbind(1)
+        pairs = torch.tensor(moves, pin_memory=self.device.type == "cuda")
+        # Not from pageable memory: that copy would wait for every step in flight.
+        source, target = pairs.to(self.device, non_blocking=True).unbind(1)
         for tensor in self._row_tensors:
             tensor[target] = tensor[source]
         self.state.active[source] = 0

@@ -200,6 +200,43 @@ def test_padded_sequences_of_a_prompt_step_ask_for_samples(llm: LLM, monkeypatch
     assert set(seen) == {1}
 
 
+@pytest.mark.parametrize("read", [torch.Tensor.item, int, bool, float], ids=["item", "int", "bool", "float"])
+def test_a_host_synchronisation_inside_a_step(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, read: Callable[[torch.Tensor], object]
+) -> None:
+    """On a GPU the driver gives the capture up instead: see test_a_failed_capture_leaves_the_engine_serving."""
+    around_advance(llm, monkeypatch, lambda batch: read(batch.state.position[0]))
+    with pytest.raises(StrictError, match="read a value on the host"):
+        run(llm)
+
+
+def test_a_tensor_swapped_for_another_of_the_same_shape(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two registered buffers too: the same shape, alive, and not what the graph would read."""
+    run(llm)
+    static = llm.engine.buffers.static
+    before_each_step(
+        llm,
+        monkeypatch,
+        lambda batch: replace(batch, tokens=static.token_positions[: batch.num_tokens]),
+    )
+    with pytest.raises(StrictError, match=r"batch\.tokens is .* the key's first step had"):
+        run(llm)
+
+
+def test_weights_that_moved(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As reloading a model in place would do."""
+    run(llm)
+    name, weight = next(iter(llm.engine.program.model.tensors().items()))
+
+    def moved(batch: Batch) -> Batch:
+        weight.data = weight.clone()
+        return batch
+
+    before_each_step(llm, monkeypatch, moved)
+    with pytest.raises(StrictError, match=f"buffer '{name}' moved"):
+        run(llm)
+
+
 def test_an_idle_rows_garbage_has_no_effect(llm: LLM) -> None:
     """Rows that requests left hold NaN parameters and guard blocks; later requests see none of it."""
     alone = run(llm, 1)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ostinato import LLM, SamplingParams
-from ostinato.errors import CaptureError, MismatchError
+from ostinato.errors import CaptureError, GraphError, MismatchError
 from ostinato.graphs.keys import KeyState
 from ostinato.graphs.profile import Profile
 from ostinato.graphs.scratch import ScratchChecker
@@ -214,6 +214,69 @@ def test_live_checks_are_as_frequent_as_asked_for(tiny: Tiny) -> None:
     traffic(llm, 4)
     runner = llm.engine.runner
     assert runner.num_live_checks == runner.num_replays // 4 > 10
+
+
+def test_a_key_that_has_no_graph_is_not_replayed(tiny: Tiny) -> None:
+    """A route names a graph only if there is one; replaying another key is an error, not a guess."""
+    llm = fake_engine(tiny("llama3")[0], FakeBackend())
+    traffic(llm, 3)
+    runner, buffers = llm.engine.runner, llm.engine.buffers
+    unknown = GraphKey(StepKind.DECODE, 7, 7, SamplerVariant.GREEDY)
+    with pytest.raises(GraphError, match=r"decode\[tokens=7, seqs=7, greedy\] has no graph"):
+        runner.run(buffers.batch(Route(unknown, None)))
+
+
+def test_a_graph_is_not_used_after_its_release(tiny: Tiny) -> None:
+    """Also with a route that was made before: the steps in between are what a race would look like."""
+    backend = FakeBackend()
+    llm = fake_engine(tiny("llama3")[0], backend)
+    traffic(llm, 3)
+    runner, buffers = llm.engine.runner, llm.engine.buffers
+    key = llm.engine.plan.book.captured[0].key
+    stale = buffers.batch(Route(key, None))
+    llm.release_graphs()
+    assert all(graph.destroyed for graph in backend.graphs)
+    with pytest.raises(GraphError, match="has no graph"):
+        runner.run(stale)
+
+
+def test_a_capture_inside_a_capture_fails_and_serves_on(tiny: Tiny, wanted: list[list[int]]) -> None:
+    """A step that runs another captured function while it is being captured itself."""
+    llm: Any = None
+
+    def nested() -> None:
+        llm.engine.runner.backend.capture(lambda: None)
+
+    backend = FakeBackend(during_capture=nested)
+    llm = fake_engine(tiny("llama3")[0], backend)
+    assert traffic(llm, 2) == [wanted] * 2
+    assert llm.get_metrics()["eager_steps"]["capture_failed"] > 0
+    assert any("already capturing" in line for line in llm.engine.runner.cache.capture_failures)
+    assert (backend.live, backend.capturing) == ([], False)
+
+
+def test_eager_and_graph_read_the_same_buffers(tiny: Tiny) -> None:
+    """Every tensor that the eager batch of a key sees is the one that its graph was captured over."""
+    backend = FakeBackend()
+    llm = fake_engine(tiny("llama3")[0], backend)
+    seen: dict[GraphKey, set[tuple[tuple[str, int], ...]]] = {}
+    program = llm.engine.program
+    prepare = program.ops.prepare
+
+    def noting(batch: Any, scratch: Any) -> Any:
+        tensors = {**vars(batch.static), **vars(batch.state), **vars(batch), **vars(scratch)}
+        places = ((name, t.data_ptr()) for name, t in tensors.items() if isinstance(t, torch.Tensor))
+        seen.setdefault(batch.key, set()).add(tuple(sorted(places)))
+        return prepare(batch, scratch)
+
+    object.__setattr__(program.ops, "prepare", noting)
+    try:
+        traffic(llm, 4)
+    finally:
+        object.__setattr__(program.ops, "prepare", prepare)
+    replayed = {r.key for r in llm.engine.plan.book.captured if r.replays}
+    assert replayed
+    assert all(len(seen[key]) == 1 for key in replayed)
 
 
 def test_a_graph_that_goes_bad_later_is_caught_by_a_live_check(tiny: Tiny) -> None:
