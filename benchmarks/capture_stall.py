@@ -3,7 +3,8 @@
     python benchmarks/capture_stall.py [--shape llama-3.2-1b]
 
 Batch sizes 1 to 12 join one by one, so that new keys are met, captured and checked under way.
-For each key: the longest time between two commits around its capture, over its eager step.
+For each key: the longest time between two commits around its capture, over its eager step. For each
+step that took more than twice an eager one: what the host did in it, and what was loaded or allocated.
 """
 
 from __future__ import annotations
@@ -45,16 +46,21 @@ def measure(shape: str = "llama-3.2-1b") -> dict[str, Any]:
             prompt = torch.randint(0, engine.spec.vocab_size, (32,), generator=generator).tolist()
             engine.add_request(prompt, SamplingParams(temperature=0.0, max_tokens=400, ignore_eos=True))
             for _ in range(12):
+                stages.clear()
+                taken = device_memory()
                 begin = time.perf_counter()
                 engine.step()
+                spent = time.perf_counter() - begin
                 last = routes[-1]
                 trace.append(
                     {
-                        "ms": (time.perf_counter() - begin) * 1e3,
+                        "ms": spent * 1e3,
                         "running": number + 1,
                         "key": str(last.key),
                         "reason": last.reason.value if last.reason else "graph",
                         "capture": last.capture,
+                        "stages_ms": dict(stages.ms),
+                        "taken": {name: now - taken[name] for name, now in device_memory().items()},
                     }
                 )
         engine.abort(list(engine.outputs._prompts))
@@ -63,6 +69,7 @@ def measure(shape: str = "llama-3.2-1b") -> dict[str, Any]:
         return trace
 
     engine.plan.route = recording
+    stages = Stages(engine)
     warm = LLM(model=shape, load_format="dummy", max_model_len=1024, max_num_seqs=16, max_num_batched_tokens=512,
                enforce_eager=True, enable_prefix_caching=False)  # fmt: skip
     for count in range(1, 13):  # compiles and loads every kernel, which is not what is measured here
@@ -85,10 +92,66 @@ def measure(shape: str = "llama-3.2-1b") -> dict[str, Any]:
         "median_ms": {name: statistics.median(ms) for name, ms in by_reason.items()},
         "worst_ms": {name: max(ms) for name, ms in by_reason.items()},
         "worst_over_eager": {name: max(ms) / eager for name, ms in by_reason.items()},
+        "slow_steps": [entry for entry in trace if entry["ms"] > 2 * eager],
         "trace": trace,
     }
     llm.close()
     return result
+
+
+class Stages:
+    """Milliseconds that the host spent in each part of a step; a part within another counts in both."""
+
+    def __init__(self, engine: Any) -> None:
+        runner = engine.runner
+        self.ms: dict[str, float] = {}
+        for owner, name, label in (
+            (engine.scheduler, "schedule", "schedule"),
+            (engine.buffers, "write", "write"),
+            (runner, "poll", "verdict"),
+            (runner.eager, "run", "eager step"),
+            (runner.cache, "capture", "capture"),
+            (runner.backend, "capture", "record"),
+            (runner.backend, "instantiate", "instantiate"),
+            (runner.checker, "trial", "trial"),
+            (runner.checker, "_lay_out", "trial: lay out"),
+            (runner.cache, "replay", "replay"),
+            (engine.scheduler, "commit", "commit"),
+        ):
+            self._time(owner, name, label)
+
+    def clear(self) -> None:
+        self.ms.clear()
+
+    def _time(self, owner: Any, name: str, label: str) -> None:
+        inner = getattr(owner, name)
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            begin = time.perf_counter()
+            try:
+                return inner(*args, **kwargs)
+            finally:
+                self.ms[label] = self.ms.get(label, 0.0) + (time.perf_counter() - begin) * 1e3
+
+        setattr(owner, name, timed)
+
+
+def device_memory() -> dict[str, int]:
+    """What shows that something was loaded or allocated.
+
+    Memory that is taken outside torch's allocator is kernels being loaded, library workspaces or
+    executables of graphs.
+    """
+    import torch
+
+    statistics = torch.cuda.memory_stats()
+    free, total = torch.cuda.mem_get_info()
+    reserved = statistics.get("reserved_bytes.all.current", 0)
+    return {
+        "allocations": statistics.get("allocation.all.allocated", 0),
+        "segments from the driver": statistics.get("segment.all.allocated", 0),
+        "bytes outside torch": total - free - reserved,
+    }
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ timed; memory is what `cudaMemGetInfo` says before and after.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import statistics
 import sys
@@ -36,14 +37,19 @@ def measure(shape: str, max_num_seqs: int = 256) -> dict[str, Any]:
         compilation_config={"cudagraph_mode": "FULL_DECODE_ONLY"},
     )
     seconds = time.perf_counter() - begin
-    records = llm.engine.plan.book.records()
+    kept = llm.engine.plan.book.records()
+    records = copy.deepcopy(kept)  # as of the first capture
     held = torch.cuda.mem_get_info()[0]
     returned = llm.release_graphs()
     after = torch.cuda.mem_get_info()[0]
+    with llm.engine.device_context():  # other graphs of the same sizes, now that the first are gone
+        llm.engine.runner.prepare([r.key for r in kept], progress=False)
+    again = torch.cuda.mem_get_info()[0]
     result = {
         "shape": shape,
         "keys": len(records),
         "captured": sum(r.checks > 0 for r in records),
+        "memory_bytes": {line.name: line.nbytes for line in llm.engine.memory},
         "mismatches": sum(r.mismatches for r in records),
         "capture_s": sum(r.capture_ms for r in records) / 1e3,
         "instantiate_s": sum(r.instantiate_ms for r in records) / 1e3,
@@ -51,7 +57,11 @@ def measure(shape: str, max_num_seqs: int = 256) -> dict[str, Any]:
         "engine_s": seconds,
         "bytes": sum(r.nbytes for r in records),
         "returned_bytes": returned,
+        "predicted_bytes": llm.engine.predicted_graph_bytes,
         "free_bytes_difference": after - held,
+        # Destroyed executables leave their memory with the driver; captured again they take no more.
+        "captured_again": sum(r.state.value == "captured" for r in kept),
+        "bytes_more_when_captured_again": held - again,
         "startup_seconds": llm.engine.startup,
         "ladder": [
             {

@@ -1,10 +1,13 @@
 """Mixed traffic with random joins, leaves and aborts, until a number of replays: nothing may differ.
 
-    python benchmarks/soak.py [--shape smollm2-135m] [--replays 100000] [--verify-every 50]
+    python benchmarks/soak.py [--shape smollm2-135m] [--replays 100000] [--verify-every 40]
+    python benchmarks/soak.py --part 1/4 --json soak.json; ...; python benchmarks/soak.py --part 4/4 --json soak.json
 
 Requests of random lengths and sampling parameters come and go; every so many replays one is run
 both ways on live rows and compared bit for bit. At the end every captured key is tried at every
-size, its pointers are audited, and its values held against a second capture.
+size, its pointers are audited, and its values held against a second capture. A run that is too
+long for one call is split: each part has its share of the replays and traffic of its own, and FILE
+holds the sum of the parts so far.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 def measure(
     shape: str = "smollm2-135m",
     replays: int = 100_000,
-    verify_every: int = 50,
+    verify_every: int = 40,
     seconds: float = 300.0,
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -39,7 +42,7 @@ def measure(
         max_num_seqs=24,
         max_num_batched_tokens=512,
         cudagraph_verify_every=verify_every,
-        num_gpu_blocks_override=600,  # tight, so that requests are preempted too
+        num_gpu_blocks_override=320,  # tight, so that requests are preempted too
         seed=seed,
     )
     engine = llm.engine
@@ -153,12 +156,74 @@ def baked(engine: Any) -> dict[str, Any]:
     return {"keys": len(keys), "differing": {key: diffs for key, diffs in found.items() if diffs}}
 
 
+SUMMED = ("seconds", "replays", "live_checks", "checks", "checks_at_every_size", "mismatches", "finished", "aborted",
+          "preemptions")  # fmt: skip
+
+
+def part_of(text: str) -> tuple[int, int]:
+    """ "2/4" as (2, 4)."""
+    number, _, parts = text.partition("/")
+    if not (number.isdecimal() and parts.isdecimal() and 1 <= int(number) <= int(parts)):
+        raise argparse.ArgumentTypeError(f"expected I/N with I from 1 to N, got {text!r}")
+    return int(number), int(parts)
+
+
+def add_part(file: Path, number: int, parts: int, found: dict[str, Any]) -> dict[str, Any]:
+    """Put a part's result into a file; returns what all parts there make together.
+
+    A part that stands in the file already is replaced; parts of another split are an error.
+    """
+    kept = json.loads(file.read_text()) if file.exists() else {"split_into": parts, "parts": {}}
+    if kept["split_into"] != parts:
+        raise SystemExit(f"{file} holds parts of a run split into {kept['split_into']}, not {parts}")
+    kept["parts"][str(number)] = found
+    result = merge(kept["parts"]) | {"split_into": parts, "parts": kept["parts"]}
+    file.write_text(json.dumps(result, indent=1) + "\n")
+    return {name: value for name, value in result.items() if name != "parts"}
+
+
+def merge(parts: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Sums over parts; findings of every part stand beside each other."""
+    runs = list(parts.values())
+    eager: dict[str, int] = {}
+    for run in runs:
+        for reason, count in run["eager_steps"].items():
+            eager[reason] = eager.get(reason, 0) + count
+    return {
+        "shape": runs[0]["shape"],
+        **{name: sum(run[name] for run in runs) for name in SUMMED},
+        "eager_steps": eager,
+        "keys": max(run["keys"] for run in runs),
+        "audit": {
+            "keys": sum(run["audit"]["keys"] for run in runs),
+            "findings": [finding for run in runs for finding in run["audit"]["findings"]],
+            "pointers": sum(run["audit"]["pointers"] for run in runs),
+            "unregistered": sum(run["audit"]["unregistered"] for run in runs),
+        },
+        "baked_differences": {
+            "keys": sum(run["baked_differences"]["keys"] for run in runs),
+            "differing": {
+                f"part {number}: {key}": found
+                for number, run in parts.items()
+                for key, found in run["baked_differences"]["differing"].items()
+            },
+        },
+        "parts_done": sorted(int(number) for number in parts),
+    }
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", default="smollm2-135m")
     parser.add_argument("--replays", type=int, default=100_000)
-    parser.add_argument("--verify-every", type=int, default=50)
-    parser.add_argument("--seconds", type=float, default=300.0)
+    parser.add_argument("--seconds", type=float, default=300.0, help="of traffic, in this call")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--part", type=part_of, default=(1, 1), metavar="I/N")
+    parser.add_argument("--json", type=Path, help="add this part's result to FILE")
     args = parser.parse_args()
-    print(json.dumps(measure(args.shape, args.replays, args.verify_every, args.seconds, args.seed), indent=1))
+    number, parts = args.part
+    share = -(-args.replays // parts)
+    found = measure(args.shape, share, args.verify_every, args.seconds, parts * args.seed + number)
+    if args.json:
+        found = add_part(args.json, number, parts, found)
+    print(json.dumps(found, indent=1))

@@ -34,6 +34,8 @@ class FakeBackend:
     """Stage -> error, until it is removed."""
     corrupt: Callable[[FakeGraph], None] | None = None
     """Called after each replay: what a broken graph would do."""
+    during_capture: Callable[[], None] | None = None
+    """Called in the middle of each capture."""
     late: bool = False
     """The device lags: no mark has passed yet."""
     graphs: list[FakeGraph] = field(default_factory=list)
@@ -46,9 +48,13 @@ class FakeBackend:
 
     def capture(self, body: Callable[[], object]) -> FakeGraph:
         self._stage("begin")
+        if self.capturing:
+            raise RuntimeError("already capturing")  # as the driver does
         self.capturing = True
         try:
             self._stage("middle")
+            if self.during_capture is not None:
+                self.during_capture()
             self._stage("end")
         finally:
             self.capturing = False

@@ -85,6 +85,7 @@ class Engine:
         memory: Sequence[MemoryLine],
         startup: Mapping[str, float],
         profile: Profile | None = None,
+        predicted_graph_bytes: int | None = None,
     ) -> None:
         """Parts that fit together; `build` makes them.
 
@@ -102,7 +103,10 @@ class Engine:
             memory: what was allocated, in order.
             startup: seconds of each stage of the start.
             profile: where to remember which keys fired; None where there are no graphs.
+            predicted_graph_bytes: what the executables of the greedy ladder were expected to take,
+                before the KV cache was sized; None where there are no graphs.
         """
+        self.predicted_graph_bytes = predicted_graph_bytes
         self.name, self.config, self.spec, self.tokenizer = name, config, spec, tokenizer
         self.scheduler, self.plan, self.buffers, self.runner = scheduler, plan, buffers, runner
         self.memory, self.startup = tuple(memory), dict(startup)
@@ -338,6 +342,7 @@ class Engine:
             "kv_cache_usage": scheduler.allocator.usage,
             "graph_steps": {str(key): count for key, count in plan.graph_steps.items()},
             "eager_steps": {reason.value: count for reason, count in plan.eager_steps.items()},
+            "delayed_steps": {why.value: count for why, count in scheduler.delayed_steps.items()},
             "memory_bytes": {line.name: line.nbytes for line in self.memory},
             "startup_seconds": dict(self.startup),
         }
@@ -463,7 +468,19 @@ def build(options: EngineOptions, backend: GraphBackend | None = None) -> Engine
             addresses.observe("library workspace")  # what warm-up left behind is the libraries'
         stages.done("warm-up")
         graphs = config.cudagraph_mode is not CudaGraphMode.NONE
-        scratch = _scratch_blocks(config) if graphs and config.cudagraph_verify else 0
+        predicted = None
+        if graphs:
+            if backend is None:
+                from .graphs.cuda import TorchBackend
+
+                backend = TorchBackend()
+            with context():
+                predicted = _predict_graphs(backend, program_over(1), buffers, plan)
+        scratch, save_area = 0, None
+        if graphs and config.cudagraph_verify:
+            scratch = _scratch_blocks(config)
+            save_area = torch.empty((2, len(buffers.words)), dtype=torch.int32, device=device)
+            memory.append(MemoryLine("save area of trials", save_area.numel() * save_area.element_size()))
         config, num_blocks = _size_cache(config, spec, memory, scratch)
         program = program_over(num_blocks + scratch)
         kv_bytes = program.cache.data.numel() * program.cache.data.element_size()
@@ -473,7 +490,12 @@ def build(options: EngineOptions, backend: GraphBackend | None = None) -> Engine
             memory.append(MemoryLine("KV blocks for trials", trial_bytes))
         stages.done("KV cache")
         blocks = range(num_blocks, num_blocks + scratch)
-        runner = _make_runner(config, program, ring, plan, buffers, blocks, addresses, backend)
+        runner = _make_runner(config, program, ring, plan, buffers, blocks, addresses, backend, save_area)
+        taken = _reserved(device)
+        with context():
+            runner.rehearse(_rehearsals(plan))
+        if device.type == "cuda" and save_area is not None:
+            memory.append(MemoryLine("memory of trials", _reserved(device) - taken))
         words = tokenizer.result()
         stages.done("tokenizer")
         name = checkpoint.path.name if checkpoint else str(options.model)
@@ -510,6 +532,7 @@ def build(options: EngineOptions, backend: GraphBackend | None = None) -> Engine
         memory=memory,
         startup=stages.seconds,
         profile=profile,
+        predicted_graph_bytes=predicted,
     )
 
 
@@ -594,6 +617,49 @@ def _warm_up(program: StepProgram, buffers: StepBuffers) -> None:
             route = Route(GraphKey(kind, tokens, 1, variant), None)
             program(buffers.write(Schedule(0, kind, (), (), (), variant), route))
     torch.cuda.synchronize()
+
+
+def _predict_graphs(
+    backend: GraphBackend, program: StepProgram, buffers: StepBuffers, plan: Plan
+) -> int | None:
+    """Bytes that executables of the greedy ladder will take, from the nodes of one step; None if it cannot be captured."""
+    ladder = plan.ladder(SamplerVariant.GREEDY)
+    if not ladder:
+        return 0
+    key = min((key for key in ladder if key.kind is StepKind.DECODE), key=lambda k: k.num_seqs)
+    try:
+        graph = backend.capture(lambda: program(buffers.batch(Route(key, None))))
+    except Exception as error:  # reported when traffic asks for the key, with its consequences
+        logger.debug("no step could be captured to count its nodes: %r", error)
+        return None
+    nodes = backend.num_nodes(graph)
+    backend.destroy(graph)
+    predicted = plan.book.predict(nodes * len(ladder))
+    if predicted > plan.book.budget:
+        logger.warning(
+            "graphs of the %d greedy keys will take about %.0f MiB, cudagraph_memory_budget has %.0f MiB: "
+            "the least useful ones will have to go",
+            len(ladder),
+            predicted / 2**20,
+            plan.book.budget / 2**20,
+        )
+    return predicted
+
+
+def _rehearsals(plan: Plan) -> list[GraphKey]:
+    """Keys that between them use all that trials use: the largest decode step, each sampler, prompts."""
+    if plan.mode is CudaGraphMode.NONE or not plan.capture_sizes:
+        return []
+    small, large = plan.capture_sizes[0], plan.capture_sizes[-1]
+    sizes = zip(SamplerVariant, (large, small, small), strict=True)
+    keys = [GraphKey(StepKind.DECODE, size, size, sampler) for sampler, size in sizes]
+    prompts = [key for key in plan.ladder(SamplerVariant.GREEDY) if key.kind is StepKind.MIXED]
+    return keys + prompts[-1:]
+
+
+def _reserved(device: torch.device) -> int:
+    """Bytes that torch has taken from the driver."""
+    return torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
 
 
 def _scratch_blocks(config: EngineConfig) -> int:
@@ -692,15 +758,13 @@ def _make_runner(
     scratch: Sequence[int],
     addresses: AddressBook,
     backend: GraphBackend | None,
+    save_area: torch.Tensor | None,
 ) -> Runner:
     if config.cudagraph_mode is not CudaGraphMode.NONE:
         from .graphs.graph_runner import GraphRunner
 
-        if backend is None:
-            from .graphs.cuda import TorchBackend
-
-            backend = TorchBackend()
-        return GraphRunner(program, ring, buffers, plan.book, scratch, addresses, backend, config)
+        assert backend is not None, "made before the KV cache was sized"
+        return GraphRunner(program, ring, buffers, plan.book, scratch, addresses, backend, save_area, config)
     if config.strict:
         from .graphs.strict import StrictRunner
 

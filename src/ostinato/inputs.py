@@ -10,8 +10,10 @@ captured graph may read (docs/graph-contract.md, line 1).
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,10 +23,13 @@ from .types import (
     MAX_LOGPROBS,
     MAX_STOP_IDS,
     GraphKey,
+    Members,
     Request,
     Route,
+    SamplerVariant,
     Schedule,
     ScheduledRow,
+    SteadyRows,
     StepKind,
 )
 
@@ -32,6 +37,9 @@ FLAG_PENALTIES = 1
 FLAG_MASK = 2
 FLAG_BIAS = 4
 FLAG_LOGPROBS = 8
+
+_FLOAT, _BITS, _TWO_BITS = struct.Struct("<f"), struct.Struct("<i"), struct.Struct("<2i")
+"""The bits of a float32, and of a 64-bit seed, as int32."""
 
 
 @dataclass(frozen=True)
@@ -283,8 +291,11 @@ class StepBuffers:
         ]
         self._enabled: set[int] = set()
         self._held: set[int] = set()
+        self._members: Members | None = None
+        """Whose rows the last write brought up to date, where the next one may find the same."""
         self._views: dict[GraphKey, tuple[torch.Tensor, ...]] = {}
-        self._ring = [_Staging(self.words) for _ in range(depth + 1)]
+        self._last_batch: Batch | None = None
+        self._ring = [_Staging(device) for _ in range(depth + 1)]
         self._turn = 0
 
     @property
@@ -312,20 +323,26 @@ class StepBuffers:
         Returns:
             The batch at the route's padded shape.
         """
+        rows, steady = schedule.rows, schedule.rows if isinstance(schedule.rows, SteadyRows) else None
+        if steady is not None and steady.members is self._members:
+            if steady.grown:
+                self._grow(steady)
+            return self.batch(route, steady.members.logprobs)
+        self._members = None if steady is None else steady.members
         if schedule.moves:
             self._move(schedule.moves)
         edits = _Edits(self._offset, self._width)
         for row in schedule.leaves:
             self._disable(edits, row)
             self._held.discard(row)
-        for item in schedule.rows:
+        for item in rows:
             if item.joins:
                 self._join(edits, item)
             if item.new_blocks:
                 edits.put("block_table", item.row, item.new_blocks, column=item.num_blocks_before)
-            if item.request.host_dependent:
+            if item.request.bad_word_ids and item.request.host_dependent:
                 edits.put("mask", item.row, self._mask(item.request))
-        decoding = {item.row for item in schedule.rows if item.decode}
+        decoding = {item.row for item in rows if item.decode}
         for row in decoding - self._enabled:
             edits.set("enabled", row, 1)
         if schedule.kind is StepKind.DECODE:
@@ -335,24 +352,42 @@ class StepBuffers:
         else:
             self._enabled |= decoding
             self._lay_out(edits, schedule, route.key)
+        self._apply(edits)
+        jobs = _prompt_jobs(schedule) if schedule.needs_prompt_logprobs else ()
+        # Logprobs are of the full sampler: the others need not look.
+        full = schedule.sampler is SamplerVariant.FULL
+        logprobs = full and any(r.samples and r.request.params.logprobs is not None for r in rows)
+        return self.batch(route, logprobs, jobs)
+
+    def _grow(self, steady: SteadyRows) -> None:
+        """New blocks, where nothing else changed."""
+        edits = _Edits(self._offset, self._width)
+        for item in map(steady.row, steady.grown):
+            edits.put("block_table", item.row, item.new_blocks, column=item.num_blocks_before)
+        self._apply(edits)
+
+    def _apply(self, edits: _Edits) -> None:
+        """Send edits to the device, from the next slot of the ring."""
         if edits:
             staging = self._ring[self._turn]
             self._turn = (self._turn + 1) % len(self._ring)
-            staging.apply(*edits.arrays())
-        jobs = _prompt_jobs(schedule) if schedule.needs_prompt_logprobs else ()
-        logprobs = any(r.samples and r.request.params.logprobs is not None for r in schedule.rows)
-        return self.batch(route, logprobs, jobs)
+            staging.apply(edits.scatters(self.words))
 
     def batch(
         self, route: Route, logprobs: bool = False, prompt_logprobs: tuple[PromptLogprobsJob, ...] = ()
     ) -> Batch:
         """The batch of a route over whatever the buffers hold: the same views for the same key."""
+        last = self._last_batch
+        if last is not None and last.route is route and last.logprobs == logprobs and not prompt_logprobs:
+            return last
         views = self._views.get(route.key)
         if views is None:
             views = self._views[route.key] = self._cut(route.key)
-        return Batch(
+        batch = Batch(
             route, logprobs, prompt_logprobs, self.shapes.block_size, self.static, self.state, *views
         )
+        self._last_batch = None if prompt_logprobs else batch
+        return batch
 
     def mirrors(self) -> tuple[set[int], set[int]]:
         """What the host remembers of the device rows; for whoever borrows them and puts them back."""
@@ -361,6 +396,7 @@ class StepBuffers:
     def set_mirrors(self, mirrors: tuple[set[int], set[int]]) -> None:
         """Undo what happened since `mirrors()`, once the device buffers are restored."""
         self._enabled, self._held = set(mirrors[0]), set(mirrors[1])
+        self._members = None
 
     def _cut(self, key: GraphKey) -> tuple[torch.Tensor, ...]:
         s, seqs, tokens = self.static, key.num_seqs, key.num_tokens
@@ -390,7 +426,7 @@ class StepBuffers:
             edits.set_float(name, row, getattr(params, name))
         edits.set("top_k", row, max(params.top_k, 0))
         seed = request.seed & 0xFFFFFFFFFFFFFFFF
-        edits.put("seed", row, np.array([seed & 0xFFFFFFFF, seed >> 32], np.uint32).view(np.int32))
+        edits.put("seed", row, _TWO_BITS.unpack(seed.to_bytes(8, "little")))
         edits.set("min_position", row, prompt + params.min_tokens)
         edits.set("last_position", row, request.max_total_tokens - 1)
         edits.set("num_stop_ids", row, len(request.stop_token_ids))
@@ -404,7 +440,7 @@ class StepBuffers:
         if masked and not request.host_dependent:
             edits.put("mask", row, self._mask(request))
         if params.has_penalties:
-            self._rebuild_counts(request, row)
+            self._rebuild_counts(edits, request, row)
 
     def _mask(self, request: Request) -> np.ndarray:
         """Bits of the tokens that may come next, [mask_words] int32."""
@@ -415,17 +451,19 @@ class StepBuffers:
         bits[list(request.banned_next())] = False
         return np.packbits(bits, bitorder="little").view(np.int32)
 
-    def _rebuild_counts(self, request: Request, row: int) -> None:
-        """Penalty state from the history; stream order puts it before the step that joins."""
-        bits = np.zeros(self.shapes.mask_words * 32, bool)
-        bits[list(request.prompt_token_ids)] = True
-        packed = torch.from_numpy(np.packbits(bits, bitorder="little").view(np.int32))
-        self.state.prompt_mask[row].copy_(packed)
-        counts = np.zeros(self.shapes.vocab_size, np.int16)
+    def _rebuild_counts(self, edits: _Edits, request: Request, row: int) -> None:
+        """Penalty state from the history; the host's work grows with the history, not with the vocabulary."""
+        state, shapes = self.state, self.shapes
+        state.prompt_mask[row].zero_()
+        ids = np.unique(np.asarray(request.prompt_token_ids, np.int64))
+        words, place = np.unique(ids >> 5, return_inverse=True)
+        bits = np.zeros(len(words), np.uint32)
+        np.bitwise_or.at(bits, place, np.uint32(1) << (ids & 31).astype(np.uint32))
+        edits.also(state.prompt_mask, row * shapes.mask_words + words, bits.view(np.int32))
+        state.output_counts[row].zero_()
         if request.output_token_ids:
-            ids, often = np.unique(np.array(request.output_token_ids), return_counts=True)
-            counts[ids] = np.minimum(often, 32767)
-        self.state.output_counts[row].copy_(torch.from_numpy(counts))
+            ids, often = np.unique(np.asarray(request.output_token_ids, np.int64), return_counts=True)
+            edits.also(state.output_counts, row * shapes.vocab_size + ids, np.minimum(often, 32767))
 
     def _lay_out(self, edits: _Edits, schedule: Schedule, key: GraphKey) -> None:
         """Tokens and sequences of a prefill or mixed step, padding included."""
@@ -455,7 +493,9 @@ class StepBuffers:
 
     def _move(self, moves: Sequence[tuple[int, int]]) -> None:
         """Move whole rows on the device, in stream order: no source is also a target."""
-        source, target = torch.tensor(moves, device=self.device).unbind(1)
+        pairs = torch.tensor(moves, pin_memory=self.device.type == "cuda")
+        # Not from pageable memory: that copy would wait for every step in flight.
+        source, target = pairs.to(self.device, non_blocking=True).unbind(1)
         for tensor in self._row_tensors:
             tensor[target] = tensor[source]
         self.state.active[source] = 0
@@ -476,15 +516,16 @@ class _Edits:
         self._offset, self._width = offset, width
         self._single: dict[int, int] = {}
         self._runs: list[tuple[int, np.ndarray]] = []
+        self._others: list[tuple[torch.Tensor, np.ndarray, np.ndarray]] = []
 
     def __bool__(self) -> bool:
-        return bool(self._single or self._runs)
+        return bool(self._single or self._runs or self._others)
 
     def set(self, name: str, row: int, value: int) -> None:
         self._single[self._offset[name] + row * self._width[name]] = value
 
     def set_float(self, name: str, row: int, value: float) -> None:
-        self.set(name, row, int(np.float32(value).view(np.int32)))
+        self.set(name, row, _BITS.unpack(_FLOAT.pack(value))[0])
 
     def put(self, name: str, row: int, values: Sequence[int] | np.ndarray, column: int = 0) -> None:
         """Consecutive words from (row, column) of a field on."""
@@ -492,8 +533,17 @@ class _Edits:
             start = self._offset[name] + row * self._width[name] + column
             self._runs.append((start, np.asarray(values, np.int32)))
 
-    def arrays(self) -> tuple[np.ndarray, np.ndarray]:
-        """(int64 indices, int32 values) of all edits; no index stands twice."""
+    def also(self, tensor: torch.Tensor, index: np.ndarray, values: np.ndarray) -> None:
+        """Elements of a tensor that is not part of `words`, by flat index; no index stands twice."""
+        self._others.append((tensor.view(-1), index.astype(np.int64), values.astype(np.int32)))
+
+    def scatters(self, words: torch.Tensor) -> list[tuple[torch.Tensor, np.ndarray, np.ndarray]]:
+        """(flat tensor, int64 indices, int32 values) of all edits."""
+        own = [(words, *self._arrays())] if self._single or self._runs else []
+        return own + self._others
+
+    def _arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        """Indices and values of the edits of `words`; no index stands twice."""
         index = [np.fromiter(self._single.keys(), np.int64, len(self._single))]
         value = [np.fromiter(self._single.values(), np.int32, len(self._single))]
         for start, run in self._runs:
@@ -505,27 +555,49 @@ class _Edits:
 class _Staging:
     """One slot of the staging ring: host memory that a copy may still be reading."""
 
-    def __init__(self, words: torch.Tensor) -> None:
-        self._words = words
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._host = torch.empty(0, dtype=torch.uint8)
-        self._copied: torch.cuda.Event | None = None
+        self._copied: Any = None
+        """What to wait for before the host memory is written again."""
 
-    def apply(self, index: np.ndarray, value: np.ndarray) -> None:
-        """words[index] = value, with one copy and one scatter in stream order."""
-        if self._words.device.type == "cpu":
-            self._words[torch.from_numpy(index)] = torch.from_numpy(value)
+    def apply(self, scatters: Sequence[tuple[torch.Tensor, np.ndarray, np.ndarray]]) -> None:
+        """tensor[index] = value for each, with one copy in stream order."""
+        if self._device.type == "cpu":
+            for tensor, index, value in scatters:
+                tensor[torch.from_numpy(index)] = torch.from_numpy(value).to(tensor.dtype)
             return
-        n = len(index)
         if self._copied is not None:
             self._copied.synchronize()  # long past: the ring is deeper than the steps in flight
-        if self._host.numel() < 12 * n:
-            self._host = torch.empty(max(24 * n, 1 << 16), dtype=torch.uint8, pin_memory=True)
-        self._host[: 8 * n].view(torch.int64).numpy()[:] = index
-        self._host[8 * n : 12 * n].view(torch.int32).numpy()[:] = value
-        packed = self._host[: 12 * n].to(self._words.device, non_blocking=True)
-        self._words.index_copy_(0, packed[: 8 * n].view(torch.int64), packed[8 * n :].view(torch.int32))
-        self._copied = torch.cuda.Event()
-        self._copied.record()
+        total = sum(len(index) for _, index, _ in scatters)
+        if self._host.numel() < 12 * total:
+            self._host = self._room(max(24 * total, 1 << 16))
+        split = 8 * total
+        np.concatenate([i for _, i, _ in scatters], out=self._host[:split].view(torch.int64).numpy())
+        np.concatenate(
+            [v for _, _, v in scatters], out=self._host[split : split + 4 * total].view(torch.int32).numpy()
+        )
+        self._copied = self._send([(tensor, len(index)) for tensor, index, _ in scatters], total)
+
+    def _room(self, nbytes: int) -> torch.Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+
+    def _send(self, targets: Sequence[tuple[torch.Tensor, int]], total: int) -> Any:
+        """Start the copy and the scatters behind it; an event that passes when the copy has been made."""
+        packed = self._host[: 12 * total].to(self._device, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+        scatter(packed, targets, total)
+        return copied
+
+
+def scatter(packed: torch.Tensor, targets: Sequence[tuple[torch.Tensor, int]], total: int) -> None:
+    """Write what a staging slot holds, [12 * total] bytes: all indices, then all values, target by target."""
+    index, value = packed[: 8 * total].view(torch.int64), packed[8 * total :].view(torch.int32)
+    at = 0
+    for tensor, count in targets:
+        tensor.index_copy_(0, index[at : at + count], value[at : at + count].to(tensor.dtype))
+        at += count
 
 
 def _prompt_jobs(schedule: Schedule) -> tuple[PromptLogprobsJob, ...]:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from .graphs.plan import Plan
 from .types import (
     CompletionOutput,
+    Delay,
     Request,
     RequestMetrics,
     RequestOutput,
     RequestOutputKind,
+    RequestStatus,
     SamplingParams,
     TokenLogprobs,
 )
@@ -31,6 +33,8 @@ class _Prompt:
     """The plan's counters at arrival: the difference is what ran meanwhile."""
     eager_steps: Counter[str]
     first_token: float | None = None
+    quiet: bool = False
+    """It wants nothing before its end, and its first token was seen."""
     sent_text: list[int] = field(default_factory=list)
     """Characters of each completion already delivered (DELTA)."""
     sent_tokens: list[int] = field(default_factory=list)
@@ -82,10 +86,18 @@ class OutputAssembler:
         """Outputs for requests that got a token or ended, in the order given."""
         outputs = []
         now: float | None = None
-        for prompt_id in dict.fromkeys(r.prompt_id for r in changed):
-            entry = self._prompts[prompt_id]
+        prompts, running = self._prompts, RequestStatus.RUNNING
+        wanted = (
+            r.prompt_id
+            for r in changed
+            # A step of many rows changes little for those that want one output, at the end.
+            if r.status is not running or not prompts[r.prompt_id].quiet
+        )
+        for prompt_id in dict.fromkeys(wanted):
+            entry = prompts[prompt_id]
             if entry.first_token is None and any(r.output_token_ids for r in entry.requests):
                 now = entry.first_token = now or time.monotonic()
+                entry.quiet = entry.params.output_kind is RequestOutputKind.FINAL_ONLY
             done = all(r.finished for r in entry.requests)
             if done or entry.params.output_kind is not RequestOutputKind.FINAL_ONLY:
                 outputs.append(self._output(prompt_id, entry, done))
@@ -176,4 +188,14 @@ class OutputAssembler:
             num_preemptions=sum(r.num_preemptions for r in entry.requests),
             graph_steps=graph - entry.graph_steps,
             eager_steps=dict(eager - entry.eager_steps),
+            delays=_total(r.delays for r in entry.requests),
         )
+
+
+def _total(delays: Iterable[Mapping[Delay, int]]) -> dict[str, int]:
+    """Delays of several requests, by code."""
+    found: Counter[str] = Counter()
+    for own in delays:
+        for why, count in own.items():
+            found[why.value] += count
+    return dict(found)

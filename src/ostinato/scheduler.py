@@ -10,6 +10,8 @@ Order: first come, first served. A step takes one token of every decoding reques
 of prompts that run already, then new ones, up to the token budget. One exception: a request
 that shares uncomputed prompt blocks with a running one is passed over until they are
 committed, so that a shared prompt is computed once; it keeps its place.
+
+Decode steps that only repeat the one before take a short way: see `_Steady`.
 """
 
 from __future__ import annotations
@@ -17,26 +19,30 @@ from __future__ import annotations
 import heapq
 from bisect import insort
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 
 from .errors import ConfigError, KVCacheError, RequestError
 from .kv_blocks import BlockAllocator, extend_hashes
 from .types import (
+    Delay,
     FinishReason,
     Logprob,
+    Members,
     Request,
     RequestStatus,
     SamplerVariant,
     Schedule,
     ScheduledRow,
+    SteadyRows,
     StepKind,
     StepResult,
     TokenLogprobs,
 )
 
 _NEVER = 1 << 62
+_NOTHING: Mapping[int, tuple[int, ...]] = {}
 
 
 @dataclass(frozen=True)
@@ -106,6 +112,79 @@ class _Entry:
         """Blocks [registered, marked) stand in `Scheduler._computing` on its behalf."""
 
 
+class _Steady:
+    """Entries that decode together until one of them ends, moves or is preempted, or another joins.
+
+    What all their steps do alike is counted here once for all of them and written into the
+    requests by `settle`; only what one row needs (a block, a place in the prefix cache, its end)
+    is done row by row, when its turn comes. Offsets are tokens since the beginning.
+    """
+
+    __slots__ = (
+        "_settled",
+        "committed",
+        "entries",
+        "launch_events",
+        "launched",
+        "members",
+        "num_blocks",
+        "outputs",
+        "pick",
+        "result_events",
+        "stop_ids",
+        "variant",
+        "with_logprobs",
+        "with_sink",
+    )
+
+    def __init__(self, entries: Sequence[_Entry]) -> None:
+        """By device row."""
+        requests = tuple(entry.request for entry in entries)
+        rows = tuple(request.row for request in requests)
+        self.entries = entries
+        self.with_logprobs = [i for i, r in enumerate(requests) if r.params.logprobs is not None]
+        self.with_sink = [i for i, r in enumerate(requests) if r.sink is not None]
+        self.members = Members(
+            requests,
+            rows,
+            tuple(r.epoch for r in requests),
+            tuple(r.num_computed for r in requests),
+            bool(self.with_logprobs),
+        )
+        self.outputs = [r.output_token_ids for r in requests]
+        self.stop_ids = frozenset().union(*(r.stop_token_ids for r in requests))
+        self.variant = SamplerVariant(max(entry.variant for entry in entries))
+        self.num_blocks: Sequence[int] = [len(r.blocks) for r in requests]
+        self.pick: Callable[[Sequence[int]], Sequence[int]]
+        """Tokens of the members from those of all columns."""
+        self.pick = itemgetter(*rows) if len(rows) > 1 else itemgetter(slice(rows[0], rows[0] + 1))
+        self.launched = self.committed = 0
+        """Steps since the beginning."""
+        self._settled = (0, 0)
+        starts = self.members.starts
+        self.launch_events = [
+            (min(e.capacity, e.last_start) - start, i)
+            for i, (e, start) in enumerate(zip(entries, starts, strict=True))
+        ]
+        """A heap: (offset at which a row needs a block or must not run, its place)."""
+        self.result_events = [
+            (min(e.next_full, e.last_start) - start, i)
+            for i, (e, start) in enumerate(zip(entries, starts, strict=True))
+        ]
+        """A heap: (tokens after which a row has filled a block or reached its length, its place)."""
+        heapq.heapify(self.launch_events)
+        heapq.heapify(self.result_events)
+
+    def settle(self) -> None:
+        """Write what was counted into the requests."""
+        launched, committed = self.launched - self._settled[0], self.committed - self._settled[1]
+        if launched or committed:
+            for request in self.members.requests:
+                request.num_computed += launched
+                request.num_launched += launched - committed
+            self._settled = (self.launched, self.committed)
+
+
 class Scheduler:
     """Turns requests into schedules, and results into tokens.
 
@@ -139,6 +218,8 @@ class Scheduler:
         """Times a row was held back because its next mask depends on an unknown token."""
         self.num_block_stalls = 0
         """Times a running row was held back because no block was free for it."""
+        self.delayed_steps: Counter[Delay] = Counter()
+        """Steps that running requests had to sit out, by reason, whether others ran in them or nobody."""
         self.num_passed_over = 0
         """Times a waiting request was passed over because its prefix was being computed."""
         self.prefix_cache_queries = 0
@@ -157,6 +238,10 @@ class Scheduler:
         self._passed_over: dict[int, list[_Entry]] = {}  # by the last block hash they wait for
         # The head of the queue that did not fit, and `num_releases` then: until a release it still does not.
         self._blocked: tuple[_Entry, int] | None = None
+        self._delayed: set[Delay] = set()  # of the step that is being made
+        self._steady: _Steady | None = None
+        # The last step, if it was a decode of every running request and nobody came or went since.
+        self._repeatable: Sequence[ScheduledRow] = ()
 
     # --- the queue ---------------------------------------------------------------------
 
@@ -181,11 +266,13 @@ class Scheduler:
     @property
     def running(self) -> list[Request]:
         """Requests that hold a device row, by arrival."""
+        self._settle()
         return [entry.request for entry in self._running]
 
     @property
     def unfinished(self) -> list[Request]:
         """Every request that has not finished, by arrival."""
+        self._settle()
         return [entry.request for entry in self._entries.values()]
 
     def add(self, request: Request) -> None:
@@ -244,7 +331,8 @@ class Scheduler:
             container.clear()
         self._computing.clear()
         self._passed_over.clear()
-        self._blocked = None
+        self._blocked = self._steady = None
+        self._repeatable = ()
         self._free_rows = list(range(self.config.max_num_seqs))
         self._stale_rows = set(self._free_rows)
         self.allocator.reset()
@@ -277,6 +365,11 @@ class Scheduler:
         """The next step, counted as launched; None if nothing can be launched before a commit."""
         if len(self._inflight) > self.config.max_lag:
             return None
+        steady = self._schedule_steady()
+        if steady is not None:
+            return steady
+        self._disturb()
+        self._delayed.clear()
         rows: list[ScheduledRow] = []
         preemptions = self.num_preemptions
         prefilling, variant = self._schedule_decodes(rows)
@@ -298,6 +391,7 @@ class Scheduler:
             if chunks:
                 kind = StepKind.MIXED if num_decodes else StepKind.PREFILL
                 variant = max(variant, self._variant(chunks))
+        self.delayed_steps.update(self._delayed)
         if not rows:
             return None
         moves: tuple[tuple[int, int], ...] = ()
@@ -305,12 +399,84 @@ class Scheduler:
             rows.sort(key=_BY_ROW)
             if rows[-1].row >= len(self._running) and not any(e.request.row >= 0 for e in prefilling):
                 moves = self._compact(rows)
+            if len(rows) == len(self._running):
+                self._repeatable = rows
         leaves = tuple(sorted(self._stale_rows))
         self._stale_rows.clear()
         schedule = Schedule(self.num_steps, kind, tuple(rows), leaves, moves, SamplerVariant(variant))
+        return self._launch(schedule)
+
+    def _launch(self, schedule: Schedule) -> Schedule:
         self.num_steps += 1
         self._inflight.append(schedule)
         return schedule
+
+    def _schedule_steady(self) -> Schedule | None:
+        """The step after a decode step if it has the same rows, in a time that does not depend on how many."""
+        group = self._steady
+        if group is None:
+            if not self._repeatable:
+                return None
+            entries = [self._entries[row.request.request_id] for row in self._repeatable]
+            self._repeatable = ()
+            if any(entry.host_dependent for entry in entries):
+                return None
+            group = self._steady = _Steady(entries)
+        if self._may_admit():
+            return None
+        offset, num_blocks = group.launched, group.num_blocks
+        grown: Mapping[int, tuple[int, ...]] = _NOTHING
+        if group.launch_events[0][0] <= offset:
+            found = self._grow_steady(group, offset)
+            if found is None:
+                return None
+            grown = found
+        group.launched += 1
+        rows = SteadyRows(group.members, offset, num_blocks, grown)
+        return self._launch(Schedule(self.num_steps, StepKind.DECODE, rows, (), (), group.variant))
+
+    def _may_admit(self) -> bool:
+        """Whether somebody waits who might start now."""
+        if not self._waiting or not self._free_rows:
+            return False
+        head = self._waiting[0][1]
+        return head.request.finished or self._blocked != (head, self.allocator.num_releases)
+
+    def _grow_steady(self, group: _Steady, offset: int) -> dict[int, tuple[int, ...]] | None:
+        """Blocks for the rows that need one now; None, and nobody got any, if the step is not so simple."""
+        events, due = group.launch_events, []
+        while events and events[0][0] <= offset:
+            due.append(heapq.heappop(events)[1])
+        ahead, starts = self.config.blocks_ahead, group.members.starts
+        ends = any(starts[i] + offset >= group.entries[i].last_start for i in due)
+        if ends or self.allocator.num_free < ahead * len(due):
+            return None  # a row's last token is in flight, or memory is tight
+        grown, num_blocks = {}, list(group.num_blocks)
+        for i in sorted(due, key=lambda i: group.entries[i].arrival):
+            entry = group.entries[i]
+            new = self._grow(entry, starts[i] + offset + 1, ahead)
+            assert new is not None, "there were enough free blocks"
+            grown[i] = new
+            num_blocks[i] += len(new)
+            heapq.heappush(events, (min(entry.capacity, entry.last_start) - starts[i], i))
+        group.num_blocks = num_blocks
+        return grown
+
+    def _delay(self, request: Request, why: Delay) -> None:
+        """A running request sits this step out."""
+        request.delays[why] = request.delays.get(why, 0) + 1
+        self._delayed.add(why)
+
+    def _settle(self) -> None:
+        """Bring the requests' counters up to date."""
+        if self._steady is not None:
+            self._steady.settle()
+
+    def _disturb(self) -> None:
+        """The next step is not a repetition."""
+        self._settle()
+        self._steady = None
+        self._repeatable = ()
 
     def _schedule_decodes(self, rows: list[ScheduledRow]) -> tuple[list[_Entry], int]:
         """One token of every row the device can continue alone; the others, and the sampler variant."""
@@ -326,6 +492,7 @@ class Scheduler:
                 continue  # its last token is in flight
             if entry.host_dependent and request.num_launched:
                 self.num_host_dependency += 1
+                self._delay(request, Delay.HOST_DEPENDENCY)
                 continue
             num_blocks = len(request.blocks)
             new_blocks: tuple[int, ...] = ()
@@ -496,6 +663,7 @@ class Scheduler:
             new = allocator.allocate(needed)
             if new is None:
                 self.num_block_stalls += 1
+                self._delay(request, Delay.NO_FREE_BLOCK)
                 return None
         request.blocks += new
         entry.capacity = len(request.blocks) * self.config.block_size
@@ -529,6 +697,7 @@ class Scheduler:
 
     def _vacate(self, entry: _Entry) -> None:
         """Give back the row, the blocks and the marks of a running request."""
+        self._disturb()
         request = entry.request
         self._running.remove(entry)
         heapq.heappush(self._free_rows, request.row)
@@ -565,6 +734,11 @@ class Scheduler:
                 f"step {schedule.step} is not the oldest one in flight; commit in order of launch"
             )
         self._inflight.popleft()
+        if self._steady is not None:
+            rows = schedule.rows
+            if isinstance(rows, SteadyRows) and rows.members is self._steady.members:
+                return self._commit_steady(self._steady, schedule, result)
+            self._settle()
         by_row = schedule.kind is StepKind.DECODE
         entries, tokens = self._entries, result.tokens
         changed = []
@@ -585,32 +759,70 @@ class Scheduler:
                 continue
             token = tokens[column]
             if token < 0:
-                raise RuntimeError(
-                    f"step {schedule.step}, column {column}: no token for live request {request.request_id!r}; "
-                    f"the device stopped it and the host did not"
-                )
-            output = request.output_token_ids
-            output.append(token)
+                raise self._no_token(schedule, column, request)
+            request.output_token_ids.append(token)
             request.num_launched -= 1
             changed.append(request)
             if params.logprobs is not None:
                 _keep_logprobs(request, token, result.logprobs.get(column))
-            # The device masks stop ids before `min_tokens`. Stop strings it does not know: a match
-            # before that is ignored, as in vLLM. A stop token is kept in the output, but not its text.
-            may_stop = len(output) >= params.min_tokens
-            if may_stop and token in request.stop_token_ids:
-                request.stop_reason = token if token in (params.stop_token_ids or ()) else None
-                self._finish(entry, FinishReason.STOP)
-                continue
-            if request.sink is not None:
-                match = request.sink.push(token)
-                if match is not None and may_stop:
-                    request.stop_reason = match
-                    self._finish(entry, FinishReason.STOP)
-                    continue
-            if end >= entry.last_start:
-                self._finish(entry, FinishReason.LENGTH)
+            self._take(entry, token, end)
         return changed
+
+    def _commit_steady(self, group: _Steady, schedule: Schedule, result: StepResult) -> list[Request]:
+        """The same for a step of rows that all still run: row by row only where a row needs something."""
+        tokens, requests, entries = group.pick(result.tokens), group.members.requests, group.entries
+        if min(tokens) < 0:
+            place = next(i for i, token in enumerate(tokens) if token < 0)
+            raise self._no_token(schedule, group.members.rows[place], requests[place])
+        group.committed += 1
+        # The fastest loop there is over two lists.
+        deque(map(list.append, group.outputs, tokens), maxlen=0)
+        for i in group.with_logprobs:
+            _keep_logprobs(requests[i], tokens[i], result.logprobs.get(group.members.rows[i]))
+        done, starts = group.committed, group.members.starts
+        look: set[int] = set()
+        if not group.stop_ids.isdisjoint(tokens):
+            look.update(i for i, token in enumerate(tokens) if token in requests[i].stop_token_ids)
+        events = group.result_events
+        while events and events[0][0] <= done:
+            i = heapq.heappop(events)[1]
+            entry, end = entries[i], starts[i] + done
+            if end >= entry.next_full:
+                self._register(entry, end)
+            if end >= entry.last_start:
+                look.add(i)
+            else:
+                heapq.heappush(events, (min(entry.next_full, entry.last_start) - starts[i], i))
+        for i in sorted(look.union(group.with_sink)) if look else group.with_sink:
+            self._take(entries[i], tokens[i], starts[i] + done)
+        return list(requests)
+
+    def _take(self, entry: _Entry, token: int, end: int) -> None:
+        """A token was appended, `end` tokens are computed: add its text, and end the request if it says so."""
+        request = entry.request
+        params = request.params
+        # The device masks stop ids before `min_tokens`. Stop strings it does not know: a match
+        # before that is ignored, as in vLLM. A stop token is kept in the output, but not its text.
+        may_stop = len(request.output_token_ids) >= params.min_tokens
+        if may_stop and token in request.stop_token_ids:
+            request.stop_reason = token if token in (params.stop_token_ids or ()) else None
+            self._finish(entry, FinishReason.STOP)
+            return
+        if request.sink is not None:
+            match = request.sink.push(token)
+            if match is not None and may_stop:
+                request.stop_reason = match
+                self._finish(entry, FinishReason.STOP)
+                return
+        if end >= entry.last_start:
+            self._finish(entry, FinishReason.LENGTH)
+
+    @staticmethod
+    def _no_token(schedule: Schedule, column: int, request: Request) -> RuntimeError:
+        return RuntimeError(
+            f"step {schedule.step}, column {column}: no token for live request {request.request_id!r}; "
+            f"the device stopped it and the host did not"
+        )
 
     def _register(self, entry: _Entry, end: int) -> None:
         """Make the blocks that `end` committed tokens fill findable."""

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from enum import Enum, IntEnum
 from numbers import Real
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, overload
 
 from .errors import SamplingParamsError, UnknownOptionError
 
@@ -381,6 +381,8 @@ class Request:
     epoch: int = 0
     """Raised by preemption: tokens launched under an older epoch are dropped."""
     num_preemptions: int = 0
+    delays: dict[Delay, int] = field(default_factory=dict)
+    """Steps that it sat out, by reason."""
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     cumulative_logprob: float = 0.0
@@ -459,13 +461,83 @@ class ScheduledRow(NamedTuple):
     """The request's epoch at launch."""
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class Members:
+    """Requests that decode together, step after step; steps of equal rows share one object."""
+
+    requests: tuple[Request, ...]
+    rows: tuple[int, ...]
+    """Device rows, ascending; none of them changes."""
+    epochs: tuple[int, ...]
+    starts: tuple[int, ...]
+    """Position of each one's first token."""
+    logprobs: bool
+    """One of them wants logprobs."""
+
+
+class SteadyRows(Sequence[ScheduledRow]):
+    """The rows of a decode step whose members are those of the step before it.
+
+    Says the same as a tuple of rows, but makes a row only when it is asked for: a step that
+    changes nothing costs the host the same whatever its size.
+    """
+
+    __slots__ = ("_num_blocks", "grown", "members", "offset")
+
+    def __init__(
+        self,
+        members: Members,
+        offset: int,
+        num_blocks: Sequence[int],
+        grown: Mapping[int, tuple[int, ...]],
+    ) -> None:
+        """One step.
+
+        Args:
+            members: who decodes.
+            offset: tokens since the members' starts.
+            num_blocks: blocks that each member had before this step.
+            grown: new blocks by place of the member, for those that get any.
+        """
+        self.members, self.offset, self.grown = members, offset, grown
+        self._num_blocks = num_blocks
+
+    def __len__(self) -> int:
+        return len(self.members.rows)
+
+    @overload
+    def __getitem__(self, index: int) -> ScheduledRow: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[ScheduledRow, ...]: ...
+    def __getitem__(self, index: int | slice) -> ScheduledRow | tuple[ScheduledRow, ...]:
+        if isinstance(index, slice):
+            return tuple(self.row(i) for i in range(*index.indices(len(self))))
+        return self.row(range(len(self))[index])
+
+    def row(self, place: int) -> ScheduledRow:
+        """The row of the member at that place."""
+        m = self.members
+        return ScheduledRow(
+            m.requests[place],
+            m.rows[place],
+            m.starts[place] + self.offset,
+            1,
+            True,
+            True,
+            False,
+            self._num_blocks[place],
+            self.grown.get(place, ()),
+            m.epochs[place],
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class Schedule:
     """What one step runs. No tensors; `to_json` with the parameters can be replayed."""
 
     step: int
     kind: StepKind
-    rows: tuple[ScheduledRow, ...]
+    rows: Sequence[ScheduledRow]
     """A decode step: by device row. Otherwise decodes, chunks that go on, chunks that join, each by arrival."""
     leaves: tuple[int, ...]
     """Device rows that nobody uses any more: written inactive before this step."""
@@ -475,18 +547,18 @@ class Schedule:
 
     @property
     def num_tokens(self) -> int:
-        return sum(row.length for row in self.rows)
+        return len(self.rows) if self.kind is StepKind.DECODE else sum(row.length for row in self.rows)
 
     @property
     def num_seqs(self) -> int:
         """Rows the step spans: for a decode step up to the highest device row, holes included."""
         if self.kind is StepKind.DECODE:
-            return max(row.row for row in self.rows) + 1
+            return self.rows[-1].row + 1
         return len(self.rows)
 
     @property
     def needs_prompt_logprobs(self) -> bool:
-        return any(
+        return self.kind is not StepKind.DECODE and any(
             r.request.params.prompt_logprobs is not None and r.start < len(r.request.prompt_token_ids)
             for r in self.rows
         )
@@ -521,6 +593,10 @@ class GraphKey:
     num_seqs: int
     sampler: SamplerVariant
 
+    def __hash__(self) -> int:
+        # Every step looks its key up several times, and hashing an enum is slow; few keys differ in these alone.
+        return hash((self.num_tokens, self.num_seqs))
+
     def __str__(self) -> str:
         return (
             f"{self.kind.value}[tokens={self.num_tokens}, seqs={self.num_seqs}, {self.sampler.name.lower()}]"
@@ -547,6 +623,24 @@ class Reason(str, Enum):
         """For people."""
         return _REASON_TEXTS[self]
 
+
+class Delay(str, Enum):
+    """Why a running request sat out a step: the step ran, on a graph or not, without it."""
+
+    HOST_DEPENDENCY = "host_dependency"
+    NO_FREE_BLOCK = "no_free_block"
+
+    @property
+    def text(self) -> str:
+        """For people."""
+        return _DELAY_TEXTS[self]
+
+
+_DELAY_TEXTS = {
+    Delay.HOST_DEPENDENCY: "its next token depends on the last one through bad_words of several tokens, "
+    "so it waited until the host knew that",
+    Delay.NO_FREE_BLOCK: "the KV cache had no free block for it",
+}
 
 _REASON_TEXTS = {
     Reason.DISABLED: "graphs are off: no GPU, enforce_eager=True, cudagraph_mode='NONE' or debug_graphs=True",
@@ -618,6 +712,8 @@ class RequestMetrics:
     """Steps that ran on a graph while this request was running."""
     eager_steps: Mapping[str, int] = field(default_factory=dict)
     """Steps that ran eagerly meanwhile, by reason code."""
+    delays: Mapping[str, int] = field(default_factory=dict)
+    """Steps that its own rows sat out, by reason code."""
 
     @property
     def time_to_first_token(self) -> float | None:

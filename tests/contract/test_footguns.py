@@ -165,6 +165,78 @@ def test_results_in_flight_have_slots_of_their_own(tiny: Callable[[str], tuple[P
     assert len(ring._slots) == 4
 
 
+def test_a_pipeline_deeper_than_the_ring(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A result that was overwritten before it was read does not pass for the step's own."""
+    engine = llm.engine
+    object.__setattr__(engine.config, "pipeline_depth", 4)  # the ring was made for one
+    with pytest.raises(StrictError, match="the pipeline is deeper than the ring"):
+        run(llm)
+
+
+@pytest.mark.parametrize("name", ["tokens", "token_positions", "seq_lens"])
+def test_padding_of_a_prompt_step_that_is_used(llm: LLM, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """It holds numbers far out of range, so whoever takes one for an index fails at once."""
+
+    def use(batch: Batch) -> None:
+        if not batch.decode:
+            batch.static.block_table[0][getattr(batch, name)[-1].long()]
+
+    around_advance(llm, monkeypatch, use)
+    with pytest.raises(IndexError, match=str(2**30)):
+        run(llm)
+
+
+def test_padded_sequences_of_a_prompt_step_ask_for_samples(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that samples for whoever asks, row or no row, writes to rows that did not run."""
+    seen: list[int] = []
+
+    def look(batch: Batch) -> None:
+        if not batch.decode:
+            seen.extend(batch.samples[batch.rows < 0].tolist())
+
+    around_advance(llm, monkeypatch, look)
+    run(llm)
+    assert seen
+    assert set(seen) == {1}
+
+
+@pytest.mark.parametrize("read", [torch.Tensor.item, int, bool, float], ids=["item", "int", "bool", "float"])
+def test_a_host_synchronisation_inside_a_step(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, read: Callable[[torch.Tensor], object]
+) -> None:
+    """On a GPU the driver gives the capture up instead: see test_a_failed_capture_leaves_the_engine_serving."""
+    around_advance(llm, monkeypatch, lambda batch: read(batch.state.position[0]))
+    with pytest.raises(StrictError, match="read a value on the host"):
+        run(llm)
+
+
+def test_a_tensor_swapped_for_another_of_the_same_shape(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two registered buffers too: the same shape, alive, and not what the graph would read."""
+    run(llm)
+    static = llm.engine.buffers.static
+    before_each_step(
+        llm,
+        monkeypatch,
+        lambda batch: replace(batch, tokens=static.token_positions[: batch.num_tokens]),
+    )
+    with pytest.raises(StrictError, match=r"batch\.tokens is .* the key's first step had"):
+        run(llm)
+
+
+def test_weights_that_moved(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As reloading a model in place would do."""
+    run(llm)
+    name, weight = next(iter(llm.engine.program.model.tensors().items()))
+
+    def moved(batch: Batch) -> Batch:
+        weight.data = weight.clone()
+        return batch
+
+    before_each_step(llm, monkeypatch, moved)
+    with pytest.raises(StrictError, match=f"buffer '{name}' moved"):
+        run(llm)
+
+
 def test_an_idle_rows_garbage_has_no_effect(llm: LLM) -> None:
     """Rows that requests left hold NaN parameters and guard blocks; later requests see none of it."""
     alone = run(llm, 1)

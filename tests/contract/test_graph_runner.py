@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import pytest
 import torch
 
 from ostinato import LLM, SamplingParams
-from ostinato.errors import CaptureError, MismatchError
+from ostinato.errors import CaptureError, GraphError, MismatchError
 from ostinato.graphs.keys import KeyState
 from ostinato.graphs.profile import Profile
+from ostinato.graphs.scratch import ScratchChecker
 from ostinato.kv_cache import GUARD_BLOCK
 from ostinato.types import GraphKey, Route, SamplerVariant, StepKind
 from tests.fakes import FakeBackend, FakeGraph, fake_engine
@@ -159,6 +161,122 @@ def test_whatever_a_graph_does_wrong_is_seen_before_it_serves(
     assert states == {KeyState.QUARANTINED}
     assert any(what in r.note for r in llm.engine.plan.book.records())
     assert llm.get_metrics()["eager_steps"]["quarantined"] > 0
+
+
+@pytest.mark.parametrize("name", ["tokens", "token_positions", "seq_lens"])
+@pytest.mark.parametrize("kind", [StepKind.DECODE, StepKind.MIXED])
+def test_whoever_reads_padding_does_not_get_the_same_twice(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, kind: StepKind, name: str
+) -> None:
+    """The two runs of a trial find different numbers there, so a step that reads them differs."""
+    llm = fake_engine(tiny("llama3")[0], FakeBackend())
+    runner, buffers = llm.engine.runner, llm.engine.buffers
+    program = runner._program
+    advance = program.ops.advance
+
+    def reads_padding(batch: Any, view: Any, tokens: torch.Tensor) -> None:
+        advance(batch, view, tokens)
+        batch.state.last_token[0] += getattr(batch, name)[-1]
+
+    key = GraphKey(kind, 8 if kind is StepKind.DECODE else 64, 8, SamplerVariant.GREEDY)
+    body = partial(run_key, program, buffers, key)
+    with torch.inference_mode():
+        clean = runner.checker.trial(key, 3, body, body)
+        monkeypatch.setattr(program.ops, "advance", reads_padding)
+        trial = runner.checker.trial(key, 3, body, body)
+    assert clean.mismatches() == []
+    assert any(found.startswith("last_token[0]") for found in trial.mismatches())
+
+
+def test_no_trial_between_two_steps_is_the_first_of_its_kind(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kinds and samplers are rehearsed while the engine is built, the largest decode step among them."""
+    rehearsed: list[GraphKey] = []
+    trial = ScratchChecker.trial
+
+    def noting(self: Any, key: GraphKey, *args: Any) -> Any:
+        rehearsed.append(key)
+        return trial(self, key, *args)
+
+    monkeypatch.setattr(ScratchChecker, "trial", noting)
+    llm = fake_engine(tiny("llama3")[0], FakeBackend())
+    assert {(k.kind, k.sampler) for k in rehearsed} >= {(StepKind.DECODE, s) for s in SamplerVariant}
+    assert StepKind.MIXED in {k.kind for k in rehearsed}
+    assert max(k.num_seqs for k in rehearsed) == llm.engine.config.max_num_seqs
+    assert not llm.engine.plan.book.records(), "nobody asked for a key yet"
+    assert not llm.engine.plan.eager_steps
+
+
+def test_live_checks_are_as_frequent_as_asked_for(tiny: Tiny) -> None:
+    """Also where a verdict takes long: the check that was due meanwhile comes with the next replay."""
+    llm = fake_engine(tiny("llama3")[0], FakeBackend(), cudagraph_verify_every=4)
+    traffic(llm, 4)
+    runner = llm.engine.runner
+    assert runner.num_live_checks == runner.num_replays // 4 > 10
+
+
+def test_a_key_that_has_no_graph_is_not_replayed(tiny: Tiny) -> None:
+    """A route names a graph only if there is one; replaying another key is an error, not a guess."""
+    llm = fake_engine(tiny("llama3")[0], FakeBackend())
+    traffic(llm, 3)
+    runner, buffers = llm.engine.runner, llm.engine.buffers
+    unknown = GraphKey(StepKind.DECODE, 7, 7, SamplerVariant.GREEDY)
+    with pytest.raises(GraphError, match=r"decode\[tokens=7, seqs=7, greedy\] has no graph"):
+        runner.run(buffers.batch(Route(unknown, None)))
+
+
+def test_a_graph_is_not_used_after_its_release(tiny: Tiny) -> None:
+    """Also with a route that was made before: the steps in between are what a race would look like."""
+    backend = FakeBackend()
+    llm = fake_engine(tiny("llama3")[0], backend)
+    traffic(llm, 3)
+    runner, buffers = llm.engine.runner, llm.engine.buffers
+    key = llm.engine.plan.book.captured[0].key
+    stale = buffers.batch(Route(key, None))
+    llm.release_graphs()
+    assert all(graph.destroyed for graph in backend.graphs)
+    with pytest.raises(GraphError, match="has no graph"):
+        runner.run(stale)
+
+
+def test_a_capture_inside_a_capture_fails_and_serves_on(tiny: Tiny, wanted: list[list[int]]) -> None:
+    """A step that runs another captured function while it is being captured itself."""
+    llm: Any = None
+
+    def nested() -> None:
+        llm.engine.runner.backend.capture(lambda: None)
+
+    backend = FakeBackend(during_capture=nested)
+    llm = fake_engine(tiny("llama3")[0], backend)
+    assert traffic(llm, 2) == [wanted] * 2
+    assert llm.get_metrics()["eager_steps"]["capture_failed"] > 0
+    assert any("already capturing" in line for line in llm.engine.runner.cache.capture_failures)
+    assert (backend.live, backend.capturing) == ([], False)
+
+
+def test_eager_and_graph_read_the_same_buffers(tiny: Tiny) -> None:
+    """Every tensor that the eager batch of a key sees is the one that its graph was captured over."""
+    backend = FakeBackend()
+    llm = fake_engine(tiny("llama3")[0], backend)
+    seen: dict[GraphKey, set[tuple[tuple[str, int], ...]]] = {}
+    program = llm.engine.program
+    prepare = program.ops.prepare
+
+    def noting(batch: Any, scratch: Any) -> Any:
+        tensors = {**vars(batch.static), **vars(batch.state), **vars(batch), **vars(scratch)}
+        places = ((name, t.data_ptr()) for name, t in tensors.items() if isinstance(t, torch.Tensor))
+        seen.setdefault(batch.key, set()).add(tuple(sorted(places)))
+        return prepare(batch, scratch)
+
+    object.__setattr__(program.ops, "prepare", noting)
+    try:
+        traffic(llm, 4)
+    finally:
+        object.__setattr__(program.ops, "prepare", prepare)
+    replayed = {r.key for r in llm.engine.plan.book.captured if r.replays}
+    assert replayed
+    assert all(len(seen[key]) == 1 for key in replayed)
 
 
 def test_a_graph_that_goes_bad_later_is_caught_by_a_live_check(tiny: Tiny) -> None:

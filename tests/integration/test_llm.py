@@ -596,3 +596,30 @@ def test_every_step_is_accounted_for(tiny: Tiny) -> None:
     assert output.metrics.eager_steps == {"disabled": 12}
     assert output.metrics.graph_steps == 0
     assert set(metrics["memory_bytes"]) == {"weights", "arena", "static inputs and step state", "KV cache"}
+
+
+def test_a_request_that_depends_on_the_host_says_how_often_it_sat_out() -> None:
+    """bad_words of several tokens: its next mask needs its last token, so it runs at every second step."""
+    llm = LLM(pipeline_depth=2, max_num_seqs=4, max_model_len=256, max_num_batched_tokens=128)
+    params = [
+        SamplingParams(temperature=0.0, max_tokens=10, ignore_eos=True, bad_words=words)
+        for words in (["a phrase of several tokens"], None)
+    ]
+    tied, free = llm.generate(["Once upon a time", "Twice"], params, use_tqdm=False)
+    assert tied.metrics is not None
+    assert free.metrics is not None
+    assert tied.metrics.delays["host_dependency"] >= 8
+    assert free.metrics.delays == {}
+    assert llm.get_metrics()["delayed_steps"] == tied.metrics.delays
+    assert "sat out" in llm.explain()
+    assert "host_dependency" in llm.explain()
+    llm.close()
+
+
+def test_refused_prompts_are_named_by_their_place(tiny: Tiny) -> None:
+    llm = tiny_llm(tiny)
+    outputs = llm.generate([[5], [10**6], [6, 7], []], GREEDY, use_tqdm=False)
+    assert [o.request_id.startswith("refused-") for o in outputs] == [False, True, False, True]
+    assert (outputs[1].request_id, outputs[3].request_id) == ("refused-1", "refused-3")
+    assert [str(outputs[i].error).split(":")[0] for i in (1, 3)] == ["prompt 1", "prompt 3"]
+    llm.close()

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import random
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from ostinato.inputs import BufferShapes, StepBuffers
+from ostinato.inputs import BufferShapes, StepBuffers, _Staging, scatter
 from ostinato.types import (
     GraphKey,
+    Members,
     Request,
     Route,
     SamplerVariant,
     SamplingParams,
     Schedule,
     ScheduledRow,
+    SteadyRows,
     StepKind,
 )
 
@@ -161,6 +165,100 @@ def test_an_unchanged_decode_step_writes_nothing(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("ostinato.inputs._Staging.apply", lambda *args: pytest.fail("something was written"))
     write(b, item(one, 0))
     assert torch.equal(b.words, before)
+
+
+def steady(members: Members, offset: int, grown: dict[int, tuple[int, ...]] | None = None) -> Schedule:
+    rows = SteadyRows(members, offset, [1 + offset] * len(members.rows), grown or {})
+    return Schedule(offset, StepKind.DECODE, rows, (), (), SamplerVariant.FULL)
+
+
+def test_a_steady_step_writes_the_blocks_that_rows_got_and_looks_at_no_row(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    b, requests = buffers(), (request("a", logprobs=1), request("b"))
+    for row, one in enumerate(requests):
+        join(b, one, row)
+    members = Members(requests, (0, 1), (0, 0), (10, 10), logprobs=True)
+    route = Route(GraphKey(StepKind.DECODE, 4, 4, SamplerVariant.GREEDY), None)
+    first = b.write(steady(members, 0), route)
+    assert first.logprobs
+    assert b.static.enabled.tolist() == [1, 1, 0, 0]
+    with monkeypatch.context() as patched:
+        patched.setattr(SteadyRows, "__getitem__", lambda *args: pytest.fail("a row was looked at"))
+        assert b.write(steady(members, 1), route) is first
+    b.write(steady(members, 2, {1: (7, 8)}), route)
+    assert b.static.block_table[:2, :5].tolist() == [[3, 0, 0, 0, 0], [3, 0, 0, 7, 8]]
+
+
+def test_a_steady_step_after_another_one_is_written_in_full() -> None:
+    """The members are known, but between two of their steps others changed what the device holds."""
+    b, requests = buffers(), (request("a"), request("b"))
+    for row, one in enumerate(requests):
+        join(b, one, row)
+    members = Members(requests, (0, 1), (0, 0), (10, 10), logprobs=False)
+    route = Route(GraphKey(StepKind.DECODE, 4, 4, SamplerVariant.GREEDY), None)
+    b.write(steady(members, 0), route)
+    write(b, item(requests[0], 0))
+    assert b.static.enabled.tolist() == [1, 0, 0, 0]
+    b.write(steady(members, 1), route)
+    assert b.static.enabled.tolist() == [1, 1, 0, 0]
+    mirrors, words = b.mirrors(), b.words.clone()
+    write(b, item(requests[1], 1))  # a trial borrows the rows
+    b.words.copy_(words)
+    b.set_mirrors(mirrors)
+    b.write(steady(members, 2), route)
+    assert b.static.enabled.tolist() == [1, 1, 0, 0]
+
+
+def test_penalty_counts_come_back_from_the_history() -> None:
+    b, one = buffers(), request(presence_penalty=1.0)
+    b.state.prompt_mask.fill_(-1)
+    b.state.output_counts.fill_(9)
+    one.output_token_ids += [42, 99, 42, 0, 42]
+    join(b, one, 1)
+    counts = [0] * 100
+    counts[42], counts[99], counts[0] = 3, 1, 1
+    assert b.state.output_counts.tolist() == [[9] * 100, counts, [9] * 100, [9] * 100]
+    bits = sum(1 << t for t in range(5, 15))
+    assert b.state.prompt_mask.tolist() == [[-1] * 4, [bits, 0, 0, 0], [-1] * 4, [-1] * 4]
+
+
+class SlowStaging(_Staging):
+    """Staging towards a device whose copies are made only when somebody waits for them."""
+
+    queue: list[tuple[SlowStaging, Any]]
+
+    def _room(self, nbytes: int) -> torch.Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8)
+
+    def _send(self, targets: Any, total: int) -> Any:
+        self.queue.append((self, lambda: scatter(self._host[: 12 * total], targets, total)))
+        return SimpleNamespace(synchronize=partial(self.catch_up, len(self.queue)))
+
+    def catch_up(self, count: int) -> None:
+        """The device works through its queue up to here, in order."""
+        done, self.queue[:count] = self.queue[:count], [(self, lambda: None)] * count
+        for _, copy in done:
+            copy()
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_staging_buffer_is_not_rewritten_while_its_copy_is_under_way(waits: bool) -> None:
+    """The device lags by more steps than the ring is deep; without the wait, values are lost."""
+    slow, plain = buffers(), buffers()
+    queue: list[Any] = []
+    slow._ring = [SlowStaging(torch.device("meta")) for _ in slow._ring]
+    for staging in slow._ring:
+        staging.queue = queue  # type: ignore[attr-defined]
+        if not waits:
+            staging.catch_up = lambda count: None  # type: ignore[attr-defined]
+    rng = random.Random(0)
+    for step in range(12):
+        one = request(str(step), top_k=rng.randrange(50), seed=rng.getrandbits(30), presence_penalty=1.0)
+        join(slow, one, step % 4)
+        join(plain, one, step % 4)
+    SlowStaging.catch_up(slow._ring[0], len(queue))  # type: ignore[arg-type]
+    assert torch.equal(slow.words, plain.words) is waits
 
 
 def test_staging_slots_outnumber_the_steps_in_flight() -> None:

@@ -482,3 +482,18 @@ def test_the_report_needs_no_torch() -> None:
 
 if __name__ == "__main__":
     write_example()
+
+
+def test_explain_says_which_graph_ran_how_often_why_not_and_at_what_cost() -> None:
+    """The questions that people have about a server on graphs, each with its answer in the text."""
+    report = GraphReport.from_json(EXAMPLE.read_text())
+    text, page = explain(report), html(report)
+    used = next(k for k in report.keys if k.replays)
+    line = next(line for line in text.splitlines() if line.startswith(f"  {used.key}"))
+    for answer in (f"{used.replays:,}", f"{used.hits:,}", f"{used.capture_ms + used.instantiate_ms:,.1f}"):
+        assert answer in line.split()  # which, how often, what it cost to make
+    assert line.endswith("×")  # what it brings
+    for code, count in (report.eager_by_reason | report.delayed_by_reason).items():
+        assert re.search(rf"  {code} +{count:,}  \w", text), code  # why not, in words
+        assert code in page
+    assert used.key in page

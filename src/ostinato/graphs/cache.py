@@ -31,7 +31,7 @@ from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import torch
 
-from ..errors import CaptureError, ConfigError, MismatchError
+from ..errors import CaptureError, ConfigError, GraphError, MismatchError
 from .backend import GraphBackend
 from .keys import KeyBook, KeyRecord, KeyState
 from .verify import SnapshotChecker, Trial
@@ -153,8 +153,14 @@ class GraphCache(Generic[K]):
         return on_graph
 
     def replay(self, key: K) -> None:
-        """Launch a captured key's graph."""
-        graph = self._graphs[key]
+        """Launch a captured key's graph.
+
+        Raises:
+            GraphError: it has none, or none any more.
+        """
+        graph = self._graphs.get(key)
+        if graph is None:
+            raise GraphError(f"{key} has no graph: it is {self.book[key].state.value}")
         self.backend.replay(graph.handle)
         self.book[key].replays += 1
 

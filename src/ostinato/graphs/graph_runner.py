@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+import torch
 
 from ..config import EngineConfig
 from ..errors import GraphError
@@ -16,6 +19,8 @@ from .keys import KeyBook, KeyState
 from .runner import EagerRunner, Pending, ResultRing, StepProgram
 from .scratch import ScratchChecker, observe_step
 from .verify import Observation, Trial, run_both
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,7 @@ class GraphRunner:
         scratch: Sequence[int],
         addresses: AddressBook,
         backend: GraphBackend,
+        save_area: torch.Tensor | None,
         config: EngineConfig,
     ) -> None:
         """Nothing is captured yet.
@@ -50,15 +56,18 @@ class GraphRunner:
             scratch: KV blocks for trials, which no request gets.
             addresses: what the allocator owns and owned, for pointer audits.
             backend: the device.
+            save_area: for trials (`ScratchChecker`); None: new graphs are not checked.
             config: policies.
         """
         self.eager = EagerRunner(program, ring)
         self.backend = backend
-        self.checker = ScratchChecker(program, buffers, scratch, backend) if config.cudagraph_verify else None
+        self.checker = (
+            None if save_area is None else ScratchChecker(program, buffers, scratch, backend, save_area)
+        )
         self.cache: GraphCache[GraphKey] = GraphCache(
             lambda key: program(buffers.batch(Route(key, None))),
             {"words": buffers.words, "arena": program.arena.data, "KV cache": program.cache.data},
-            verify=config.cudagraph_verify,
+            verify=self.checker is not None,
             on_capture_error=config.on_capture_error,
             fail_on_mismatch=config.fail_on_mismatch,
             backend=backend,
@@ -70,6 +79,8 @@ class GraphRunner:
         self.num_live_checks = 0
         self._program, self._buffers, self._verify_every = program, buffers, config.cudagraph_verify_every
         self._live: _LiveCheck | None = None
+        self._since_check = 0
+        """Replays since the last live check; a check that is due waits for the verdict of the one before."""
 
     @property
     def program(self) -> StepProgram:
@@ -83,7 +94,9 @@ class GraphRunner:
                 cache.capture(route.key, rows=self._real_rows(batch))
         else:
             self.num_replays += 1
-            if self._verify_every and self.num_replays % self._verify_every == 0 and self._live is None:
+            self._since_check += 1
+            if self._verify_every and self._since_check >= self._verify_every and self._live is None:
+                self._since_check = 0
                 self._replay_both_ways(batch)
             else:
                 cache.replay(route.key)
@@ -97,6 +110,17 @@ class GraphRunner:
         if self._live is not None and self.backend.passed(self._live.trial.end):
             live, self._live = self._live, None
             self.cache.judge(self.cache.book[live.key], live.trial, scratch=False)
+
+    def rehearse(self, keys: Sequence[GraphKey]) -> None:
+        """Try keys without graphs, so that no trial between two steps is the first of its kind.
+
+        Where the memory does not suffice for it, trials will fail one by one, and say so.
+        """
+        if self.checker is not None:
+            try:
+                self.checker.rehearse(keys)
+            except torch.OutOfMemoryError as error:
+                logger.warning("there is no memory to check graphs of the largest size: %s", error)
 
     def prepare(self, keys: Sequence[GraphKey], progress: bool = True) -> None:
         """Capture keys before there is traffic: load their kernels, capture, check, time.

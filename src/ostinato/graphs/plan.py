@@ -98,6 +98,8 @@ class Plan:
         self.eager_steps: Counter[Reason] = Counter()
         """Steps that ran eagerly, by reason."""
         self._pad, self._token_multiple = pad, token_multiple
+        self._routes: dict[GraphKey, Route] = {}  # on graphs: made once, as most steps take one of them
+        self._decode_keys: dict[tuple[int, int], tuple[GraphKey, Reason | None]] = {}
 
     @property
     def pads(self) -> bool:
@@ -147,10 +149,13 @@ class Plan:
         key, reason = self._key(schedule)
         capture = False
         if reason is None:
-            reason, capture = self.book.hit(key, schedule.num_seqs, key.num_seqs)
+            reason, capture = self.book.hit(key, len(schedule.rows), key.num_seqs)
         if reason is None:
             self.graph_steps[key] += 1
-            return Route(key, None)
+            route = self._routes.get(key)
+            if route is None:
+                route = self._routes[key] = Route(key, None)
+            return route
         if self.fail_on_fallback and reason not in _PASSING:
             raise FallbackError(
                 f"step {schedule.step} ({key}) has no graph: {reason.value} ({reason.text}). "
@@ -161,15 +166,13 @@ class Plan:
 
     def _key(self, schedule: Schedule) -> tuple[GraphKey, Reason | None]:
         """The shape to run at, and why it can have no graph."""
-        off = Reason.DISABLED if self.mode is CudaGraphMode.NONE else None
         seqs, sampler = schedule.num_seqs, schedule.sampler
         if schedule.kind is StepKind.DECODE:
-            padded = self.pad_seqs(seqs)
-            over = not self.capture_sizes or padded > self.capture_sizes[-1]
-            return GraphKey(StepKind.DECODE, padded, padded, sampler), off or (
-                Reason.OVER_MAX if over else None
-            )
-        reason = off
+            found = self._decode_keys.get((seqs, sampler.value))
+            if found is None:
+                found = self._decode_keys[seqs, sampler.value] = self._decode_key(seqs, sampler)
+            return found
+        reason = Reason.DISABLED if self.mode is CudaGraphMode.NONE else None
         if reason is None and schedule.needs_prompt_logprobs:
             reason = Reason.NEEDS_PROMPT_LOGPROBS
         if reason is None and self.mode is CudaGraphMode.FULL_DECODE_ONLY:
@@ -182,6 +185,14 @@ class Plan:
         multiple = self._token_multiple
         tokens = -(-schedule.num_tokens // multiple) * multiple
         return GraphKey(StepKind.MIXED, tokens, seqs, sampler), reason or Reason.LARGE_PREFILL
+
+    def _decode_key(self, seqs: int, sampler: SamplerVariant) -> tuple[GraphKey, Reason | None]:
+        padded = self.pad_seqs(seqs)
+        key = GraphKey(StepKind.DECODE, padded, padded, sampler)
+        if self.mode is CudaGraphMode.NONE:
+            return key, Reason.DISABLED
+        over = not self.capture_sizes or padded > self.capture_sizes[-1]
+        return key, Reason.OVER_MAX if over else None
 
 
 def _at_least(sizes: Sequence[int], count: int) -> int | None:

@@ -17,12 +17,15 @@ from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from ..errors import ConfigError, GraphError, suggest
-from ..types import Reason
+from ..types import Delay, Reason
 
 VERSION = 1
 """Of the JSON; raised when a field changes its meaning or goes."""
 
-REASONS = {reason.value: reason.text for reason in Reason}
+REASONS: dict[str, str] = {
+    **{reason.value: reason.text for reason in Reason},
+    **{delay.value: delay.text for delay in Delay},
+}
 """One line for each reason code; a report of another release may have others."""
 
 STATES = {
@@ -139,10 +142,14 @@ class GraphReport:
     budget_bytes: int | None = None
     """Most that graphs may hold; None: no bound."""
     graph_bytes: int = 0
+    predicted_graph_bytes: int | None = None
+    """What graphs of all greedy keys were expected to take, before the KV cache was sized."""
     steps_by_key: dict[str, int] = field(default_factory=dict)
     """Steps that ran on each key's graph."""
     eager_by_reason: dict[str, int] = field(default_factory=dict)
     """Steps that ran eagerly, by reason code."""
+    delayed_by_reason: dict[str, int] = field(default_factory=dict)
+    """Steps that a running request had to sit out, by reason code; they ran without it."""
     buffers: tuple[BufferInfo, ...] = ()
     keys: tuple[KeyReport, ...] = ()
 
@@ -159,6 +166,11 @@ class GraphReport:
         """(code, steps, explanation), the most frequent first."""
         ordered = sorted(self.eager_by_reason.items(), key=lambda item: -item[1])
         return [(code, count, explain_reason(code)) for code, count in ordered]
+
+    @property
+    def delays(self) -> list[tuple[str, int, str]]:
+        """(code, steps, explanation) of the steps that a running request sat out."""
+        return [(code, count, explain_reason(code)) for code, count in self.delayed_by_reason.items()]
 
     @property
     def gain(self) -> float | None:
@@ -276,14 +288,36 @@ def table(report: GraphReport) -> str:
         lines += ["", "no graph keys: no decode step was routed to one"]
     steps = report.graph_steps + report.eager_steps
     on_graphs = f" ({report.graph_steps / steps:.1%})" if steps else ""
-    lines += ["", f"steps: {report.graph_steps:,} of {steps:,} on graphs{on_graphs}"]
-    if report.reasons:
-        reasons = [(f"  {code}", f"{count:,}", text) for code, count, text in report.reasons]
-        lines += ["eager steps by reason:", *_aligned(reasons, left=1, last_left=True)]
+    lines += ["", f"steps: {report.graph_steps:,} of {steps:,} on graphs{on_graphs}", *_why(report)]
     bound = "no budget" if report.budget_bytes is None else f"budget {_size(report.budget_bytes)}"
-    lines += [f"graph memory: {_size(report.graph_bytes)} ({bound})"]
+    lines += [f"graph memory: {_size(report.graph_bytes)} ({bound})", *_predicted(report)]
     lines += ["holes:", *(f"  {hole}" for hole in report.holes)] if report.holes else ["holes: none"]
     return "\n".join(lines) + "\n"
+
+
+def _predicted(report: GraphReport) -> list[str]:
+    """What graphs were expected to take, against what those that are captured took."""
+    if report.predicted_graph_bytes is None:
+        return []
+    held = [k for k in report.keys if k.state in ("captured", "checking")]
+    expected = sum(k.predicted_bytes for k in held)
+    return [
+        f"predicted before the KV cache was sized: {_size(report.predicted_graph_bytes)} for every greedy key; "
+        f"of the {_count(len(held), 'captured key')}: {_size(expected)} predicted, {_size(report.graph_bytes)} measured"
+    ]
+
+
+def _why(report: GraphReport) -> list[str]:
+    """Why steps ran eagerly, and why requests had to sit steps out."""
+    lines = []
+    for title, reasons in (
+        ("eager steps by reason:", report.reasons),
+        ("steps that a running request sat out, by reason:", report.delays),
+    ):
+        if reasons:
+            cells = [(f"  {code}", f"{count:,}", text) for code, count, text in reasons]
+            lines += [title, *_aligned(cells, left=1, last_left=True)]
+    return lines
 
 
 def explain(report: GraphReport, batch: int | None = None) -> str:
@@ -309,6 +343,7 @@ def explain(report: GraphReport, batch: int | None = None) -> str:
     lines += ["", f"cudagraph_mode {report.mode}; a key is captured at hit {report.min_hits}"]
     lines += [f"ladder: {', '.join(map(str, report.ladder)) or 'none, steps run at their own size'}"]
     lines += ["holes:", *(f"  {hole}" for hole in report.holes)] if report.holes else ["holes: none"]
+    lines += ["", *_what_ran(report)]
     lines += ["", "static buffers:"]
     buffers = [(f"  {b.name}", str(list(b.shape)), b.dtype, _size(b.bytes)) for b in report.buffers]
     lines += _aligned(buffers, left=3) or ["  none reported"]
@@ -317,8 +352,33 @@ def explain(report: GraphReport, batch: int | None = None) -> str:
         "  none reported"
     ]
     bound = "no budget" if report.budget_bytes is None else f"of a budget of {_size(report.budget_bytes)}"
-    lines += [f"graphs hold {_size(report.graph_bytes)} ({bound})"]
+    lines += [f"graphs hold {_size(report.graph_bytes)} ({bound})", *_predicted(report)]
     return "\n".join(line.rstrip() for line in lines) + "\n"
+
+
+def _what_ran(report: GraphReport) -> list[str]:
+    """Which graphs ran, how often, why not, and what each costs and brings."""
+    steps = report.graph_steps + report.eager_steps
+    lines = [f"steps so far: {report.graph_steps:,} of {steps:,} on graphs", *_why(report)]
+    keys = sorted(report.keys, key=lambda k: -k.replays)
+    if keys:
+        cells = [
+            ("  key", "state", "replays", "hits", "bytes", "capture ms", "eager µs", "replay µs", "gain")
+        ]
+        cells += [
+            (
+                *(f"  {k.key}", k.state, f"{k.replays:,}", f"{k.hits:,}", _size(k.bytes)),
+                *(
+                    f"{k.capture_ms + k.instantiate_ms:,.1f}",
+                    _number(k.eager_us),
+                    _number(k.replay_us),
+                    _times(k.gain),
+                ),
+            )
+            for k in keys
+        ]
+        lines += ["keys, by how often their graph ran:", *_aligned(cells, left=2)]
+    return lines
 
 
 def decide(report: GraphReport, batch: int) -> list[str]:
@@ -430,6 +490,7 @@ def html(report: GraphReport, compare: tuple[str, str] | None = None) -> str:
     data = {
         "report": asdict(report),
         "reasons": report.reasons,
+        "delays": report.delays,
         "findings": findings(report),
         "outcomes": _outcomes(report),
         "gain": report.gain,

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from .. import sampling
+from ..errors import StrictError
 from ..inputs import Batch, PromptLogprobsJob, StepBuffers
 from ..kv_cache import KVCache
 from ..models.decoder import Decoder
@@ -180,10 +181,20 @@ class Pending:
         prompt: dict[int, list[TokenLogprobs]],
     ) -> None:
         self._slot, self._columns, self._logprobs, self._prompt = slot, columns, logprobs, prompt
+        self._ticket = slot.ticket
 
     def result(self) -> StepResult:
-        """Wait for the step and read what it produced."""
+        """Wait for the step and read what it produced.
+
+        Raises:
+            StrictError: a later step has overwritten it: more were in flight than the ring has slots for.
+        """
         slot, n = self._slot, self._columns
+        if slot.ticket != self._ticket:
+            raise StrictError(
+                f"a later step was given the result slot of this one before it was read: expected "
+                f"user {self._ticket} of the slot, found {slot.ticket}; the pipeline is deeper than the ring"
+            )
         if slot.arrived is not None:
             slot.arrived.synchronize()
         tokens = slot.tokens[:n].tolist()
@@ -213,6 +224,8 @@ class _RingSlot:
         self.ids = like(state.logprob_ids)
         self.rank = like(state.logprob_rank)
         self.arrived = torch.cuda.Event() if pin else None
+        self.ticket = 0
+        """Steps that have used the slot."""
 
 
 class ResultRing:
@@ -225,6 +238,7 @@ class ResultRing:
     def send(self, batch: Batch, prompt: dict[int, list[TokenLogprobs]]) -> Pending:
         """Start the copy of a step's results, in stream order behind the step."""
         slot = self._slots[self._turn]
+        slot.ticket += 1
         self._turn = (self._turn + 1) % len(self._slots)
         state, n = batch.state, batch.num_seqs
         slot.tokens[:n].copy_(state.emitted[:n], non_blocking=True)
@@ -251,6 +265,10 @@ class Runner(Protocol):
 
     def poll(self) -> None:
         """Read what arrived since the last step; never waits."""
+        ...
+
+    def rehearse(self, keys: Sequence[GraphKey]) -> None:
+        """Load what only checks of graphs use."""
         ...
 
     def prepare(self, keys: Sequence[GraphKey]) -> None:
@@ -281,6 +299,9 @@ class EagerRunner:
         return self.deliver(batch)
 
     def poll(self) -> None:
+        pass
+
+    def rehearse(self, keys: Sequence[GraphKey]) -> None:
         pass
 
     def prepare(self, keys: Sequence[GraphKey]) -> None:

@@ -30,6 +30,9 @@ from .backend import GraphBackend
 from .runner import StepProgram
 from .verify import Observation, Trial, run_both
 
+_CHOICES = 24
+"""Sets of sampling parameters that made-up sequences choose from."""
+
 
 class ScratchChecker:
     """The engine's `Checker`."""
@@ -40,21 +43,23 @@ class ScratchChecker:
         buffers: StepBuffers,
         blocks: Sequence[int],
         backend: GraphBackend,
+        save_area: torch.Tensor,
         seed: int = 0,
     ) -> None:
-        """Reserve the save area.
+        """Nothing is saved or laid out yet.
 
         Args:
             program: the step.
             buffers: what it reads.
             blocks: KV blocks that the allocator never hands out.
             backend: the device.
+            save_area: [2, len(buffers.words)] int32: what a trial found there, and what it began with.
             seed: of the made-up sequences.
         """
         self._program, self._buffers, self._blocks, self._backend = program, buffers, tuple(blocks), backend
-        self._saved = torch.empty_like(buffers.words)
-        self._start = torch.empty_like(buffers.words)
+        self._saved, self._start = save_area
         self._random = random.Random(seed)
+        self._choices: dict[SamplerVariant, list[SamplingParams]] = {}
         size = buffers.shapes.block_size
         cache = program.cache.data
         if self._blocks:  # contexts that are numbers; the blocks are the last ones of the cache
@@ -88,7 +93,8 @@ class ScratchChecker:
     def _borrowed(self, key: GraphKey, rows: int) -> Iterator[tuple[Batch, int, Callable[[], None]]]:
         """Made-up sequences in the static buffers; what was there returns at the end, in stream order.
 
-        Yields the batch, how many scratch blocks it may write, and what makes the start again.
+        Yields the batch, how many scratch blocks it may write, and what makes the start again: with
+        other values in the padding, so that whoever reads that does not get the same twice.
         """
         buffers, n = self._buffers, key.num_seqs
         penalties: list[torch.Tensor] = []
@@ -98,12 +104,15 @@ class ScratchChecker:
         kept = [t[:n].clone() for t in penalties]
         mirrors = buffers.mirrors()
         try:
-            batch, used = self._lay_out(key, rows)
+            batch, used, tokens = self._lay_out(key, rows)
             self._start.copy_(buffers.words)
             begun = [t[:n].clone() for t in penalties]
 
+            spoil_padding(batch, rows, tokens, 0)
+
             def put_back() -> None:
                 buffers.words.copy_(self._start)
+                spoil_padding(batch, rows, tokens, 1)
                 for tensor, old in zip(penalties, begun, strict=True):
                     tensor[:n].copy_(old)
                 poison(self._program, buffers)
@@ -126,11 +135,27 @@ class ScratchChecker:
         """Run a key eagerly on scratch rows, so that its kernels are loaded."""
         self.run(key, key.num_seqs, lambda: self._program(self._buffers.batch(Route(key, None))))
 
-    def _lay_out(self, key: GraphKey, rows: int) -> tuple[Batch, int]:
+    def rehearse(self, keys: Sequence[GraphKey]) -> None:
+        """One trial of each key, eagerly both times: loads what only trials use, and takes their memory.
+
+        Without it the first trial between two steps would wait for kernels that copy and compare,
+        and for the driver to hand out memory.
+        """
+        for key in keys:
+
+            def run(key: GraphKey = key) -> None:
+                self._program(self._buffers.batch(Route(key, None)))
+
+            trial = self.trial(key, key.num_seqs, run, run)
+            self._backend.wait()
+            if trial is not None:
+                trial.mismatches()
+
+    def _lay_out(self, key: GraphKey, rows: int) -> tuple[Batch, int, int]:
         """Made-up sequences in device rows 0 ... rows - 1; every other row is idle and poisoned.
 
-        Returns the batch and how many scratch blocks it may write. Contexts overlap in the first
-        blocks; the blocks that a sequence writes are its own.
+        Returns the batch, how many scratch blocks it may write, and how many tokens it computes.
+        Contexts overlap in the first blocks; the blocks that a sequence writes are its own.
         """
         buffers, rng = self._buffers, self._random
         size, vocab, longest = (
@@ -147,6 +172,8 @@ class ScratchChecker:
         buffers.set_mirrors((set(), set()))
         ids = tuple(rng.randrange(vocab) for _ in range(64))
         items: list[ScheduledRow] = []
+        params = self._params(key.sampler)
+        late_stops: list[int] = []
         used, tokens = 0, min(key.num_tokens, self._max_tokens)
         for row in range(rows):
             later = rows - row - 1  # each needs a token and a block of its own
@@ -163,28 +190,43 @@ class ScratchChecker:
                 used += len(blocks)
             tokens -= length
             end = start + length
+            # Nobody asks a decode for its prompt but penalties, and a short one will do for them.
+            prompt = ids[:end] if decode else (ids * (length // len(ids) + 1))[:length]
             request = Request(
                 request_id="trial",
                 prompt_id="trial",
-                prompt_token_ids=(ids * (end // len(ids) + 1))[:end],
-                params=self._params(key.sampler, row),
+                prompt_token_ids=prompt,
+                params=params[row % len(params)],
                 stop_token_ids=frozenset({0}),
                 max_total_tokens=end + 8,
                 seed=rng.getrandbits(60),
             )
+            late_stops += [row] if request.params.min_tokens else []
             items.append(ScheduledRow(request, row, start, length, decode, True, True, 0, blocks, 0))
         kind = key.kind if key.kind is StepKind.DECODE else StepKind.MIXED
         batch = buffers.write(Schedule(0, kind, tuple(items), (), (), key.sampler), Route(key, None))
         decoding = torch.tensor([item.decode for item in items], dtype=torch.int32)
+        # Stop ids may not come yet in these rows, whatever their position.
+        static.min_position[torch.tensor(late_stops, dtype=torch.long, device=static.min_position.device)] = (
+            2**30
+        )
         for tensor, values in (
             (state.active, decoding),
             (state.last_token, torch.tensor([rng.randrange(vocab) for _ in items], dtype=torch.int32)),
             (state.position, torch.tensor([item.start for item in items], dtype=torch.int32)),
         ):
             tensor[:rows] = values.to(tensor.device)
-        return batch, used
+        return batch, used, sum(item.length for item in items)
 
-    def _params(self, variant: SamplerVariant, row: int) -> SamplingParams:
+    def _params(self, variant: SamplerVariant) -> list[SamplingParams]:
+        """Parameters to draw from: made once, since checking them takes longer than all else of a row."""
+        found = self._choices.get(variant)
+        if found is None:
+            count = 1 if variant is SamplerVariant.GREEDY else _CHOICES
+            found = self._choices[variant] = [self._draw(variant, i) for i in range(count)]
+        return found
+
+    def _draw(self, variant: SamplerVariant, number: int) -> SamplingParams:
         if variant is SamplerVariant.GREEDY:
             return SamplingParams(temperature=0.0)
         rng = self._random
@@ -197,13 +239,34 @@ class ScratchChecker:
             return SamplingParams(**common)
         return SamplingParams(
             **common,
-            # Rebuilding counts takes the host long, so only a few rows have any.
-            presence_penalty=rng.uniform(-2, 2) if row < 4 else 0.0,
-            repetition_penalty=rng.uniform(0.5, 2) if row < 4 else 1.0,
+            # Rebuilding counts takes several times as long as all else of a row, so not all have any.
+            presence_penalty=rng.uniform(-2, 2) if number % 4 == 0 else 0.0,
+            repetition_penalty=rng.uniform(0.5, 2) if number % 4 == 0 else 1.0,
             logprobs=rng.choice([None, 5]),
             logit_bias={rng.randrange(self._buffers.shapes.vocab_size): rng.uniform(-5, 5)},
             min_tokens=rng.choice([0, 4]),
         )
+
+
+def spoil_padding(batch: Batch, rows: int, tokens: int, value: int) -> None:
+    """Fill whatever a step must not read of its inputs: legal numbers, but nobody's.
+
+    Args:
+        batch: the step's.
+        rows: its real sequences.
+        tokens: its real tokens; nothing in a decode step reads tokens from here.
+        value: 0 or 1: which fill.
+    """
+    static, size = batch.static, batch.block_size
+    if batch.decode:
+        unread = (static.seq_rows, static.query_start, static.seq_lens, static.samples)
+        for tensor in (static.tokens, static.token_positions, static.token_rows, *unread):
+            tensor.fill_(value)
+        return
+    for tensor in (batch.tokens[tokens:], batch.token_positions[tokens:]):
+        tensor.fill_(1 + value * (size - 2))
+    batch.seq_lens[rows:].fill_(1 + value * size)
+    batch.samples[rows:].fill_(1)
 
 
 def poison(program: StepProgram, buffers: StepBuffers) -> None:

@@ -8,10 +8,14 @@ guard block is untouched, and so is the state of every row that did not run.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
+from .. import sampling
 from ..errors import StrictError
 from ..inputs import Batch, StepBuffers
 from ..kv_cache import GUARD_BLOCK
@@ -48,11 +52,15 @@ class StrictRunner:
         self.poison(batch)
         idle = self._idle_rows(batch)
         before = self._row_state(idle)
-        self._program(batch)
+        with _NoHostReads(str(batch.key)):
+            self._program(batch)
         self.check_results(batch, idle, before)
         return self.eager.deliver(batch)
 
     def poll(self) -> None:
+        pass
+
+    def rehearse(self, keys: Sequence[GraphKey]) -> None:
         pass
 
     def prepare(self, keys: Sequence[GraphKey]) -> None:
@@ -141,6 +149,31 @@ class StrictRunner:
         return [
             t[rows].clone() for t in (state.active, state.last_token, state.position, state.output_counts)
         ]
+
+
+_HOST_READS = frozenset(
+    getattr(torch.Tensor, name) for name in ("item", "__bool__", "__int__", "__float__", "__index__")
+)
+"""Not `tolist`, which the plain ops plan with on a CPU."""
+
+
+class _NoHostReads(TorchFunctionMode):
+    """Contract line 12: a step that looks at one of its values waits for the device, and no graph can do it."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self._where = where
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        # The plain sampler skips on the host what nobody asked for; it is never captured.
+        if func in _HOST_READS and sys._getframe(1).f_code.co_filename != sampling.__file__:
+            raise StrictError(
+                f"{self._where}: the step read a value on the host (.item(), int() or bool() of a tensor): expected "
+                "device work only, as a captured graph repeats whatever the host decided then"
+            )
+        return func(*args, **(kwargs or {}))
 
 
 def _inside(part: torch.Tensor, whole: torch.Tensor) -> bool:

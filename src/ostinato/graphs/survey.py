@@ -56,8 +56,10 @@ def survey(engine: Engine, *, chains: bool = False) -> GraphReport:
         memory=tuple((line.name, line.nbytes) for line in engine.memory),
         budget_bytes=config.cudagraph_memory_budget,
         graph_bytes=plan.book.used_bytes,
+        predicted_graph_bytes=engine.predicted_graph_bytes,
         steps_by_key={str(key): count for key, count in plan.graph_steps.items()},
         eager_by_reason={reason.value: count for reason, count in plan.eager_steps.items()},
+        delayed_by_reason={why.value: count for why, count in engine.scheduler.delayed_steps.items()},
         buffers=tuple(
             BufferInfo(
                 name, tuple(t.shape), str(t.dtype).removeprefix("torch."), t.numel() * t.element_size()
