@@ -1,21 +1,31 @@
 """Logits to tokens on an NVIDIA GPU: the kernels behind `ostinato.sampling.sample`.
 
 Same meaning, same integers, same random numbers as `ostinato/sampling.py`, which says how a token
-is drawn. A row is cut into chunks of BLOCK logits, one program each, and what chunks find out is
-added up by the kernel after. Weights are integers, so the cut does not show in the result.
+is drawn. A row is cut into chunks of BLOCK logits, one program each. Whatever chunks add up is an
+integer, so neither the cut nor the order in which programs run shows in a token.
 
 Launches, all with fixed grids; a row that does not need one leaves it at once:
 
     GREEDY   best of each chunk -> best of the row
-    SAMPLE   the same, then 8 passes for top-k and 8 for top-p -> weight of each chunk -> draw
+    SAMPLE   best of each chunk -> count -> weigh -> choose
     FULL     copy of the raw logits, top 20 -> bias and stop ids -> mask and penalties -> SAMPLE -> rank
 
-A pass resolves 4 bits of the threshold's int32 image, from the top: each chunk sums what lies at or
-above each of 16 values of those bits, and the next pass, which starts by adding up the sums of
-all chunks, knows which value to take.
+The least likely token that top-k or top-p keeps is found by narrowing, never by sorting. The depth
+of a token is (m - x) / temperature, m the largest logit; at a depth of 31 its weight is 0.
 
-Everything between kernels lies in `scratch`, and nothing there means anything between two calls.
-Not here: penalty counts, which another op advances; use of dependent launch.
+    count    tokens by depth, in 128 coarse bins. Top-k then lies in one of them; the weight of n
+             tokens in a bin is known to 13 %, so top-p lies in two or three.
+    weigh    only in those: exact count and weight in 1024 fine bins each
+    choose   only in the one or two fine bins left: the tokens themselves, a few dozen of 128256,
+             into a list. The last program of a row bisects it, which gives the threshold, and draws.
+
+A list that is too short (temperatures of a thousand and more, where all logits look alike) costs
+time, not exactness: the row is then bisected instead.
+
+Everything between kernels lies in `scratch`, and nothing there means anything between two calls:
+the first kernel clears the sums and counters of the later ones. With PDL all kernels are launched
+dependently and wait before they touch memory.
+Not here: penalty counts, which another op advances.
 """
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
 
@@ -28,7 +38,7 @@ import triton
 import triton.language as tl
 
 from ...inputs import FLAG_BIAS, FLAG_LOGPROBS, FLAG_MASK, FLAG_PENALTIES, StaticInputs, StepState
-from ...sampling import MAX_INVERSE_TEMPERATURE, MAX_VOCAB, WEIGHT_BITS
+from ...sampling import MAX_INVERSE_TEMPERATURE, MAX_VOCAB, WEIGHT_BITS, check_partials
 from ...types import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_IDS, SamplerVariant
 
 _INVERSE_LIMIT = tl.constexpr(MAX_INVERSE_TEMPERATURE)
@@ -40,32 +50,62 @@ _PENALTIES = tl.constexpr(FLAG_PENALTIES)
 _TOP = tl.constexpr(MAX_LOGPROBS)
 _BIAS_WIDTH = tl.constexpr(MAX_LOGIT_BIAS)
 _STOP_WIDTH = tl.constexpr(MAX_STOP_IDS)
-_PASSES = tl.constexpr(8)
-_STATES = tl.constexpr(18)  # two searches, each a state before every pass and one after the last
 _NONE = tl.constexpr(-(2**63))
+_NO_INDEX = tl.constexpr(2**31 - 1)
+
+_BOUND_OF_ONE = tl.constexpr(float(2**40))  # bounds stay below 2^63
+
+_BOTTOM = tl.constexpr(31.0)  # exp(-31) * 2^44 < 1
+_COARSE = tl.constexpr(128)
+_COARSE_STEP = tl.constexpr(0.125)  # the last bin reaches down to the bottom
+_FINE = tl.constexpr(1024)
+_LIST = tl.constexpr(1024)
+_TWO_32 = tl.constexpr(2**32)
+
+# `counts`, i32 [S, _COUNTS]: coarse bins, fine bins of top-k, then
+_FINE_COUNTS = tl.constexpr(128)
+_LISTED = tl.constexpr(1152)  # tokens in the list, or that it had no room for
+_ARRIVED = tl.constexpr(1153)  # programs of the row that are done
+_COUNTS = tl.constexpr(1184)
+# `sums`, i64 [S, _SUMS]: weights in the fine bins of top-k and of top-p, then
+_BY_MASS = tl.constexpr(1024)
+_ALL = tl.constexpr(2048)  # weight of the row
+_ABOVE_K = tl.constexpr(2049)  # weight above the coarse bin of top-k
+_ABOVE_P = tl.constexpr(2050)  # weight above the coarse bins of top-p
+_EXTREMES_K = tl.constexpr(2051)  # of images in the list: 1 + the largest, 2^32 - the smallest
+_EXTREMES_P = tl.constexpr(2053)
+_SUMS = tl.constexpr(2064)
 
 _MIN_BLOCK = 1024
+_MAX_BLOCK = 4096
 _MAX_CHUNKS = 256
+_ENOUGH_PROGRAMS = 2048
 
 
-def _cut(vocab: int) -> tuple[int, int]:
-    """(logits a chunk, chunks a row)."""
-    block = max(_MIN_BLOCK, triton.next_power_of_2(-(-vocab // _MAX_CHUNKS)))
+def _cut(num_seqs: int, vocab: int) -> tuple[int, int]:
+    """(logits a chunk, chunks a row): small chunks only where they are needed to fill the GPU."""
+    block = _least_block(vocab)
+    while block < _MAX_BLOCK and num_seqs * -(-vocab // block) > _ENOUGH_PROGRAMS:
+        block *= 2
     return block, -(-vocab // block)
+
+
+def _least_block(vocab: int) -> int:
+    return max(_MIN_BLOCK, int(triton.next_power_of_2(-(-vocab // _MAX_CHUNKS))))
 
 
 def _sections(num_seqs: int, vocab: int, variant: SamplerVariant) -> dict[str, tuple[torch.dtype, int]]:
     """Scratch arrays: type and number of elements. The shapes stand beside the kernels' arguments."""
-    _, chunks = _cut(vocab)
+    chunks = -(-vocab // _least_block(vocab))  # the most that `_cut` makes: more sequences never need less
     i32, i64, f32 = torch.int32, torch.int64, torch.float32
     sections = {"chunk_best": (i32, num_seqs * chunks), "chunk_max": (f32, num_seqs * chunks)}
-    sections |= {"row_max": (f32, num_seqs), "draws": (i32, num_seqs)}
     if variant >= SamplerVariant.SAMPLE:
         sections |= {
-            "bases": (i32, num_seqs * _STATES.value),
-            "targets": (i64, num_seqs * _STATES.value),
-            "sums": (i64, num_seqs * 2 * chunks * 16),
+            "counts": (i32, num_seqs * _COUNTS.value),
+            "sums": (i64, num_seqs * _SUMS.value),
             "mass": (i64, num_seqs * chunks),
+            "list_logit": (f32, num_seqs * _LIST.value),
+            "list_token": (i32, num_seqs * _LIST.value),
         }
     if variant is SamplerVariant.FULL:
         sections |= {
@@ -111,11 +151,13 @@ def sample(
     variant: SamplerVariant,
     out: torch.Tensor,
     scratch: torch.Tensor,
+    pdl: bool = False,
 ) -> None:
     """Choose one token for each sequence of a step; see `ostinato.sampling.sample`.
 
     Allocates nothing and never waits for the device. `scratch`: at least
     `scratch_words(S, V, variant)` words, i32 or f32, contiguous, at a multiple of 16 bytes.
+    `pdl`: launch dependently (compute capability 9.0 and later).
 
     Raises:
         ValueError: a tensor has another type or shape, or scratch is too small.
@@ -134,20 +176,20 @@ def sample(
     if num_seqs == 0:
         return
     t = _views(scratch, num_seqs, vocab, variant)
-    block, chunks = _cut(vocab)
+    block, chunks = _cut(num_seqs, vocab)
+    launch = _launch(pdl)
     cut: dict[str, Any] = {
         "V": vocab,
         "BLOCK": block,
         "CHUNKS": chunks,
         "CHUNKS_PADDED": triton.next_power_of_2(chunks),
-    }
+        "num_warps": 4 if block <= 1024 else 8,
+    } | launch
     grid = (num_seqs, chunks)
-    per_row = (num_seqs,)
-    greedy = variant is SamplerVariant.GREEDY
 
     if variant is SamplerVariant.FULL:
         _keep_raw[grid](logits, rows, inputs.flags, t["raw"], t["raw_max"], t["chunk_exp"], t["top"], **cut)
-        _edit_few[per_row](
+        _edit_few[(num_seqs,)](
             logits,
             rows,
             positions,
@@ -162,6 +204,7 @@ def sample(
             inputs.bias_values.stride(0),
             inputs.stop_ids.stride(0),
             V=vocab,
+            **launch,
         )
         _adjust[grid](
             logits,
@@ -179,34 +222,40 @@ def sample(
             **cut,
         )
 
-    _chunk_best[grid](logits, t["chunk_max"], t["chunk_best"], **cut)
-    _row_best[per_row](
-        rows,
-        inputs.temperature,
-        t["chunk_max"],
-        t["chunk_best"],
-        t["row_max"],
-        t["draws"],
-        out,
-        greedy,
-        **cut,
-    )
-    if greedy:
+    partials = (t["chunk_max"], t["chunk_best"])
+    if variant is SamplerVariant.GREEDY:
+        _chunk_best[grid](logits, rows, *partials, *partials, CLEAR=0, **cut)
+        _argmax_partials[(num_seqs,)](
+            *partials, rows, out, BLOCKS=chunks, BLOCKS_PADDED=cut["CHUNKS_PADDED"], num_warps=4, **launch
+        )
         return
 
-    row_values = (logits, rows, t["draws"], t["row_max"])
-    filters = (inputs.temperature, inputs.min_p, inputs.top_k, inputs.top_p)
-    search = (t["bases"], t["targets"], t["sums"])
-    for by_mass in (False, True):
-        for number in range(_PASSES.value):
-            _search[grid](*row_values, *filters, *search, number, by_mass, num_warps=8, **cut)
-    _chunk_mass[grid](*row_values, *filters, *search, t["mass"], **cut)
-    drawing = (t["bases"], t["mass"], positions, inputs.seed, inputs.seed.stride(0), out)
-    _draw[per_row](*row_values, *filters, *drawing, **cut)
+    found = (t["counts"], t["sums"])
+    clear = triton.next_power_of_2(-(-_SUMS.value // chunks))
+    _chunk_best[grid](logits, rows, *partials, *found, CLEAR=clear, **cut)
+    params = (inputs.temperature, inputs.min_p, inputs.top_k, inputs.top_p)
+    _count[grid](logits, rows, *partials, *params, *found, **cut)
+    _weigh[grid](logits, rows, *partials, *params, *found, **cut)
+    _choose[grid](
+        logits,
+        rows,
+        *partials,
+        *params,
+        *found,
+        t["mass"],
+        t["list_logit"],
+        t["list_token"],
+        positions,
+        inputs.seed,
+        inputs.seed.stride(0),
+        out,
+        LOG_CHUNKS=cut["CHUNKS_PADDED"].bit_length() - 1,
+        **cut,
+    )
 
     if variant is SamplerVariant.FULL:
         _count_above[grid](rows, inputs.flags, t["raw"], out, t["above"], **cut)
-        _report[per_row](
+        _report[(num_seqs,)](
             rows,
             inputs.flags,
             t["raw"],
@@ -221,18 +270,56 @@ def sample(
             state.logprob_values.stride(0),
             state.logprob_ids.stride(0),
             TOP_PADDED=triton.next_power_of_2(chunks * MAX_LOGPROBS),
-            num_warps=8,
-            **cut,
+            **(cut | {"num_warps": 8}),
         )
+
+
+def argmax_partials(
+    values: torch.Tensor, indices: torch.Tensor, rows: torch.Tensor, *, out: torch.Tensor, pdl: bool = False
+) -> None:
+    """The best token of each sequence, of the best of each block; see `ostinato.sampling.argmax_partials`.
+
+    Allocates nothing and never waits for the device. `pdl`: launch dependently.
+
+    Raises:
+        ValueError: a tensor has another type or shape.
+    """
+    check_partials(values, indices, rows, out)
+    num_seqs, blocks = values.shape
+    if num_seqs == 0:
+        return
+    padded = triton.next_power_of_2(blocks)
+    _argmax_partials[(num_seqs,)](
+        values, indices, rows, out,
+        BLOCKS=blocks, BLOCKS_PADDED=padded, num_warps=4 if padded <= 1024 else 8, **_launch(pdl),
+    )  # fmt: skip
+
+
+def _launch(pdl: bool) -> dict[str, Any]:
+    """Triton's own option only where it is wanted: its interpreter does not know it."""
+    return {"PDL": True, "launch_pdl": True} if pdl else {"PDL": False}
 
 
 # --- pieces --------------------------------------------------------------------------------
 
 
 @triton.jit
+def _enter(PDL: tl.constexpr):
+    """First line of every kernel: let the next one be launched, wait for the one before."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
 def _load(table, s, v, V: tl.constexpr):
     """Logits v of sequence s. NaN is -inf, and so is what lies beyond the vocabulary."""
     x = tl.load(table + s.to(tl.int64) * V + v, mask=v < V, other=float("-inf"))
+    return _plain(x)
+
+
+@triton.jit
+def _plain(x):
     x = tl.where(x != x, float("-inf"), x)
     return tl.where(x == 0.0, 0.0, x)  # -0.0 and 0.0 tie
 
@@ -246,16 +333,31 @@ def _ordered(x):
 
 @triton.jit
 def _image(x):
-    """The same as uint32, whose top bits can be compared alone."""
-    return (_ordered(x) ^ -2147483648).to(tl.uint32, bitcast=True)
+    """The same in [0, 2^32), as int64."""
+    return _ordered(x).to(tl.int64) + 2147483648
 
 
 @triton.jit
-def _weights(x, largest, temperature, min_p):
-    """Weights of logits, i64: `_Weigh` of ostinato/sampling.py."""
-    inverse = tl.minimum(tl.div_rn(tl.full((), 1.0, tl.float32), temperature), _INVERSE_LIMIT)
-    # Subtract first: the compiler could fuse a product with the difference that follows it.
-    e = tl.exp((x - largest) * inverse)
+def _inverse(temperature):
+    return tl.minimum(tl.div_rn(tl.full((), 1.0, tl.float32), temperature), _INVERSE_LIMIT)
+
+
+@triton.jit
+def _draws(largest, temperature):
+    """Whether a row is more than its best token."""
+    return (temperature > 0.0) & (largest > float("-inf")) & (largest < float("inf"))
+
+
+@triton.jit
+def _depth(x, largest, inverse):
+    """Subtract first: the compiler could fuse a product with the difference that follows it."""
+    return (largest - x) * inverse
+
+
+@triton.jit
+def _weights(depth, min_p):
+    """Weights, i64: `_Weigh` of ostinato/sampling.py."""
+    e = tl.exp(-depth)
     e = tl.where(e >= min_p, e, 0.0)
     return (e * _WEIGHT_OF_ONE).to(tl.int64)
 
@@ -293,175 +395,388 @@ def _uniform(low, high, position):
     return bits.to(tl.int64).to(tl.float64) * 1.1102230246251565e-16
 
 
-@triton.jit
-def _enter(
-    bases, targets, sums, s, state, number, CHUNKS: tl.constexpr, CHUNKS_PADDED: tl.constexpr,
-    BY_MASS: tl.constexpr, share_of,
-):  # fmt: skip
-    """Base and target of a search before pass `number` >= 1, from what pass `number - 1` left.
-
-    BY_MASS: the target is the share `share_of` of everything, which the first pass has just summed.
-    """
-    c = tl.arange(0, CHUNKS_PADDED)[:, None]
-    j = tl.arange(0, 16)
-    here = sums + ((s * 2 + (number - 1) % 2).to(tl.int64) * CHUNKS + c) * 16 + j[None, :]
-    at_least = tl.sum(tl.load(here, mask=c < CHUNKS, other=0), axis=0)  # [16], falling
-    target = tl.load(targets + s * _STATES + state - 1)
-    if BY_MASS:  # noqa: SIM102  (an outer `if` on a constexpr is decided when compiling)
-        if number == 1:
-            target = _share(tl.max(at_least, axis=0), share_of)
-    digit = tl.sum((at_least >= target).to(tl.int32), axis=0) - 1
-    target -= tl.sum(tl.where(j == digit + 1, at_least, 0), axis=0)
-    base = tl.load(bases + s * _STATES + state - 1) | (digit << (32 - 4 * number))
-    return base, target
-
-
 # --- best of a row ---------------------------------------------------------------------------
 
 
 @triton.jit
 def _chunk_best(
-    logits, chunk_max, chunk_best, V: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr,
-    CHUNKS_PADDED: tl.constexpr,
+    logits, rows, chunk_max, chunk_best, counts, sums, CLEAR: tl.constexpr,
+    V: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr, CHUNKS_PADDED: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """chunk_max, chunk_best: [S, CHUNKS]. Padding too: whatever it holds stays in its own row."""
+    """chunk_max, chunk_best: [S, CHUNKS]. CLEAR: how much of what later kernels add to is set to 0."""
+    _enter(PDL)
     s = tl.program_id(0)
     c = tl.program_id(1)
-    x = _load(logits, s, c * BLOCK + tl.arange(0, BLOCK), V)
-    largest, where = tl.max(x, axis=0, return_indices=True, return_indices_tie_break_left=True)
-    tl.store(chunk_max + s * CHUNKS + c, largest)
-    tl.store(chunk_best + s * CHUNKS + c, c * BLOCK + where)
+    if tl.load(rows + s) >= 0:
+        x = _load(logits, s, c * BLOCK + tl.arange(0, BLOCK), V)
+        largest, where = tl.max(x, axis=0, return_indices=True, return_indices_tie_break_left=True)
+        tl.store(chunk_max + s * CHUNKS + c, largest)
+        tl.store(chunk_best + s * CHUNKS + c, c * BLOCK + where)
+        if CLEAR:
+            i = c * CLEAR + tl.arange(0, CLEAR)
+            tl.store(sums + s * _SUMS + i, tl.zeros((CLEAR,), tl.int64), mask=i < _SUMS)
+            tl.store(counts + s * _COUNTS + i, tl.zeros((CLEAR,), tl.int32), mask=i < _COUNTS)
 
 
 @triton.jit
-def _row_best(
-    rows, temperature, chunk_max, chunk_best, row_max, draws, out, GREEDY: tl.constexpr,
-    V: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr, CHUNKS_PADDED: tl.constexpr,
-):  # fmt: skip
-    """row_max, draws: [S]; draws is 1 where the best token is not yet the answer."""
+def _best(values, indices, s, BLOCKS: tl.constexpr, BLOCKS_PADDED: tl.constexpr):
+    """Largest of a row's partials, and the lowest index that has it."""
+    b = tl.arange(0, BLOCKS_PADDED)
+    m = _plain(tl.load(values + s * BLOCKS + b, mask=b < BLOCKS, other=float("-inf")))
+    i = tl.load(indices + s * BLOCKS + b, mask=b < BLOCKS, other=_NO_INDEX)
+    largest = tl.max(m, axis=0)
+    return largest, tl.min(tl.where(m == largest, i, _NO_INDEX), axis=0)
+
+
+@triton.jit
+def _argmax_partials(
+    values, indices, rows, out, BLOCKS: tl.constexpr, BLOCKS_PADDED: tl.constexpr, PDL: tl.constexpr
+):
+    """values, indices: [S, BLOCKS]; out: [S], 0 for padding."""
+    _enter(PDL)
     s = tl.program_id(0)
-    c = tl.arange(0, CHUNKS_PADDED)
-    m = tl.load(chunk_max + s * CHUNKS + c, mask=c < CHUNKS, other=float("-inf"))
-    largest, where = tl.max(m, axis=0, return_indices=True, return_indices_tie_break_left=True)
-    row = tl.load(rows + s)
-    best = tl.load(chunk_best + s * CHUNKS + where)
-    tl.store(out + s, tl.where(row >= 0, best, 0))
-    if not GREEDY:
-        hot = tl.load(temperature + row, mask=row >= 0, other=0.0) > 0.0
-        finite = (largest > float("-inf")) & (largest < float("inf"))
-        tl.store(row_max + s, largest)
-        tl.store(draws + s, (hot & finite & (row >= 0)).to(tl.int32))
+    _, best = _best(values, indices, s, BLOCKS, BLOCKS_PADDED)
+    tl.store(out + s, tl.where(tl.load(rows + s) >= 0, best, 0))
 
 
 # --- thresholds and the draw -------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["number"])
-def _search(
-    logits, rows, draws, row_max, temperature, min_p, top_k, top_p, bases, targets, sums, number,
-    BY_MASS: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr,
-    CHUNKS_PADDED: tl.constexpr,
-):  # fmt: skip
-    """One pass. bases, targets: [S, 2, 9]; sums: [S, 2, CHUNKS, 16], the first 2 by parity of the pass."""
-    s = tl.program_id(0)
-    c = tl.program_id(1)
-    if tl.load(draws + s) != 0:
-        row = tl.load(rows + s)
-        k = tl.load(top_k + row)
-        share_of = tl.load(top_p + row)
-        by_count = (k > 0) & (k < V)
-        lowest = tl.full((), 0, tl.int32)
-        if BY_MASS:
-            if number == 0:
-                # The last digit of top-k, for everybody after this kernel; 0 without top-k keeps all.
-                if by_count:
-                    lowest, _rest = _enter(bases, targets, sums, s, 8, 8, CHUNKS, CHUNKS_PADDED, False, 1.0)
-                if c == 0:
-                    tl.store(bases + s * _STATES + 8, lowest)
-            wanted = share_of < 1.0
-        else:
-            wanted = by_count
-        if wanted:
-            state = number + (9 if BY_MASS else 0)
-            base = tl.full((), 0, tl.int32)
-            target = k.to(tl.int64)  # top-p learns its own after the first pass
-            if number > 0:
-                base, target = _enter(
-                    bases, targets, sums, s, state, number, CHUNKS, CHUNKS_PADDED, BY_MASS, share_of
-                )
-                if BY_MASS:
-                    lowest = tl.load(bases + s * _STATES + 8)
-            if c == 0:
-                tl.store(bases + s * _STATES + state, base)
-                tl.store(targets + s * _STATES + state, target)
-
-            v = c * BLOCK + tl.arange(0, BLOCK)
-            x = _load(logits, s, v, V)
-            u = _image(x)
-            if BY_MASS:
-                largest = tl.load(row_max + s)
-                amount = _weights(x, largest, tl.load(temperature + row), tl.load(min_p + row))
-                amount = tl.where(u >= lowest.to(tl.uint32, bitcast=True), amount, 0)
-            else:
-                amount = (v < V).to(tl.int64)
-            # In two shifts, since shifting 32 bits by 32 means nothing.
-            prefix = (u >> (28 - 4 * number)) >> 4
-            wanted_prefix = (base.to(tl.uint32, bitcast=True) >> (28 - 4 * number)) >> 4
-            digit = ((u >> (28 - 4 * number)) & 15).to(tl.int32)
-            amount = tl.where(prefix == wanted_prefix, amount, 0)
-            j = tl.arange(0, 16)
-            at_least = tl.sum(tl.where(digit[None, :] >= j[:, None], amount[None, :], 0), axis=1)
-            here = ((s * 2 + number % 2).to(tl.int64) * CHUNKS + c) * 16
-            tl.store(sums + here + j, at_least)
+@triton.jit
+def _coarse_edge(i):
+    return tl.where(i < _COARSE, i.to(tl.float32) * _COARSE_STEP, _BOTTOM)
 
 
 @triton.jit
-def _chunk_mass(
-    logits, rows, draws, row_max, temperature, min_p, top_k, top_p, bases, targets, sums, mass,
+def _coarse_bin(depth):
+    return tl.minimum((tl.minimum(depth, _BOTTOM) * (1.0 / _COARSE_STEP)).to(tl.int32), _COARSE - 1)
+
+
+@triton.jit
+def _fine_bin(depth, first, last):
+    """Bin among _FINE over coarse bins first to last; beyond _FINE where depth lies outside of them.
+
+    Each step is monotone under rounding: a larger logit never lands in a later bin.
+    """
+    top = _coarse_edge(first)
+    bottom = _coarse_edge(last + 1)
+    scale = tl.div_rn(tl.full((), _FINE, tl.float32), bottom - top)
+    bin = tl.minimum(((tl.minimum(depth, _BOTTOM) - top) * scale).to(tl.int32), _FINE - 1)
+    return tl.where((depth >= top) & (depth < bottom), bin, _FINE)
+
+
+@triton.jit
+def _coarse_bins(counts, s, k, share_of, min_p, by_count):
+    """Where the coarse counts leave room for the thresholds.
+
+    Returns the bin of the k-th token, the tokens above that bin, whether there is a k-th token with
+    a weight, and the first and last bin that the threshold of top-p can lie in.
+    """
+    i = tl.arange(0, _COARSE)
+    n = tl.load(counts + s * _COUNTS + i)
+    up_to = tl.cumsum(n, axis=0)
+    by_count = by_count & (tl.sum(n, axis=0) >= k)
+    bin_k = tl.where(by_count, tl.sum((up_to < k).to(tl.int32), axis=0), _COARSE)
+    above_k = tl.sum(tl.where(i < bin_k, n, 0), axis=0)
+
+    # Bounds of each bin's weight, in 2^40ths of the most likely token's. A thousandth covers exp.
+    most_each = tl.exp(-_coarse_edge(i)) * 1.001
+    least_each = tl.where(i < _COARSE - 1, tl.exp(-_coarse_edge(i + 1)) * 0.999, 0.0)
+    most = tl.where((most_each < min_p) | (i > bin_k), 0, n * ((most_each * _BOUND_OF_ONE).to(tl.int64) + 1))
+    least = tl.where((least_each < min_p) | (i >= bin_k), 0, n * (least_each * _BOUND_OF_ONE).to(tl.int64))
+    most_above = tl.cumsum(most, axis=0)
+    least_above = tl.cumsum(least, axis=0)
+    most_below = tl.sum(most, axis=0) - most_above
+    least_below = tl.sum(least, axis=0) - least_above
+    # The threshold is the first at which above * (1 - share) >= below * share.
+    rest_of = 1.0 - share_of
+    never = most_above.to(tl.float32) * rest_of < least_below.to(tl.float32) * share_of
+    surely = least_above.to(tl.float32) * rest_of >= most_below.to(tl.float32) * share_of
+    first = tl.sum(never.to(tl.int32), axis=0)
+    last = tl.sum(1 - surely.to(tl.int32), axis=0)
+    return bin_k, above_k, by_count, first, last
+
+
+@triton.jit
+def _count(
+    logits, rows, chunk_max, chunk_best, temperature, min_p, top_k, top_p, counts, sums,
     V: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr, CHUNKS_PADDED: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """mass: [S, CHUNKS] i64, the weight that the filters leave."""
+    """Tokens in coarse bins, for rows with a filter."""
+    _enter(PDL)
     s = tl.program_id(0)
     c = tl.program_id(1)
-    if tl.load(draws + s) != 0:
-        row = tl.load(rows + s)
-        share_of = tl.load(top_p + row)
-        lowest = tl.load(bases + s * _STATES + 8)
-        if share_of < 1.0:
-            lowest, _rest = _enter(bases, targets, sums, s, 17, 8, CHUNKS, CHUNKS_PADDED, True, share_of)
-        if c == 0:
-            tl.store(bases + s * _STATES + 17, lowest)
+    row = tl.load(rows + s)
+    if row >= 0:
         x = _load(logits, s, c * BLOCK + tl.arange(0, BLOCK), V)
-        w = _weights(x, tl.load(row_max + s), tl.load(temperature + row), tl.load(min_p + row))
-        w = tl.where(_image(x) >= lowest.to(tl.uint32, bitcast=True), w, 0)
-        tl.store(mass + s * CHUNKS + c, tl.sum(w, axis=0))
+        largest, _best_token = _best(chunk_max, chunk_best, s, CHUNKS, CHUNKS_PADDED)
+        hot = tl.load(temperature + row)
+        k = tl.load(top_k + row)
+        filtered = ((k > 0) & (k < V)) | (tl.load(top_p + row) < 1.0)
+        if filtered & _draws(largest, hot):
+            depth = _depth(x, largest, _inverse(hot))
+            n = tl.histogram(_coarse_bin(depth), _COARSE, mask=depth < _BOTTOM)
+            i = tl.arange(0, _COARSE)
+            tl.atomic_add(counts + s * _COUNTS + i, n, mask=n > 0, sem="relaxed")
+
+
+@triton.jit
+def _add_to_bins(bins, bin, amount):
+    """bins[bin] += amount where bin < _FINE; once, if a program has a single bin (all logits equal, say)."""
+    inside = bin < _FINE
+    lowest = tl.min(bin, axis=0)
+    if lowest < _FINE:
+        if lowest == tl.max(tl.where(inside, bin, 0), axis=0):
+            tl.atomic_add(bins + lowest, tl.sum(tl.where(inside, amount, 0), axis=0), sem="relaxed")
+        else:
+            tl.atomic_add(bins + bin, amount, mask=inside & (amount > 0), sem="relaxed")
+
+
+@triton.jit
+def _weigh(
+    logits, rows, chunk_max, chunk_best, temperature, min_p, top_k, top_p, counts, sums,
+    V: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr, CHUNKS_PADDED: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """Tokens and weights in the fine bins of where the thresholds can lie, and weights above."""
+    _enter(PDL)
+    s = tl.program_id(0)
+    c = tl.program_id(1)
+    row = tl.load(rows + s)
+    if row >= 0:
+        x = _load(logits, s, c * BLOCK + tl.arange(0, BLOCK), V)
+        largest, _best_token = _best(chunk_max, chunk_best, s, CHUNKS, CHUNKS_PADDED)
+        hot = tl.load(temperature + row)
+        smallest = tl.load(min_p + row)
+        k = tl.load(top_k + row)
+        share_of = tl.load(top_p + row)
+        by_count = (k > 0) & (k < V)
+        if (by_count | (share_of < 1.0)) & _draws(largest, hot):
+            bin_k, _above, by_count, first, last = _coarse_bins(counts, s, k, share_of, smallest, by_count)
+            depth = _depth(x, largest, _inverse(hot))
+            w = _weights(depth, smallest)
+            mine = sums + s * _SUMS
+            if by_count:
+                bin = _fine_bin(depth, bin_k, bin_k)
+                _add_to_bins(counts + s * _COUNTS + _FINE_COUNTS, bin, (bin < _FINE).to(tl.int32))
+                _add_to_bins(mine, bin, w)
+                above = tl.sum(tl.where(depth < _coarse_edge(bin_k), w, 0), axis=0)
+                tl.atomic_add(mine + _ABOVE_K, above, sem="relaxed")
+            if share_of < 1.0:
+                _add_to_bins(mine + _BY_MASS, _fine_bin(depth, first, last), w)
+                above = tl.sum(tl.where(depth < _coarse_edge(first), w, 0), axis=0)
+                tl.atomic_add(mine + _ABOVE_P, above, sem="relaxed")
+                tl.atomic_add(mine + _ALL, tl.sum(w, axis=0), sem="relaxed")
+
+
+@triton.jit
+def _note_extremes(extremes, image, member):
+    """extremes: 1 + the largest image and 2^32 - the smallest, both 0 before."""
+    highest = tl.max(tl.where(member, 1 + image, 0), axis=0)
+    if highest > 0:
+        tl.atomic_max(extremes, highest, sem="relaxed")
+        tl.atomic_max(extremes + 1, tl.max(tl.where(member, _TWO_32 - image, 0), axis=0), sem="relaxed")
+
+
+@triton.jit
+def _at_least(
+    table, length, image, largest, inverse, min_p, first, last, low, high,
+    BY_MASS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Tokens, or their weight, with that image or a larger one, in fine bins low to high of `table` [length]."""
+    found = tl.zeros((TILE,), tl.int64)
+    start = tl.full((), 0, tl.int32)
+    while start < length:
+        i = start + tl.arange(0, TILE)
+        x = _plain(tl.load(table + i, mask=i < length, other=float("-inf")))
+        depth = _depth(x, largest, inverse)
+        bin = _fine_bin(depth, first, last)
+        inside = (bin >= low) & (bin <= high) & (_image(x) >= image)
+        if BY_MASS:
+            found += tl.where(inside, _weights(depth, min_p), 0)
+        else:
+            found += inside.to(tl.int64)
+        start += TILE
+    return tl.sum(found, axis=0)
+
+
+@triton.jit
+def _bisect(
+    table, length, target, extremes, largest, inverse, min_p, first, last, low, high,
+    BY_MASS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """The largest image at which `_at_least` is `target` or more."""
+    upper = tl.load(extremes) - 1
+    lower = _TWO_32 - tl.load(extremes + 1)
+    while lower < upper:
+        middle = lower + ((upper - lower + 1) >> 1)
+        found = _at_least(
+            table, length, middle, largest, inverse, min_p, first, last, low, high, BY_MASS, TILE
+        )
+        lower = tl.where(found >= target, middle, lower)
+        upper = tl.where(found >= target, upper, middle - 1)
+    return lower
 
 
 @triton.jit(do_not_specialize=["seed_stride"])
-def _draw(
-    logits, rows, draws, row_max, temperature, min_p, top_k, top_p, bases, mass, positions, seed,
-    seed_stride, out, V: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr,
-    CHUNKS_PADDED: tl.constexpr,
+def _choose(
+    logits, rows, chunk_max, chunk_best, temperature, min_p, top_k, top_p, counts, sums,
+    mass, list_logit, list_token, positions, seed, seed_stride, out, LOG_CHUNKS: tl.constexpr,
+    V: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr, CHUNKS_PADDED: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """The first token at which the running sum of weights exceeds floor(u * sum): its chunk, then itself."""
+    """List what the thresholds can be; the last program of a row resolves them and draws.
+
+    mass: [S, CHUNKS] i64, the weight that is kept whatever the list says; list_logit, list_token: [S, _LIST].
+    """
+    _enter(PDL)
     s = tl.program_id(0)
-    if tl.load(draws + s) != 0:
-        row = tl.load(rows + s)
-        c = tl.arange(0, CHUNKS_PADDED)
-        of_chunk = tl.load(mass + s * CHUNKS + c, mask=c < CHUNKS, other=0)
-        total = tl.sum(of_chunk, axis=0)
-        u = _uniform(
-            tl.load(seed + row * seed_stride), tl.load(seed + row * seed_stride + 1), tl.load(positions + s)
-        )
-        target = tl.minimum((u * total.to(tl.float64)).to(tl.int64), total - 1)
-        chunk = tl.sum((tl.cumsum(of_chunk, axis=0) <= target).to(tl.int32), axis=0)
-        target -= tl.sum(tl.where(c < chunk, of_chunk, 0), axis=0)
-        x = _load(logits, s, chunk * BLOCK + tl.arange(0, BLOCK), V)
-        w = _weights(x, tl.load(row_max + s), tl.load(temperature + row), tl.load(min_p + row))
-        lowest = tl.load(bases + s * _STATES + 17)
-        w = tl.where(_image(x) >= lowest.to(tl.uint32, bitcast=True), w, 0)
-        token = chunk * BLOCK + tl.sum((tl.cumsum(w, axis=0) <= target).to(tl.int32), axis=0)
-        tl.store(out + s, tl.minimum(token, V - 1))
+    c = tl.program_id(1)
+    row = tl.load(rows + s)
+    if row >= 0:
+        largest, best = _best(chunk_max, chunk_best, s, CHUNKS, CHUNKS_PADDED)
+        hot = tl.load(temperature + row)
+        draws = _draws(largest, hot)
+        if draws:
+            inverse = _inverse(hot)
+            smallest = tl.load(min_p + row)
+            k = tl.load(top_k + row)
+            share_of = tl.load(top_p + row)
+            by_mass = share_of < 1.0
+            by_count = (k > 0) & (k < V)
+            v = c * BLOCK + tl.arange(0, BLOCK)
+            x = _load(logits, s, v, V)
+            depth = _depth(x, largest, inverse)
+            w = _weights(depth, smallest)
+            kept = v < V
+            listed = v < 0
+            numbers = counts + s * _COUNTS
+            mine = sums + s * _SUMS
+            bin_k = 0
+            low_k = 0
+            wanted = tl.full((), 0, tl.int64)  # tokens of the fine bin that are among the top k
+            above_k = wanted  # weight above that bin
+            first = 0
+            last = 0
+            low_p = 0
+            high_p = 0
+            above_p = wanted  # weight above the fine bins of the list
+            total = wanted  # what top-p takes its share of
+            if by_count | by_mass:
+                bin_k, taken, by_count, first, last = _coarse_bins(
+                    counts, s, k, share_of, smallest, by_count
+                )
+                i = tl.arange(0, _FINE)
+                total = tl.load(mine + _ALL)
+                total_most = total
+                if by_count:
+                    n = tl.load(numbers + _FINE_COUNTS + i)
+                    g = tl.load(mine + i)
+                    low_k = tl.sum((tl.cumsum(n, axis=0) + taken < k).to(tl.int32), axis=0)
+                    wanted = (k - taken - tl.sum(tl.where(i < low_k, n, 0), axis=0)).to(tl.int64)
+                    above_k = tl.load(mine + _ABOVE_K) + tl.sum(tl.where(i < low_k, g, 0), axis=0)
+                    total = above_k
+                    total_most = above_k + tl.sum(tl.where(i == low_k, g, 0), axis=0)
+                    bin = _fine_bin(depth, bin_k, bin_k)
+                    listed = bin == low_k
+                    kept = (depth < _coarse_edge(bin_k)) | (bin < low_k)
+                    _note_extremes(mine + _EXTREMES_K, _image(x), listed)
+                if by_mass:
+                    g = tl.load(mine + _BY_MASS + i)
+                    up_to = tl.cumsum(g, axis=0) + tl.load(mine + _ABOVE_P)
+                    low_p = tl.sum((up_to < _share(total, share_of)).to(tl.int32), axis=0)
+                    high_p = tl.sum((up_to < _share(total_most, share_of)).to(tl.int32), axis=0)
+                    above_p = tl.load(mine + _ABOVE_P) + tl.sum(tl.where(i < low_p, g, 0), axis=0)
+                    bin = _fine_bin(depth, first, last)
+                    choices = (bin >= low_p) & (bin <= high_p)
+                    listed = listed | choices
+                    kept = (depth < _coarse_edge(first)) | (bin < low_p)
+                    _note_extremes(mine + _EXTREMES_P, _image(x), choices)
+                many = tl.sum(listed.to(tl.int32), axis=0)
+                if many > 0:
+                    place = tl.atomic_add(numbers + _LISTED, many, sem="relaxed")
+                    place += tl.cumsum(listed.to(tl.int32), axis=0) - 1
+                    tl.store(list_logit + s * _LIST + place, x, mask=listed & (place < _LIST))
+                    tl.store(list_token + s * _LIST + place, v, mask=listed & (place < _LIST))
+            tl.store(mass + s * CHUNKS + c, tl.sum(tl.where(kept, w, 0), axis=0))
+
+            tl.debug_barrier()  # everything above is written before this program says so
+            arrived = tl.atomic_add(numbers + _ARRIVED, 1, sem="acq_rel")
+            tl.debug_barrier()
+            if arrived == CHUNKS - 1:
+                # Whatever is in the list's bins is in the list, or else in the row.
+                entries = tl.load(numbers + _LISTED)
+                in_list = entries <= _LIST
+                table = logits + s.to(tl.int64) * V
+                length = V
+                if in_list:
+                    table = list_logit + s.to(tl.int64) * _LIST
+                    length = entries
+                lowest = tl.full((), 0, tl.int64)
+                if by_count:
+                    lowest = _bisect(
+                        table, length, wanted, mine + _EXTREMES_K, largest, inverse, smallest,
+                        bin_k, bin_k, low_k, low_k, False, BLOCK,
+                    )  # fmt: skip
+                    total = above_k + _at_least(
+                        table, length, lowest, largest, inverse, smallest,
+                        bin_k, bin_k, low_k, low_k, True, BLOCK,
+                    )  # fmt: skip
+                if by_mass:
+                    lowest = _bisect(
+                        table, length, _share(total, share_of) - above_p, mine + _EXTREMES_P, largest,
+                        inverse, smallest, first, last, low_p, high_p, True, BLOCK,
+                    )  # fmt: skip
+                extra = tl.zeros((_LIST,), tl.int64)
+                chunk_of = tl.zeros((_LIST,), tl.int32)
+                if in_list:
+                    j = tl.arange(0, _LIST)
+                    y = tl.load(list_logit + s * _LIST + j, mask=j < entries, other=float("-inf"))
+                    chunk_of = tl.load(list_token + s * _LIST + j, mask=j < entries, other=0) // BLOCK
+                    extra = tl.where(
+                        (j < entries) & (_image(y) >= lowest),
+                        _weights(_depth(y, largest, inverse), smallest),
+                        0,
+                    )
+                else:
+                    for n_chunk in tl.range(0, CHUNKS):
+                        x = _load(logits, s, n_chunk * BLOCK + tl.arange(0, BLOCK), V)
+                        w = _weights(_depth(x, largest, inverse), smallest)
+                        tl.store(
+                            mass + s * CHUNKS + n_chunk,
+                            tl.sum(tl.where(_image(x) >= lowest, w, 0), axis=0),
+                        )
+                    tl.debug_barrier()
+
+                i = tl.arange(0, CHUNKS_PADDED)
+                of_chunk = tl.load(mass + s * CHUNKS + i, mask=i < CHUNKS, other=0)
+                total = tl.sum(of_chunk, axis=0) + tl.sum(extra, axis=0)
+                u = _uniform(
+                    tl.load(seed + row * seed_stride),
+                    tl.load(seed + row * seed_stride + 1),
+                    tl.load(positions + s),
+                )
+                target = tl.minimum((u * total.to(tl.float64)).to(tl.int64), total - 1)
+                # The last chunk before which there is no more than the target.
+                chunk = 0
+                before = tl.full((), 0, tl.int64)
+                for bit in tl.static_range(LOG_CHUNKS):
+                    trial = chunk + (CHUNKS_PADDED >> (bit + 1))
+                    sum_before = tl.sum(tl.where(i < trial, of_chunk, 0), axis=0)
+                    sum_before += tl.sum(tl.where(chunk_of < trial, extra, 0), axis=0)
+                    chunk = tl.where(sum_before <= target, trial, chunk)
+                    before = tl.where(sum_before <= target, sum_before, before)
+                x = _load(logits, s, chunk * BLOCK + tl.arange(0, BLOCK), V)
+                w = _weights(_depth(x, largest, inverse), smallest)
+                w = tl.where(_image(x) >= lowest, w, 0)
+                token = tl.sum((tl.cumsum(w, axis=0) + before <= target).to(tl.int32), axis=0)
+                tl.store(out + s, chunk * BLOCK + token)
+        elif c == 0:
+            tl.store(out + s, best)
+    elif c == 0:
+        tl.store(out + s, 0)
 
 
 # --- everything: before the draw ------------------------------------------------------------------
@@ -470,13 +785,14 @@ def _draw(
 @triton.jit
 def _keep_raw(
     logits, rows, flags, raw, raw_max, chunk_exp, top, V: tl.constexpr, BLOCK: tl.constexpr,
-    CHUNKS: tl.constexpr, CHUNKS_PADDED: tl.constexpr,
+    CHUNKS: tl.constexpr, CHUNKS_PADDED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """What log probabilities need, before anything is changed.
 
     raw: [S, V]; raw_max, chunk_exp: [S, CHUNKS], largest logit and sum of exponentials from there;
     top: [S, CHUNKS, MAX_LOGPROBS] i64, logit and index in one number, the most likely first.
     """
+    _enter(PDL)
     s = tl.program_id(0)
     c = tl.program_id(1)
     row = tl.load(rows + s)
@@ -498,9 +814,10 @@ def _keep_raw(
 @triton.jit(do_not_specialize=["ids_stride", "values_stride", "stop_stride"])
 def _edit_few(
     logits, rows, positions, flags, num_bias, bias_ids, bias_values, min_position, num_stop_ids, stop_ids,
-    ids_stride, values_stride, stop_stride, V: tl.constexpr,
+    ids_stride, values_stride, stop_stride, V: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Bias, then stop ids at positions below min_position."""
+    _enter(PDL)
     s = tl.program_id(0)
     row = tl.load(rows + s)
     if row >= 0:
@@ -523,9 +840,10 @@ def _adjust(
     logits, rows, flags, mask, output_counts, prompt_mask,
     presence_penalty, frequency_penalty, repetition_penalty,
     mask_stride, counts_stride, prompt_stride,
-    V: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr, CHUNKS_PADDED: tl.constexpr,
+    V: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr, CHUNKS_PADDED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Mask and penalties. After the bias, which cannot lift a masked token: that order changes nothing."""
+    _enter(PDL)
     s = tl.program_id(0)
     c = tl.program_id(1)
     row = tl.load(rows + s)
@@ -559,9 +877,10 @@ def _adjust(
 @triton.jit
 def _count_above(
     rows, flags, raw, out, above, V: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr,
-    CHUNKS_PADDED: tl.constexpr,
+    CHUNKS_PADDED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """above: [S, CHUNKS], raw logits strictly above the sampled token's."""
+    _enter(PDL)
     s = tl.program_id(0)
     c = tl.program_id(1)
     row = tl.load(rows + s)
@@ -575,9 +894,10 @@ def _count_above(
 def _report(
     rows, flags, raw, raw_max, chunk_exp, top, above, out, values, ids, rank, values_stride,
     ids_stride, TOP_PADDED: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr,
-    CHUNKS_PADDED: tl.constexpr,
+    CHUNKS_PADDED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """values, ids: [S, 1 + MAX_LOGPROBS]; rank: [S]."""
+    _enter(PDL)
     s = tl.program_id(0)
     row = tl.load(rows + s)
     if (tl.load(flags + row, mask=row >= 0, other=0) & _LOGPROBS) != 0:
