@@ -1,30 +1,32 @@
 """Logits to tokens on an NVIDIA GPU: the kernels behind `ostinato.sampling.sample`.
 
 Same meaning, same integers, same random numbers as `ostinato/sampling.py`, which says how a token
-is drawn. A row is cut into chunks of BLOCK logits, one program each. Whatever chunks add up is an
-integer, so neither the cut nor the order in which programs run shows in a token.
+is drawn. Each kernel gives a row many programs, but for the last, which does with what they found.
+All that programs add up together is integers, so neither how a row is cut nor the order in which
+programs run shows in a token.
 
 Launches, all with fixed grids; a row that does not need one leaves it at once:
 
     GREEDY   best of each chunk -> best of the row
-    SAMPLE   best of each chunk -> count -> weigh -> choose
+    SAMPLE   best of each chunk -> count -> weigh -> narrow -> draw
     FULL     copy of the raw logits, top 20 -> bias and stop ids -> mask and penalties -> SAMPLE -> rank
 
 The least likely token that top-k or top-p keeps is found by narrowing, never by sorting. The depth
 of a token is (m - x) / temperature, m the largest logit; at a depth of 31 its weight is 0.
 
-    count    tokens by depth, in 128 coarse bins. Top-k then lies in one of them; the weight of n
-             tokens in a bin is known to 13 %, so top-p lies in two or three.
-    weigh    only in those: exact count and weight in 1024 fine bins each
-    choose   only in the one or two fine bins left: the tokens themselves, a few dozen of 128256,
-             into a list. The last program of a row bisects it, which gives the threshold, and draws.
+    count    tokens by depth, in 128 coarse bins. The k-th token then lies in one of them. The weight
+             of a bin's tokens is known to 13 %, which leaves two or three for the threshold of top-p.
+    weigh    only in those: exact counts and weights in 1024 fine bins each
+    narrow   only in the fine bin or two then left: the tokens themselves, a few dozen of 128256,
+             into a list; and for each tile the weight of what is kept for certain
+    draw     bisects the list, which gives the threshold, and draws
 
-A list that is too short (temperatures of a thousand and more, where all logits look alike) costs
-time, not exactness: the row is then bisected instead.
+The list may be too short where nearly all logits look alike (temperatures of a thousand, say). That
+costs time, not exactness: the whole row is bisected instead.
 
 Everything between kernels lies in `scratch`, and nothing there means anything between two calls:
-the first kernel clears the sums and counters of the later ones. With PDL all kernels are launched
-dependently and wait before they touch memory.
+the first kernel clears what later ones add to. With PDL all kernels are launched dependently, and
+wait before they touch memory.
 Not here: penalty counts, which another op advances.
 """
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
@@ -60,12 +62,20 @@ _COARSE = tl.constexpr(128)
 _COARSE_STEP = tl.constexpr(0.125)  # the last bin reaches down to the bottom
 _FINE = tl.constexpr(1024)
 _LIST = tl.constexpr(1024)
+_SHORT = tl.constexpr(256)  # entries of the list, or logits of a row, looked at together
+_LONG = tl.constexpr(4096)
 _TWO_32 = tl.constexpr(2**32)
 
 # `counts`, i32 [S, _COUNTS]: coarse bins, fine bins of top-k, then
 _FINE_COUNTS = tl.constexpr(128)
 _LISTED = tl.constexpr(1152)  # tokens in the list, or that it had no room for
-_ARRIVED = tl.constexpr(1153)  # programs of the row that are done
+_BY_COUNT = tl.constexpr(1153)  # whether there is a k-th token with a weight
+_BIN_K = tl.constexpr(1154)  # its coarse bin
+_LOW_K = tl.constexpr(1155)  # its fine bin
+_FIRST = tl.constexpr(1156)  # coarse bins of top-p's threshold
+_LAST = tl.constexpr(1157)
+_LOW_P = tl.constexpr(1158)  # fine bins of it
+_HIGH_P = tl.constexpr(1159)
 _COUNTS = tl.constexpr(1184)
 # `sums`, i64 [S, _SUMS]: weights in the fine bins of top-k and of top-p, then
 _BY_MASS = tl.constexpr(1024)
@@ -74,12 +84,17 @@ _ABOVE_K = tl.constexpr(2049)  # weight above the coarse bin of top-k
 _ABOVE_P = tl.constexpr(2050)  # weight above the coarse bins of top-p
 _EXTREMES_K = tl.constexpr(2051)  # of images in the list: 1 + the largest, 2^32 - the smallest
 _EXTREMES_P = tl.constexpr(2053)
+_REST_K = tl.constexpr(2055)  # tokens of its fine bin that are among the top k
+_TOTAL = tl.constexpr(2056)  # weight that top-p takes its share of; with top-k: above its fine bin
+_KEPT = tl.constexpr(2057)  # weight above the fine bins of top-p
 _SUMS = tl.constexpr(2064)
 
 _MIN_BLOCK = 1024
 _MAX_BLOCK = 4096
 _MAX_CHUNKS = 256
 _ENOUGH_PROGRAMS = 2048
+_MAX_TILES = 16
+_FEW_PROGRAMS = 512
 
 
 def _cut(num_seqs: int, vocab: int) -> tuple[int, int]:
@@ -88,6 +103,14 @@ def _cut(num_seqs: int, vocab: int) -> tuple[int, int]:
     while block < _MAX_BLOCK and num_seqs * -(-vocab // block) > _ENOUGH_PROGRAMS:
         block *= 2
     return block, -(-vocab // block)
+
+
+def _tiles(num_seqs: int, tiles_of_row: int) -> int:
+    """Tiles that a program of `_weigh` and `_narrow` goes through: each begins with sums over bins."""
+    tiles = 1
+    while tiles < _MAX_TILES and num_seqs * -(-tiles_of_row // (2 * tiles)) >= _FEW_PROGRAMS:
+        tiles *= 2
+    return tiles
 
 
 def _least_block(vocab: int) -> int:
@@ -230,27 +253,33 @@ def sample(
         )
         return
 
-    found = (t["counts"], t["sums"])
+    # Up to there BLOCK is one load of a program; from here on a program goes through tiles.
+    whole = (t["counts"], t["sums"])
     clear = triton.next_power_of_2(-(-_SUMS.value // chunks))
-    _chunk_best[grid](logits, rows, *partials, *found, CLEAR=clear, **cut)
+    _chunk_best[grid](logits, rows, *partials, *whole, CLEAR=clear, **cut)
     params = (inputs.temperature, inputs.min_p, inputs.top_k, inputs.top_p)
-    _count[grid](logits, rows, *partials, *params, *found, **cut)
-    _weigh[grid](logits, rows, *partials, *params, *found, **cut)
-    _choose[grid](
-        logits,
-        rows,
-        *partials,
-        *params,
-        *found,
-        t["mass"],
-        t["list_logit"],
-        t["list_token"],
+    common = (logits, rows, *partials, *params, *whole)
+    _count[grid](*common, **cut)
+    tile = _least_block(vocab)
+    tiles_of_row = -(-vocab // tile)
+    tiles = _tiles(num_seqs, tiles_of_row)
+    by_tile = (num_seqs, -(-tiles_of_row // tiles))
+    warps = 4 if tiles == 1 else 8
+    best = {"V": vocab, "TILE": tile, "CHUNKS": chunks, "CHUNKS_PADDED": cut["CHUNKS_PADDED"]} | launch
+    _weigh[by_tile](*common, TILES=tiles, num_warps=warps, **best)
+    lists = (t["mass"], t["list_logit"], t["list_token"])
+    _narrow[by_tile](*common, *lists, TILES=tiles, num_warps=warps, **best)
+    _draw[(num_seqs,)](
+        *common,
+        *lists,
         positions,
         inputs.seed,
         inputs.seed.stride(0),
         out,
-        LOG_CHUNKS=cut["CHUNKS_PADDED"].bit_length() - 1,
-        **cut,
+        TILES_OF_ROW=tiles_of_row,
+        LOG_TILES=(tiles_of_row - 1).bit_length(),
+        num_warps=8,
+        **best,
     )
 
     if variant is SamplerVariant.FULL:
@@ -316,6 +345,15 @@ def _load(table, s, v, V: tl.constexpr):
     """Logits v of sequence s. NaN is -inf, and so is what lies beyond the vocabulary."""
     x = tl.load(table + s.to(tl.int64) * V + v, mask=v < V, other=float("-inf"))
     return _plain(x)
+
+
+@triton.jit
+def _scattered(start, row):
+    """`start`, row being 0 or more, in a way that hides its alignment from the compiler.
+
+    It would give each thread four neighbours, and then move them to where atomics want them.
+    """
+    return start + (row >> 31)
 
 
 @triton.jit
@@ -523,73 +561,192 @@ def _count(
 
 
 @triton.jit
-def _add_to_bins(bins, bin, amount):
-    """bins[bin] += amount where bin < _FINE; once, if a program has a single bin (all logits equal, say)."""
+def _add_to_bins(bins, bin, amount, crowded):
+    """bins[bin] += amount where bin < _FINE.
+
+    `crowded`: expect most tokens here, perhaps in one bin (all logits equal, say), where adding one by
+    one would queue.
+    """
     inside = bin < _FINE
-    lowest = tl.min(bin, axis=0)
-    if lowest < _FINE:
+    separate = inside & (amount > 0)
+    if crowded:
+        lowest = tl.min(bin, axis=0)
         if lowest == tl.max(tl.where(inside, bin, 0), axis=0):
             tl.atomic_add(bins + lowest, tl.sum(tl.where(inside, amount, 0), axis=0), sem="relaxed")
-        else:
-            tl.atomic_add(bins + bin, amount, mask=inside & (amount > 0), sem="relaxed")
+            separate = separate & (bin > lowest)
+    tl.atomic_add(bins + bin, amount, mask=separate, sem="relaxed")
 
 
 @triton.jit
 def _weigh(
     logits, rows, chunk_max, chunk_best, temperature, min_p, top_k, top_p, counts, sums,
-    V: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr, CHUNKS_PADDED: tl.constexpr,
-    PDL: tl.constexpr,
+    V: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, CHUNKS: tl.constexpr,
+    CHUNKS_PADDED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Tokens and weights in the fine bins of where the thresholds can lie, and weights above."""
     _enter(PDL)
     s = tl.program_id(0)
-    c = tl.program_id(1)
     row = tl.load(rows + s)
     if row >= 0:
-        x = _load(logits, s, c * BLOCK + tl.arange(0, BLOCK), V)
+        start = _scattered(tl.program_id(1) * (TILE * TILES), row)
+        x = _load(logits, s, start + tl.arange(0, TILE), V)
         largest, _best_token = _best(chunk_max, chunk_best, s, CHUNKS, CHUNKS_PADDED)
         hot = tl.load(temperature + row)
         smallest = tl.load(min_p + row)
         k = tl.load(top_k + row)
         share_of = tl.load(top_p + row)
+        by_mass = share_of < 1.0
         by_count = (k > 0) & (k < V)
-        if (by_count | (share_of < 1.0)) & _draws(largest, hot):
-            bin_k, _above, by_count, first, last = _coarse_bins(counts, s, k, share_of, smallest, by_count)
-            depth = _depth(x, largest, _inverse(hot))
-            w = _weights(depth, smallest)
+        if (by_count | by_mass) & _draws(largest, hot):
+            bin_k, _taken, by_count, first, last = _coarse_bins(counts, s, k, share_of, smallest, by_count)
+            i = tl.arange(0, _COARSE)
+            n = tl.load(counts + s * _COUNTS + i)
+            crowded_k = 2 * tl.sum(tl.where(i == bin_k, n, 0), axis=0) > V
+            crowded_p = 2 * tl.sum(tl.where((i >= first) & (i <= last), n, 0), axis=0) > V
+            inverse = _inverse(hot)
             mine = sums + s * _SUMS
+            all_weight = tl.zeros((TILE,), tl.int64)
+            above_k = tl.zeros((TILE,), tl.int64)
+            above_p = tl.zeros((TILE,), tl.int64)
+            for tile in tl.range(0, TILES):
+                depth = _depth(x, largest, inverse)
+                if TILES > 1:  # on its way while this tile is worked on
+                    start += TILE
+                    x = _load(logits, s, start + tl.arange(0, TILE), tl.where(tile < TILES - 1, V, 0))
+                w = _weights(depth, smallest)
+                if by_count:
+                    bin = _fine_bin(depth, bin_k, bin_k)
+                    one = (bin < _FINE).to(tl.int32)
+                    _add_to_bins(counts + s * _COUNTS + _FINE_COUNTS, bin, one, crowded_k)
+                    _add_to_bins(mine, bin, w, crowded_k)
+                    above_k += tl.where(depth < _coarse_edge(bin_k), w, 0)
+                if by_mass:
+                    _add_to_bins(mine + _BY_MASS, _fine_bin(depth, first, last), w, crowded_p)
+                    above_p += tl.where(depth < _coarse_edge(first), w, 0)
+                    all_weight += w
             if by_count:
-                bin = _fine_bin(depth, bin_k, bin_k)
-                _add_to_bins(counts + s * _COUNTS + _FINE_COUNTS, bin, (bin < _FINE).to(tl.int32))
-                _add_to_bins(mine, bin, w)
-                above = tl.sum(tl.where(depth < _coarse_edge(bin_k), w, 0), axis=0)
-                tl.atomic_add(mine + _ABOVE_K, above, sem="relaxed")
-            if share_of < 1.0:
-                _add_to_bins(mine + _BY_MASS, _fine_bin(depth, first, last), w)
-                above = tl.sum(tl.where(depth < _coarse_edge(first), w, 0), axis=0)
-                tl.atomic_add(mine + _ABOVE_P, above, sem="relaxed")
-                tl.atomic_add(mine + _ALL, tl.sum(w, axis=0), sem="relaxed")
+                tl.atomic_add(mine + _ABOVE_K, tl.sum(above_k, axis=0), sem="relaxed")
+            if by_mass:
+                tl.atomic_add(mine + _ABOVE_P, tl.sum(above_p, axis=0), sem="relaxed")
+                tl.atomic_add(mine + _ALL, tl.sum(all_weight, axis=0), sem="relaxed")
 
 
 @triton.jit
 def _note_extremes(extremes, image, member):
     """extremes: 1 + the largest image and 2^32 - the smallest, both 0 before."""
-    highest = tl.max(tl.where(member, 1 + image, 0), axis=0)
-    if highest > 0:
-        tl.atomic_max(extremes, highest, sem="relaxed")
-        tl.atomic_max(extremes + 1, tl.max(tl.where(member, _TWO_32 - image, 0), axis=0), sem="relaxed")
+    tl.atomic_max(extremes, tl.max(tl.where(member, 1 + image, 0), axis=0), sem="relaxed")
+    tl.atomic_max(extremes + 1, tl.max(tl.where(member, _TWO_32 - image, 0), axis=0), sem="relaxed")
+
+
+@triton.jit
+def _narrow(
+    logits, rows, chunk_max, chunk_best, temperature, min_p, top_k, top_p, counts, sums, mass,
+    list_logit, list_token, V: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr,
+    CHUNKS: tl.constexpr, CHUNKS_PADDED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """The fine bins of the thresholds, what is in them, and the weight that each tile keeps for certain.
+
+    mass: [S, ceil(V / TILE)] i64; list_logit, list_token: [S, _LIST].
+    """
+    _enter(PDL)
+    s = tl.program_id(0)
+    c = tl.program_id(1)
+    row = tl.load(rows + s)
+    if row >= 0:
+        start = c * (TILE * TILES)
+        x = _load(logits, s, start + tl.arange(0, TILE), V)
+        largest, _best_token = _best(chunk_max, chunk_best, s, CHUNKS, CHUNKS_PADDED)
+        hot = tl.load(temperature + row)
+        if _draws(largest, hot):
+            inverse = _inverse(hot)
+            smallest = tl.load(min_p + row)
+            k = tl.load(top_k + row)
+            share_of = tl.load(top_p + row)
+            by_mass = share_of < 1.0
+            by_count = (k > 0) & (k < V)
+            numbers = counts + s * _COUNTS
+            mine = sums + s * _SUMS
+            bin_k = 0
+            low_k = 0
+            first = 0
+            last = 0
+            low_p = 0
+            high_p = 0
+            if by_count | by_mass:
+                bin_k, taken, by_count, first, last = _coarse_bins(counts, s, k, share_of, smallest, by_count)
+                i = tl.arange(0, _FINE)
+                total = tl.load(mine + _ALL)  # what top-p takes its share of
+                total_most = total
+                if by_count:
+                    n = tl.load(numbers + _FINE_COUNTS + i)
+                    g = tl.load(mine + i)
+                    low_k = tl.sum((tl.cumsum(n, axis=0) + taken < k).to(tl.int32), axis=0)
+                    total = tl.load(mine + _ABOVE_K) + tl.sum(tl.where(i < low_k, g, 0), axis=0)
+                    total_most = total + tl.sum(tl.where(i == low_k, g, 0), axis=0)
+                    if c == 0:
+                        rest = k - taken - tl.sum(tl.where(i < low_k, n, 0), axis=0)
+                        tl.store(mine + _REST_K, rest.to(tl.int64))
+                if by_mass:
+                    g = tl.load(mine + _BY_MASS + i)
+                    above = tl.load(mine + _ABOVE_P)
+                    up_to = tl.cumsum(g, axis=0) + above
+                    low_p = tl.sum((up_to < _share(total, share_of)).to(tl.int32), axis=0)
+                    high_p = tl.sum((up_to < _share(total_most, share_of)).to(tl.int32), axis=0)
+                    if c == 0:
+                        tl.store(mine + _KEPT, above + tl.sum(tl.where(i < low_p, g, 0), axis=0))
+                if c == 0:
+                    tl.store(mine + _TOTAL, total)
+                    tl.store(numbers + _BY_COUNT, by_count.to(tl.int32))
+                    tl.store(numbers + _BIN_K, bin_k)
+                    tl.store(numbers + _LOW_K, low_k)
+                    tl.store(numbers + _FIRST, first)
+                    tl.store(numbers + _LAST, last)
+                    tl.store(numbers + _LOW_P, low_p)
+                    tl.store(numbers + _HIGH_P, high_p)
+
+            for tile in tl.range(0, TILES):
+                y = x
+                v = start + tl.arange(0, TILE)
+                if TILES > 1:
+                    start += TILE
+                    x = _load(logits, s, start + tl.arange(0, TILE), tl.where(tile < TILES - 1, V, 0))
+                depth = _depth(y, largest, inverse)
+                kept = v < V
+                edge_k = v < 0
+                edge_p = v < 0
+                if by_count:
+                    bin = _fine_bin(depth, bin_k, bin_k)
+                    kept = (depth < _coarse_edge(bin_k)) | (bin < low_k)
+                    edge_k = bin == low_k
+                if by_mass:
+                    bin = _fine_bin(depth, first, last)
+                    kept = (depth < _coarse_edge(first)) | (bin < low_p)
+                    edge_p = (bin >= low_p) & (bin <= high_p)
+                listed = edge_k | edge_p
+                many = tl.sum(listed.to(tl.int32), axis=0)
+                if many > 0:
+                    place = tl.atomic_add(numbers + _LISTED, many, sem="relaxed")
+                    place += tl.cumsum(listed.to(tl.int32), axis=0) - 1
+                    tl.store(list_logit + s * _LIST + place, y, mask=listed & (place < _LIST))
+                    tl.store(list_token + s * _LIST + place, v, mask=listed & (place < _LIST))
+                    _note_extremes(mine + _EXTREMES_K, _image(y), edge_k)
+                    _note_extremes(mine + _EXTREMES_P, _image(y), edge_p)
+                w = _weights(depth, smallest)
+                place = c * TILES + tile
+                weight = tl.sum(tl.where(kept, w, 0), axis=0)
+                tl.store(mass + s * tl.cdiv(V, TILE) + place, weight, mask=place < tl.cdiv(V, TILE))
 
 
 @triton.jit
 def _at_least(
     table, length, image, largest, inverse, min_p, first, last, low, high,
-    BY_MASS: tl.constexpr, TILE: tl.constexpr,
+    BY_MASS: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
     """Tokens, or their weight, with that image or a larger one, in fine bins low to high of `table` [length]."""
-    found = tl.zeros((TILE,), tl.int64)
+    found = tl.zeros((SPAN,), tl.int64)
     start = tl.full((), 0, tl.int32)
     while start < length:
-        i = start + tl.arange(0, TILE)
+        i = start + tl.arange(0, SPAN)
         x = _plain(tl.load(table + i, mask=i < length, other=float("-inf")))
         depth = _depth(x, largest, inverse)
         bin = _fine_bin(depth, first, last)
@@ -598,14 +755,14 @@ def _at_least(
             found += tl.where(inside, _weights(depth, min_p), 0)
         else:
             found += inside.to(tl.int64)
-        start += TILE
+        start += SPAN
     return tl.sum(found, axis=0)
 
 
 @triton.jit
 def _bisect(
     table, length, target, extremes, largest, inverse, min_p, first, last, low, high,
-    BY_MASS: tl.constexpr, TILE: tl.constexpr,
+    BY_MASS: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
     """The largest image at which `_at_least` is `target` or more."""
     upper = tl.load(extremes) - 1
@@ -613,169 +770,123 @@ def _bisect(
     while lower < upper:
         middle = lower + ((upper - lower + 1) >> 1)
         found = _at_least(
-            table, length, middle, largest, inverse, min_p, first, last, low, high, BY_MASS, TILE
+            table, length, middle, largest, inverse, min_p, first, last, low, high, BY_MASS, SPAN
         )
         lower = tl.where(found >= target, middle, lower)
         upper = tl.where(found >= target, upper, middle - 1)
     return lower
 
 
-@triton.jit(do_not_specialize=["seed_stride"])
-def _choose(
-    logits, rows, chunk_max, chunk_best, temperature, min_p, top_k, top_p, counts, sums,
-    mass, list_logit, list_token, positions, seed, seed_stride, out, LOG_CHUNKS: tl.constexpr,
-    V: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr, CHUNKS_PADDED: tl.constexpr,
-    PDL: tl.constexpr,
+@triton.jit
+def _threshold(
+    table, length, numbers, mine, by_mass, share_of, largest, inverse, min_p, SPAN: tl.constexpr
 ):  # fmt: skip
-    """List what the thresholds can be; the last program of a row resolves them and draws.
+    """Image of the least likely token kept. All of the fine bins in question lie in `table` [length]."""
+    lowest = tl.full((), 0, tl.int64)
+    total = tl.load(mine + _TOTAL)
+    if tl.load(numbers + _BY_COUNT) != 0:
+        bin = tl.load(numbers + _BIN_K)
+        low = tl.load(numbers + _LOW_K)
+        lowest = _bisect(
+            table, length, tl.load(mine + _REST_K), mine + _EXTREMES_K,
+            largest, inverse, min_p, bin, bin, low, low, False, SPAN,
+        )  # fmt: skip
+        if by_mass:
+            total += _at_least(table, length, lowest, largest, inverse, min_p, bin, bin, low, low, True, SPAN)
+    if by_mass:
+        lowest = _bisect(
+            table, length, _share(total, share_of) - tl.load(mine + _KEPT), mine + _EXTREMES_P,
+            largest, inverse, min_p, tl.load(numbers + _FIRST), tl.load(numbers + _LAST),
+            tl.load(numbers + _LOW_P), tl.load(numbers + _HIGH_P), True, SPAN,
+        )  # fmt: skip
+    return lowest
 
-    mass: [S, CHUNKS] i64, the weight that is kept whatever the list says; list_logit, list_token: [S, _LIST].
-    """
+
+@triton.jit(do_not_specialize=["seed_stride"])
+def _draw(
+    logits, rows, chunk_max, chunk_best, temperature, min_p, top_k, top_p, counts, sums, mass,
+    list_logit, list_token, positions, seed, seed_stride, out, V: tl.constexpr, TILE: tl.constexpr,
+    TILES_OF_ROW: tl.constexpr, LOG_TILES: tl.constexpr,
+    CHUNKS: tl.constexpr, CHUNKS_PADDED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """The threshold, then the first token at which the running sum of weights exceeds floor(u * sum)."""
     _enter(PDL)
     s = tl.program_id(0)
-    c = tl.program_id(1)
     row = tl.load(rows + s)
     if row >= 0:
-        largest, best = _best(chunk_max, chunk_best, s, CHUNKS, CHUNKS_PADDED)
+        largest, token = _best(chunk_max, chunk_best, s, CHUNKS, CHUNKS_PADDED)
         hot = tl.load(temperature + row)
-        draws = _draws(largest, hot)
-        if draws:
+        if _draws(largest, hot):
             inverse = _inverse(hot)
             smallest = tl.load(min_p + row)
             k = tl.load(top_k + row)
             share_of = tl.load(top_p + row)
             by_mass = share_of < 1.0
-            by_count = (k > 0) & (k < V)
-            v = c * BLOCK + tl.arange(0, BLOCK)
-            x = _load(logits, s, v, V)
-            depth = _depth(x, largest, inverse)
-            w = _weights(depth, smallest)
-            kept = v < V
-            listed = v < 0
             numbers = counts + s * _COUNTS
             mine = sums + s * _SUMS
-            bin_k = 0
-            low_k = 0
-            wanted = tl.full((), 0, tl.int64)  # tokens of the fine bin that are among the top k
-            above_k = wanted  # weight above that bin
-            first = 0
-            last = 0
-            low_p = 0
-            high_p = 0
-            above_p = wanted  # weight above the fine bins of the list
-            total = wanted  # what top-p takes its share of
-            if by_count | by_mass:
-                bin_k, taken, by_count, first, last = _coarse_bins(
-                    counts, s, k, share_of, smallest, by_count
-                )
-                i = tl.arange(0, _FINE)
-                total = tl.load(mine + _ALL)
-                total_most = total
-                if by_count:
-                    n = tl.load(numbers + _FINE_COUNTS + i)
-                    g = tl.load(mine + i)
-                    low_k = tl.sum((tl.cumsum(n, axis=0) + taken < k).to(tl.int32), axis=0)
-                    wanted = (k - taken - tl.sum(tl.where(i < low_k, n, 0), axis=0)).to(tl.int64)
-                    above_k = tl.load(mine + _ABOVE_K) + tl.sum(tl.where(i < low_k, g, 0), axis=0)
-                    total = above_k
-                    total_most = above_k + tl.sum(tl.where(i == low_k, g, 0), axis=0)
-                    bin = _fine_bin(depth, bin_k, bin_k)
-                    listed = bin == low_k
-                    kept = (depth < _coarse_edge(bin_k)) | (bin < low_k)
-                    _note_extremes(mine + _EXTREMES_K, _image(x), listed)
-                if by_mass:
-                    g = tl.load(mine + _BY_MASS + i)
-                    up_to = tl.cumsum(g, axis=0) + tl.load(mine + _ABOVE_P)
-                    low_p = tl.sum((up_to < _share(total, share_of)).to(tl.int32), axis=0)
-                    high_p = tl.sum((up_to < _share(total_most, share_of)).to(tl.int32), axis=0)
-                    above_p = tl.load(mine + _ABOVE_P) + tl.sum(tl.where(i < low_p, g, 0), axis=0)
-                    bin = _fine_bin(depth, first, last)
-                    choices = (bin >= low_p) & (bin <= high_p)
-                    listed = listed | choices
-                    kept = (depth < _coarse_edge(first)) | (bin < low_p)
-                    _note_extremes(mine + _EXTREMES_P, _image(x), choices)
-                many = tl.sum(listed.to(tl.int32), axis=0)
-                if many > 0:
-                    place = tl.atomic_add(numbers + _LISTED, many, sem="relaxed")
-                    place += tl.cumsum(listed.to(tl.int32), axis=0) - 1
-                    tl.store(list_logit + s * _LIST + place, x, mask=listed & (place < _LIST))
-                    tl.store(list_token + s * _LIST + place, v, mask=listed & (place < _LIST))
-            tl.store(mass + s * CHUNKS + c, tl.sum(tl.where(kept, w, 0), axis=0))
-
-            tl.debug_barrier()  # everything above is written before this program says so
-            arrived = tl.atomic_add(numbers + _ARRIVED, 1, sem="acq_rel")
-            tl.debug_barrier()
-            if arrived == CHUNKS - 1:
-                # Whatever is in the list's bins is in the list, or else in the row.
-                entries = tl.load(numbers + _LISTED)
-                in_list = entries <= _LIST
-                table = logits + s.to(tl.int64) * V
-                length = V
+            table = logits + s.to(tl.int64) * V
+            logit_of = list_logit + s * _LIST
+            entries = tl.load(numbers + _LISTED)
+            in_list = entries <= _LIST
+            lowest = tl.full((), 0, tl.int64)
+            if ((k > 0) & (k < V)) | by_mass:
                 if in_list:
-                    table = list_logit + s.to(tl.int64) * _LIST
-                    length = entries
-                lowest = tl.full((), 0, tl.int64)
-                if by_count:
-                    lowest = _bisect(
-                        table, length, wanted, mine + _EXTREMES_K, largest, inverse, smallest,
-                        bin_k, bin_k, low_k, low_k, False, BLOCK,
-                    )  # fmt: skip
-                    total = above_k + _at_least(
-                        table, length, lowest, largest, inverse, smallest,
-                        bin_k, bin_k, low_k, low_k, True, BLOCK,
-                    )  # fmt: skip
-                if by_mass:
-                    lowest = _bisect(
-                        table, length, _share(total, share_of) - above_p, mine + _EXTREMES_P, largest,
-                        inverse, smallest, first, last, low_p, high_p, True, BLOCK,
-                    )  # fmt: skip
-                extra = tl.zeros((_LIST,), tl.int64)
-                chunk_of = tl.zeros((_LIST,), tl.int32)
-                if in_list:
-                    j = tl.arange(0, _LIST)
-                    y = tl.load(list_logit + s * _LIST + j, mask=j < entries, other=float("-inf"))
-                    chunk_of = tl.load(list_token + s * _LIST + j, mask=j < entries, other=0) // BLOCK
-                    extra = tl.where(
-                        (j < entries) & (_image(y) >= lowest),
-                        _weights(_depth(y, largest, inverse), smallest),
-                        0,
+                    lowest = _threshold(
+                        logit_of,
+                        entries,
+                        numbers,
+                        mine,
+                        by_mass,
+                        share_of,
+                        largest,
+                        inverse,
+                        smallest,
+                        _SHORT,
                     )
                 else:
-                    for n_chunk in tl.range(0, CHUNKS):
-                        x = _load(logits, s, n_chunk * BLOCK + tl.arange(0, BLOCK), V)
-                        w = _weights(_depth(x, largest, inverse), smallest)
-                        tl.store(
-                            mass + s * CHUNKS + n_chunk,
-                            tl.sum(tl.where(_image(x) >= lowest, w, 0), axis=0),
-                        )
-                    tl.debug_barrier()
+                    lowest = _threshold(
+                        table, V, numbers, mine, by_mass, share_of, largest, inverse, smallest, _LONG
+                    )
+            # What the list adds to the weights of its tiles.
+            j = tl.arange(0, _LIST)
+            listed = in_list & (j < entries)
+            y = tl.load(logit_of + j, mask=listed, other=float("-inf"))
+            tile_of = tl.load(list_token + s * _LIST + j, mask=listed, other=0) // TILE
+            extra = _weights(_depth(y, largest, inverse), smallest)
+            extra = tl.where(listed & (_image(y) >= lowest), extra, 0)
+            masses = mass + s * TILES_OF_ROW
+            if entries > _LIST:
+                for tile in tl.range(0, TILES_OF_ROW):
+                    x = _load(logits, s, tile * TILE + tl.arange(0, TILE), V)
+                    w = _weights(_depth(x, largest, inverse), smallest)
+                    tl.store(masses + tile, tl.sum(tl.where(_image(x) >= lowest, w, 0), axis=0))
+                tl.debug_barrier()
 
-                i = tl.arange(0, CHUNKS_PADDED)
-                of_chunk = tl.load(mass + s * CHUNKS + i, mask=i < CHUNKS, other=0)
-                total = tl.sum(of_chunk, axis=0) + tl.sum(extra, axis=0)
-                u = _uniform(
-                    tl.load(seed + row * seed_stride),
-                    tl.load(seed + row * seed_stride + 1),
-                    tl.load(positions + s),
-                )
-                target = tl.minimum((u * total.to(tl.float64)).to(tl.int64), total - 1)
-                # The last chunk before which there is no more than the target.
-                chunk = 0
-                before = tl.full((), 0, tl.int64)
-                for bit in tl.static_range(LOG_CHUNKS):
-                    trial = chunk + (CHUNKS_PADDED >> (bit + 1))
-                    sum_before = tl.sum(tl.where(i < trial, of_chunk, 0), axis=0)
-                    sum_before += tl.sum(tl.where(chunk_of < trial, extra, 0), axis=0)
-                    chunk = tl.where(sum_before <= target, trial, chunk)
-                    before = tl.where(sum_before <= target, sum_before, before)
-                x = _load(logits, s, chunk * BLOCK + tl.arange(0, BLOCK), V)
-                w = _weights(_depth(x, largest, inverse), smallest)
-                w = tl.where(_image(x) >= lowest, w, 0)
-                token = tl.sum((tl.cumsum(w, axis=0) + before <= target).to(tl.int32), axis=0)
-                tl.store(out + s, chunk * BLOCK + token)
-        elif c == 0:
-            tl.store(out + s, best)
-    elif c == 0:
+            TILES_PADDED: tl.constexpr = 1 << LOG_TILES
+            i = tl.arange(0, TILES_PADDED)
+            of_tile = tl.load(masses + i, mask=i < TILES_OF_ROW, other=0)
+            total = tl.sum(of_tile, axis=0) + tl.sum(extra, axis=0)
+            u = _uniform(
+                tl.load(seed + row * seed_stride),
+                tl.load(seed + row * seed_stride + 1),
+                tl.load(positions + s),
+            )
+            target = tl.minimum((u * total.to(tl.float64)).to(tl.int64), total - 1)
+            # The last tile before which there is no more than the target.
+            tile = 0
+            before = tl.full((), 0, tl.int64)
+            for bit in tl.static_range(LOG_TILES):
+                trial = tile + (TILES_PADDED >> (bit + 1))
+                sum_before = tl.sum(tl.where(i < trial, of_tile, 0), axis=0)
+                sum_before += tl.sum(tl.where(tile_of < trial, extra, 0), axis=0)
+                tile = tl.where(sum_before <= target, trial, tile)
+                before = tl.where(sum_before <= target, sum_before, before)
+            x = _load(logits, s, tile * TILE + tl.arange(0, TILE), V)
+            w = _weights(_depth(x, largest, inverse), smallest)
+            w = tl.where(_image(x) >= lowest, w, 0)
+            token = tile * TILE + tl.sum((tl.cumsum(w, axis=0) + before <= target).to(tl.int32), axis=0)
+        tl.store(out + s, token)
+    else:
         tl.store(out + s, 0)
 
 
