@@ -114,6 +114,23 @@ def sample_case(
     return logits, rows, i.to(torch.int32) * 77, inputs, make_state(n, vocab)
 
 
+def assert_same_draws(
+    tokens: list[int],
+    expected: list[int],
+    logits: torch.Tensor,
+    rows: torch.Tensor,
+    positions: torch.Tensor,
+    inputs: SimpleNamespace,
+) -> None:
+    """exp differs in its last bit: the rare other token has to be one that rounding explains."""
+    different = [s for s in range(len(tokens)) if tokens[s] != expected[s]]
+    assert len(different) <= 1
+    uniforms = philox_uniform(inputs.seed[rows.long()], positions).tolist()
+    for s in different:
+        p = reference_probabilities(logits[s], **row_params(inputs, int(rows[s])))
+        assert_is_draw(tokens[s], p, uniforms[s])
+
+
 @pytest.mark.parametrize("vocab", [*VOCABS, 151936, 262208, 50257])
 def test_greedy(vocab: int) -> None:
     g = torch.Generator().manual_seed(vocab)
@@ -134,13 +151,7 @@ def test_sample_equals_the_cpu(vocab: int, scale: float) -> None:
     logits, rows, positions, inputs, state = sample_case(n, vocab, scale)
     expected = run(logits, inputs, rows=rows, positions=positions)
     tokens = OnDevice(logits, rows, positions, inputs, state, SAMPLE).tokens()
-    # exp differs in its last bit: the rare other token has to be one that rounding explains.
-    different = [s for s in range(n) if tokens[s] != expected[s]]
-    assert len(different) <= 1
-    uniforms = philox_uniform(inputs.seed[rows.long()], positions).tolist()
-    for s in different:
-        p = reference_probabilities(logits[s], **row_params(inputs, int(rows[s])))
-        assert_is_draw(tokens[s], p, uniforms[s])
+    assert_same_draws(tokens, expected, logits, rows, positions, inputs)
 
 
 @pytest.mark.parametrize("vocab", VOCABS)
@@ -176,11 +187,7 @@ def test_every_kind_of_row(name: str) -> None:
     expected = run(logits, inputs, rows=rows)
     device = OnDevice(logits, rows, torch.arange(n), inputs, make_state(n, vocab), SAMPLE)
     tokens = device.tokens()
-    for s in (s for s in range(n) if tokens[s] != expected[s]):
-        p = reference_probabilities(logits[s], **row_params(inputs, int(rows[s])))
-        assert_is_draw(
-            tokens[s], p, philox_uniform(inputs.seed[rows[s] : rows[s] + 1], torch.tensor([s])).item()
-        )
+    assert_same_draws(tokens, expected, logits, rows, torch.arange(n), inputs)
     assert all(device.tokens() == tokens for _ in range(50))
 
 
@@ -193,7 +200,7 @@ def test_a_list_that_is_too_short() -> None:
     inputs.seed[:, 0] = torch.arange(n)
     rows = torch.arange(n, dtype=torch.int32)
     device = OnDevice(logits, rows, torch.arange(n), inputs, make_state(n, vocab), SAMPLE)
-    assert device.tokens() == run(logits, inputs, rows=rows)
+    assert_same_draws(device.tokens(), run(logits, inputs, rows=rows), logits, rows, torch.arange(n), inputs)
 
 
 @pytest.mark.parametrize("blocks", [63, 126, 1002, 2004])

@@ -325,8 +325,9 @@ def argmax_partials(
 
 
 def _launch(pdl: bool) -> dict[str, Any]:
-    """Triton's own option only where it is wanted: its interpreter does not know it."""
-    return {"PDL": True, "launch_pdl": True} if pdl else {"PDL": False}
+    """Options of every launch."""
+    # A product fused with the difference after it in one kernel and not in another: two different bins.
+    return {"PDL": pdl, "launch_pdl": pdl, "enable_fp_fusion": False}
 
 
 # --- pieces --------------------------------------------------------------------------------
@@ -343,8 +344,13 @@ def _enter(PDL: tl.constexpr):
 @triton.jit
 def _load(table, s, v, V: tl.constexpr):
     """Logits v of sequence s. NaN is -inf, and so is what lies beyond the vocabulary."""
-    x = tl.load(table + s.to(tl.int64) * V + v, mask=v < V, other=float("-inf"))
-    return _plain(x)
+    return _plain(_load_raw(table, s, v, V, V))
+
+
+@triton.jit
+def _load_raw(table, s, v, end, V: tl.constexpr):
+    """Logits v < `end` of sequence s as they are: for depths and weights, where NaN falls out by itself."""
+    return tl.load(table + s.to(tl.int64) * V + v, mask=v < end, other=float("-inf"))
 
 
 @triton.jit
@@ -388,7 +394,6 @@ def _draws(largest, temperature):
 
 @triton.jit
 def _depth(x, largest, inverse):
-    """Subtract first: the compiler could fuse a product with the difference that follows it."""
     return (largest - x) * inverse
 
 
@@ -492,16 +497,20 @@ def _coarse_bin(depth):
 
 
 @triton.jit
-def _fine_bin(depth, first, last):
-    """Bin among _FINE over coarse bins first to last; beyond _FINE where depth lies outside of them.
+def _fine_scale(first, last):
+    """Depth at which coarse bins first to last begin and end, and fine bins per unit of depth."""
+    top = _coarse_edge(first)
+    bottom = _coarse_edge(last + 1)
+    return top, bottom, tl.div_rn(tl.full((), _FINE, tl.float32), bottom - top)
+
+
+@triton.jit
+def _fine(depth, top, scale):
+    """Place among fine bins, whose whole part is the bin; at _FINE too it is the last one.
 
     Each step is monotone under rounding: a larger logit never lands in a later bin.
     """
-    top = _coarse_edge(first)
-    bottom = _coarse_edge(last + 1)
-    scale = tl.div_rn(tl.full((), _FINE, tl.float32), bottom - top)
-    bin = tl.minimum(((tl.minimum(depth, _BOTTOM) - top) * scale).to(tl.int32), _FINE - 1)
-    return tl.where((depth >= top) & (depth < bottom), bin, _FINE)
+    return (depth - top) * scale
 
 
 @triton.jit
@@ -548,7 +557,7 @@ def _count(
     c = tl.program_id(1)
     row = tl.load(rows + s)
     if row >= 0:
-        x = _load(logits, s, c * BLOCK + tl.arange(0, BLOCK), V)
+        x = _load_raw(logits, s, c * BLOCK + tl.arange(0, BLOCK), V, V)
         largest, _best_token = _best(chunk_max, chunk_best, s, CHUNKS, CHUNKS_PADDED)
         hot = tl.load(temperature + row)
         k = tl.load(top_k + row)
@@ -561,20 +570,19 @@ def _count(
 
 
 @triton.jit
-def _add_to_bins(bins, bin, amount, crowded):
-    """bins[bin] += amount where bin < _FINE.
+def _add_to_bins(bins, place, amount, inside, crowded):
+    """bins[place] += amount where `inside`.
 
     `crowded`: expect most tokens here, perhaps in one bin (all logits equal, say), where adding one by
     one would queue.
     """
-    inside = bin < _FINE
-    separate = inside & (amount > 0)
+    bin = tl.minimum(tl.where(inside, place, 0.0).to(tl.int32), _FINE - 1)
     if crowded:
-        lowest = tl.min(bin, axis=0)
+        lowest = tl.min(tl.where(inside, bin, _FINE), axis=0)
         if lowest == tl.max(tl.where(inside, bin, 0), axis=0):
             tl.atomic_add(bins + lowest, tl.sum(tl.where(inside, amount, 0), axis=0), sem="relaxed")
-            separate = separate & (bin > lowest)
-    tl.atomic_add(bins + bin, amount, mask=separate, sem="relaxed")
+            inside = inside & (bin > lowest)
+    tl.atomic_add(bins + bin, amount, mask=inside, sem="relaxed")
 
 
 @triton.jit
@@ -589,7 +597,7 @@ def _weigh(
     row = tl.load(rows + s)
     if row >= 0:
         start = _scattered(tl.program_id(1) * (TILE * TILES), row)
-        x = _load(logits, s, start + tl.arange(0, TILE), V)
+        x = _load_raw(logits, s, start + tl.arange(0, TILE), V, V)
         largest, _best_token = _best(chunk_max, chunk_best, s, CHUNKS, CHUNKS_PADDED)
         hot = tl.load(temperature + row)
         smallest = tl.load(min_p + row)
@@ -603,6 +611,8 @@ def _weigh(
             n = tl.load(counts + s * _COUNTS + i)
             crowded_k = 2 * tl.sum(tl.where(i == bin_k, n, 0), axis=0) > V
             crowded_p = 2 * tl.sum(tl.where((i >= first) & (i <= last), n, 0), axis=0) > V
+            begin_k, end_k, scale_k = _fine_scale(tl.minimum(bin_k, _COARSE - 1), bin_k)
+            begin_p, end_p, scale_p = _fine_scale(first, last)
             inverse = _inverse(hot)
             mine = sums + s * _SUMS
             all_weight = tl.zeros((TILE,), tl.int64)
@@ -612,23 +622,31 @@ def _weigh(
                 depth = _depth(x, largest, inverse)
                 if TILES > 1:  # on its way while this tile is worked on
                     start += TILE
-                    x = _load(logits, s, start + tl.arange(0, TILE), tl.where(tile < TILES - 1, V, 0))
+                    x = _load_raw(logits, s, start + tl.arange(0, TILE), tl.where(tile < TILES - 1, V, 0), V)
                 w = _weights(depth, smallest)
                 if by_count:
-                    bin = _fine_bin(depth, bin_k, bin_k)
-                    one = (bin < _FINE).to(tl.int32)
-                    _add_to_bins(counts + s * _COUNTS + _FINE_COUNTS, bin, one, crowded_k)
-                    _add_to_bins(mine, bin, w, crowded_k)
-                    above_k += tl.where(depth < _coarse_edge(bin_k), w, 0)
+                    place = _fine(depth, begin_k, scale_k)
+                    inside = (depth >= begin_k) & (depth < end_k)
+                    one = inside.to(tl.int32)
+                    _add_to_bins(counts + s * _COUNTS + _FINE_COUNTS, place, one, inside, crowded_k)
+                    _add_to_bins(mine, place, w, inside, crowded_k)
+                    above_k += tl.where(depth < begin_k, w, 0)
                 if by_mass:
-                    _add_to_bins(mine + _BY_MASS, _fine_bin(depth, first, last), w, crowded_p)
-                    above_p += tl.where(depth < _coarse_edge(first), w, 0)
+                    inside = (depth >= begin_p) & (depth < end_p)
+                    _add_to_bins(mine + _BY_MASS, _fine(depth, begin_p, scale_p), w, inside, crowded_p)
+                    above_p += tl.where(depth < begin_p, w, 0)
                     all_weight += w
             if by_count:
                 tl.atomic_add(mine + _ABOVE_K, tl.sum(above_k, axis=0), sem="relaxed")
             if by_mass:
                 tl.atomic_add(mine + _ABOVE_P, tl.sum(above_p, axis=0), sem="relaxed")
                 tl.atomic_add(mine + _ALL, tl.sum(all_weight, axis=0), sem="relaxed")
+
+
+@triton.jit
+def _after(bin):
+    """The place where a fine bin ends; the last one has all that rounding put behind it."""
+    return tl.where(bin < _FINE - 1, bin.to(tl.float32) + 1.0, float("inf"))
 
 
 @triton.jit
@@ -654,7 +672,7 @@ def _narrow(
     row = tl.load(rows + s)
     if row >= 0:
         start = c * (TILE * TILES)
-        x = _load(logits, s, start + tl.arange(0, TILE), V)
+        x = _load_raw(logits, s, start + tl.arange(0, TILE), V, V)
         largest, _best_token = _best(chunk_max, chunk_best, s, CHUNKS, CHUNKS_PADDED)
         hot = tl.load(temperature + row)
         if _draws(largest, hot):
@@ -666,10 +684,17 @@ def _narrow(
             by_count = (k > 0) & (k < V)
             numbers = counts + s * _COUNTS
             mine = sums + s * _SUMS
-            bin_k = 0
+            # Kept for certain: place < low. In question: place < high, if the depth is below `end`.
+            zero = tl.full((), 0.0, tl.float32)
+            begin = zero
+            end = zero
+            scale = zero + 1.0
+            low = zero + _BOTTOM
+            high = zero
+            begin_k = zero
+            end_k = zero
+            scale_k = zero
             low_k = 0
-            first = 0
-            last = 0
             low_p = 0
             high_p = 0
             if by_count | by_mass:
@@ -683,6 +708,10 @@ def _narrow(
                     low_k = tl.sum((tl.cumsum(n, axis=0) + taken < k).to(tl.int32), axis=0)
                     total = tl.load(mine + _ABOVE_K) + tl.sum(tl.where(i < low_k, g, 0), axis=0)
                     total_most = total + tl.sum(tl.where(i == low_k, g, 0), axis=0)
+                    begin_k, end_k, scale_k = _fine_scale(bin_k, bin_k)
+                    begin, end, scale = begin_k, end_k, scale_k
+                    low = low_k.to(tl.float32)
+                    high = _after(low_k)
                     if c == 0:
                         rest = k - taken - tl.sum(tl.where(i < low_k, n, 0), axis=0)
                         tl.store(mine + _REST_K, rest.to(tl.int64))
@@ -692,6 +721,9 @@ def _narrow(
                     up_to = tl.cumsum(g, axis=0) + above
                     low_p = tl.sum((up_to < _share(total, share_of)).to(tl.int32), axis=0)
                     high_p = tl.sum((up_to < _share(total_most, share_of)).to(tl.int32), axis=0)
+                    begin, end, scale = _fine_scale(first, last)
+                    low = low_p.to(tl.float32)
+                    high = _after(high_p)
                     if c == 0:
                         tl.store(mine + _KEPT, above + tl.sum(tl.where(i < low_p, g, 0), axis=0))
                 if c == 0:
@@ -709,32 +741,31 @@ def _narrow(
                 v = start + tl.arange(0, TILE)
                 if TILES > 1:
                     start += TILE
-                    x = _load(logits, s, start + tl.arange(0, TILE), tl.where(tile < TILES - 1, V, 0))
+                    x = _load_raw(logits, s, start + tl.arange(0, TILE), tl.where(tile < TILES - 1, V, 0), V)
                 depth = _depth(y, largest, inverse)
-                kept = v < V
-                edge_k = v < 0
-                edge_p = v < 0
-                if by_count:
-                    bin = _fine_bin(depth, bin_k, bin_k)
-                    kept = (depth < _coarse_edge(bin_k)) | (bin < low_k)
-                    edge_k = bin == low_k
-                if by_mass:
-                    bin = _fine_bin(depth, first, last)
-                    kept = (depth < _coarse_edge(first)) | (bin < low_p)
-                    edge_p = (bin >= low_p) & (bin <= high_p)
-                listed = edge_k | edge_p
+                place = _fine(depth, begin, scale)
+                kept = place < low
+                edge = (place >= low) & (place < high) & (depth < end)
+                listed = edge
+                edge_k = edge
+                if by_count & by_mass:
+                    place = _fine(depth, begin_k, scale_k)
+                    edge_k = (place >= low_k.to(tl.float32)) & (place < _after(low_k)) & (depth < end_k)
+                    listed = edge | edge_k
                 many = tl.sum(listed.to(tl.int32), axis=0)
                 if many > 0:
-                    place = tl.atomic_add(numbers + _LISTED, many, sem="relaxed")
-                    place += tl.cumsum(listed.to(tl.int32), axis=0) - 1
-                    tl.store(list_logit + s * _LIST + place, y, mask=listed & (place < _LIST))
-                    tl.store(list_token + s * _LIST + place, v, mask=listed & (place < _LIST))
-                    _note_extremes(mine + _EXTREMES_K, _image(y), edge_k)
-                    _note_extremes(mine + _EXTREMES_P, _image(y), edge_p)
+                    plain = _plain(y)
+                    slot = tl.atomic_add(numbers + _LISTED, many, sem="relaxed")
+                    slot += tl.cumsum(listed.to(tl.int32), axis=0) - 1
+                    tl.store(list_logit + s * _LIST + slot, plain, mask=listed & (slot < _LIST))
+                    tl.store(list_token + s * _LIST + slot, v, mask=listed & (slot < _LIST))
+                    # Without top-p the first, without top-k the second are never read.
+                    _note_extremes(mine + _EXTREMES_P, _image(plain), edge)
+                    _note_extremes(mine + _EXTREMES_K, _image(plain), edge_k)
                 w = _weights(depth, smallest)
-                place = c * TILES + tile
+                of_row = c * TILES + tile
                 weight = tl.sum(tl.where(kept, w, 0), axis=0)
-                tl.store(mass + s * tl.cdiv(V, TILE) + place, weight, mask=place < tl.cdiv(V, TILE))
+                tl.store(mass + s * tl.cdiv(V, TILE) + of_row, weight, mask=of_row < tl.cdiv(V, TILE))
 
 
 @triton.jit
@@ -743,14 +774,15 @@ def _at_least(
     BY_MASS: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
     """Tokens, or their weight, with that image or a larger one, in fine bins low to high of `table` [length]."""
+    begin, end, scale = _fine_scale(first, last)
     found = tl.zeros((SPAN,), tl.int64)
     start = tl.full((), 0, tl.int32)
     while start < length:
         i = start + tl.arange(0, SPAN)
         x = _plain(tl.load(table + i, mask=i < length, other=float("-inf")))
         depth = _depth(x, largest, inverse)
-        bin = _fine_bin(depth, first, last)
-        inside = (bin >= low) & (bin <= high) & (_image(x) >= image)
+        place = _fine(depth, begin, scale)
+        inside = (place >= low) & (place < _after(high)) & (depth < end) & (_image(x) >= image)
         if BY_MASS:
             found += tl.where(inside, _weights(depth, min_p), 0)
         else:
