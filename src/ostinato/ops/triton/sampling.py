@@ -694,9 +694,9 @@ def _narrow(
             begin_k = zero
             end_k = zero
             scale_k = zero
-            low_k = 0
-            low_p = 0
-            high_p = 0
+            low_k = tl.full((), 0, tl.int32)
+            low_p = low_k
+            high_p = low_k
             if by_count | by_mass:
                 bin_k, taken, by_count, first, last = _coarse_bins(counts, s, k, share_of, smallest, by_count)
                 i = tl.arange(0, _FINE)
