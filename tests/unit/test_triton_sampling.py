@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+from functools import lru_cache
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,11 +17,16 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported
 pytest.importorskip("triton")
 
+from ostinato import sampling
 from ostinato.inputs import FLAG_LOGPROBS
 from ostinato.ops.triton import sampling as kernels
 from ostinato.types import SamplerVariant
 
-from .test_sampling import full_case, make_inputs, make_state, run
+if __name__ == "__main__":  # see test_launches_compile_for_a_gpu
+    sys.path.insert(0, str(Path(__file__).parent))
+    from test_sampling import full_case, make_inputs, make_state, run
+else:
+    from .test_sampling import full_case, make_inputs, make_state, run
 
 GREEDY, SAMPLE, FULL = SamplerVariant.GREEDY, SamplerVariant.SAMPLE, SamplerVariant.FULL
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -184,3 +193,230 @@ def test_scratch_too_small_is_refused() -> None:
             out=zeros.clone(),
             scratch=torch.zeros(words - 1, dtype=torch.int32, device=DEVICE),
         )
+
+
+# --- narrowing ---------------------------------------------------------------------------------
+
+
+def shapes_of_rows(vocab: int, g: torch.Generator) -> dict[str, torch.Tensor]:
+    """Rows that stress one part of the narrowing each."""
+    x = torch.randn(vocab, generator=g)
+    one_hot = torch.zeros(vocab)
+    one_hot[vocab // 3] = 12.0
+    masked = x.clone()
+    masked[torch.rand(vocab, generator=g) < 0.9] = -torch.inf
+    two_levels = torch.where(torch.rand(vocab, generator=g) < 0.5, 1.0, 1.0 + 2.0**-20)
+    return {
+        "flat": x * 0.5,
+        "peaked": x * 4,
+        "one hot": one_hot,
+        "all equal": torch.full((vocab,), -3.25),
+        "neighbours": two_levels,
+        "ties": (x * 2).round(),
+        "bfloat16": (x * 0.5).bfloat16().float(),
+        "masked": masked,
+        "wide": torch.sign(x) * 10 ** (x.abs() * 3 - 4),
+        "steps": torch.arange(vocab).float() * -0.125,
+        "far below": torch.where(x > 2, x, x - 1e4),
+    }
+
+
+FILTERS: dict[str, dict[str, float]] = {
+    "top_p": {"top_p": 0.95},
+    "top_k": {"top_k": 7},
+    "top_k, top_p": {"top_k": 50, "top_p": 0.9},
+    "many, top_p": {"top_k": 1000, "top_p": 0.97, "temperature": 0.7},
+    "one short of all": {"top_k": 1199, "top_p": 0.999},
+    "min_p": {"min_p": 0.05},
+    "all": {"top_k": 300, "top_p": 0.7, "min_p": 0.01, "temperature": 1.5},
+    "hot": {"top_p": 0.8, "temperature": 50.0},
+    "cold": {"top_p": 0.9, "temperature": 0.01},
+    "next to nothing": {"top_p": 1e-7, "top_k": 3},
+    "next to everything": {"top_p": 1 - 2.0**-24},
+    "greedy": {"temperature": 0.0, "top_p": 0.5},
+    "none": {"temperature": 0.8},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FILTERS)
+def test_every_kind_of_row(name: str) -> None:
+    """Fresh random rows; beside real ones, padding full of NaN."""
+    vocab = 1200
+    g = torch.Generator().manual_seed(torch.seed() % 2**31)
+    kinds = shapes_of_rows(vocab, g)
+    logits = torch.stack([*kinds.values(), torch.full((vocab,), torch.nan)])
+    n = len(logits)
+    inputs = make_inputs(n, vocab, **FILTERS[name])
+    inputs.seed[:] = torch.randint(-(2**31), 2**31, (n, 2), generator=g)
+    rows = torch.randperm(n, generator=g)
+    rows[-1] = -1
+    positions = torch.randint(0, 2**31 - 1, (n,), generator=g)
+    print("initial seed", g.initial_seed())
+    tokens = assert_same(logits, inputs, rows=rows, positions=positions)
+    assert tokens[-1] == 0
+
+
+@lru_cache
+def extreme_positions() -> tuple[int, int]:
+    """Where seed 0 gives random numbers within about a millionth of 0 and of 1."""
+    u = sampling.philox_uniform(torch.zeros(2**20, 2, dtype=torch.int32), torch.arange(2**20))
+    return int(u.argmin()), int(u.argmax())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FILTERS)
+def test_the_least_likely_token_kept(name: str) -> None:
+    """In rising order the smallest random number draws it, in falling order the largest."""
+    vocab = 1200
+    g = torch.Generator().manual_seed(torch.seed() % 2**31)
+    print("initial seed", g.initial_seed())
+    rising = torch.stack([x.sort().values for x in shapes_of_rows(vocab, g).values()])
+    n = len(rising)
+    low, high = extreme_positions()
+    tokens = assert_same(
+        torch.cat([rising, rising[:1].flip(1)]),
+        make_inputs(1, vocab, **FILTERS[name]),
+        rows=[0] * (n + 1),
+        positions=[low] * n + [high],
+    )
+    if name in ("top_k", "next to nothing"):  # few enough for every one to be within reach
+        kept = FILTERS[name]["top_k"] if name == "top_k" else 1
+        assert tokens[0] == vocab - kept
+        assert tokens[n] == kept - 1
+
+
+def test_a_list_that_is_too_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More candidates than the list holds: nothing but the time it takes may change."""
+    vocab, n = 2500, 6
+    g = torch.Generator().manual_seed(torch.seed() % 2**31)
+    print("initial seed", g.initial_seed())
+    inputs = make_inputs(
+        n,
+        vocab,
+        temperature=[1e6, 1e6, 1e5, 1e5, 3e4, 1e6],
+        top_p=[0.5, 1.0, 0.9, 0.3, 0.99, 1.0],
+        top_k=[0, 2100, 2400, 1800, 0, 0],
+    )
+    inputs.seed[:] = torch.randint(-(2**31), 2**31, (n, 2), generator=g)
+    assert_same(torch.randn(n, vocab, generator=g), inputs, rows=range(n))
+
+
+@pytest.mark.parametrize("tiles", [1, 2, 16])
+def test_the_cut_does_not_show(tiles: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many tiles a program goes through, and however long the chunks are."""
+    monkeypatch.setattr(kernels, "_tiles", lambda num_seqs, tiles_of_row: tiles)
+    monkeypatch.setattr(kernels, "_ENOUGH_PROGRAMS", 2048 if tiles == 1 else 1)
+    logits, rows, positions, inputs, state = full_case(4, 5000, 7)
+    assert_same(logits, inputs, state, rows=rows, positions=positions)
+
+
+def test_sizes_of_the_cut() -> None:
+    """Scratch for the largest number of sequences holds every smaller one."""
+    for vocab in (1, 1000, 32000, 128256, 151936, 262208, sampling.MAX_VOCAB):
+        words = [kernels.scratch_words(n, vocab) for n in range(1, 300)]
+        assert words == sorted(words)
+        for num in (1, 8, 64, 256):
+            block, chunks = kernels._cut(num, vocab)
+            assert (chunks - 1) * block < vocab <= chunks * block
+            assert chunks <= 256
+            assert num * chunks * 4 <= 4 * kernels.scratch_words(num, vocab, GREEDY)
+
+
+# --- best of partials ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("blocks", [1, 3, 126, 1002])
+def test_argmax_partials(blocks: int) -> None:
+    g = torch.Generator().manual_seed(torch.seed() % 2**31)
+    print("initial seed", g.initial_seed())
+    n = 7
+    values = torch.randint(-3, 4, (n, blocks), generator=g).float() * 0.5
+    values[1] = -torch.inf
+    values[2, ::2] = torch.nan
+    values[3] = torch.nan
+    values[4] = torch.where(torch.rand(blocks, generator=g) < 0.5, 0.0, -0.0)
+    indices = torch.stack([torch.randperm(200000, generator=g)[:blocks] for _ in range(n)]).int()
+    rows = torch.tensor([5, 4, 3, 2, 1, 0, -1], dtype=torch.int32)
+    expected, out = torch.full((2, n), -9, dtype=torch.int32)
+    sampling.argmax_partials(values, indices, rows, out=expected)
+    ours = out.to(DEVICE)
+    kernels.argmax_partials(values.to(DEVICE), indices.to(DEVICE), rows.to(DEVICE), out=ours)
+    assert ours.tolist() == expected.tolist()
+
+
+# --- the compiler ------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_launches_compile_for_a_gpu(tmp_path: Path) -> None:
+    """Every launch, with and without dependent launch, compiles to machine code for an H100."""
+    from triton.backends.nvidia import compiler
+
+    try:
+        compiler.get_ptxas(90)
+    except RuntimeError as error:
+        pytest.skip(f"no ptxas: {error}")
+    env = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.split() == [
+        "_adjust", "_argmax_partials", "_chunk_best", "_count", "_count_above", "_draw", "_edit_few",
+        "_keep_raw", "_narrow", "_report", "_weigh",
+    ]  # fmt: skip
+
+
+def compile_launches() -> None:
+    """Run the sampler on CPU tensors with launches replaced by compilation; print the kernels' names."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.runtime.jit import JITFunction, mangle_type
+
+    seen: set[tuple[object, ...]] = set()
+
+    def build(self: JITFunction, *args: object, grid: object, warmup: bool, **options: Any) -> None:
+        named = dict(zip(self.arg_names, args, strict=False))
+        named |= {k: options.pop(k) for k in list(options) if k in self.arg_names}
+        constant = {p.name for p in self.params if p.is_constexpr}
+        signature = {n: "constexpr" if n in constant else mangle_type(named[n]) for n in self.arg_names}
+        constexprs = {n: named[n] for n in constant}
+        aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(signature) if signature[n][0] == "*"}
+        key = (self.__name__, *sorted(constexprs.items()))
+        if key in seen:
+            return
+        seen.add(key)
+        source = ASTSource(self, signature, constexprs, aligned)
+        kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+        assert kernel.metadata.shared <= 48 * 1024
+        assert kernel.metadata.launch_pdl == named["PDL"]
+        ptx = kernel.asm["ptx"]
+        if self.__name__ in ("_count", "_weigh", "_narrow", "_draw"):
+            assert "fma." not in ptx, "what is fused must not decide a token's bin"
+        assert ("griddepcontrol" in ptx) == named["PDL"]
+        if named["PDL"]:
+            touched = min(ptx.index(word) for word in ("ld.global", "st.global") if word in ptx)
+            assert ptx.index("griddepcontrol.launch_dependents") < ptx.index("griddepcontrol.wait") < touched
+
+    JITFunction.run = build
+    for num, vocab, pdl in ((1, 128256, True), (64, 128256, True), (3, 50257, False)):
+        rows = torch.zeros(num, dtype=torch.int32)
+        inputs, state = make_inputs(num, vocab), make_state(num, vocab)
+        for variant in SamplerVariant:
+            scratch = torch.zeros(kernels.scratch_words(num, vocab, variant), dtype=torch.int32)
+            kernels.sample(
+                torch.zeros(num, vocab),
+                rows,
+                rows,
+                inputs,  # type: ignore[arg-type]
+                state,  # type: ignore[arg-type]
+                variant=variant,
+                out=rows.clone(),
+                scratch=scratch,
+                pdl=pdl,
+            )
+    sys.stdout.write("\n".join(sorted({str(key[0]) for key in seen})))
+
+
+if __name__ == "__main__":
+    compile_launches()
