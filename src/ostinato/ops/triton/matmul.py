@@ -1,9 +1,9 @@
 """Products with FP8 weights, for every number of rows: x @ weight.T * scale + bias.
 
 Weights are widened to the activations' type in registers, in a handful of packed integer
-instructions: the hardware's own conversion to bfloat16 goes through its slowest pipe and could not
-keep up with the memory. Up to 16 rows a tile is one row of `mma`s and warps share out the columns;
-from 64 rows on Hopper's warp-group products take over. Configurations follow from shapes alone.
+instructions: on sm_90 the conversion that Triton would choose ends in one F2F instruction for each
+weight, on a pipe with few lanes. Up to 32 rows warps share out the columns of a tile and multiply
+with `mma`; above, Hopper's warp-group products take over. Configurations follow from shapes alone.
 """
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
 
