@@ -73,7 +73,8 @@ def test_product(seed: int, rows: int, columns: int, depth: int, dtype: torch.dt
     plain = Linear(linear.weight, None, linear.scale)
     logits = torch.full((rows, columns), float("nan"), device="cuda")
     matmul_scaled(x, plain, logits)
-    assert_near(logits, exact(x, plain), 1e-5)
+    # tensor cores cut their sums off instead of rounding them
+    assert_near(logits, exact(x, plain), 1e-5 if dtype is torch.float32 else 1e-4)
 
 
 def test_a_row_does_not_depend_on_others(seed: int) -> None:
