@@ -83,6 +83,7 @@ def _engine_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--tokenizer", help="folder or file (default: the model's own)")
     group.add_argument("--revision", help="branch, tag or commit of a hub model")
     group.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    group.add_argument("--quantization", help="fp8: 8-bit weights, quantised at load")
     group.add_argument("--device", default="auto", help="auto, cuda or cpu")
     group.add_argument("--max-model-len", type=int, help="longest prompt plus output, in tokens")
     group.add_argument("--max-num-seqs", type=int, help="most sequences in one step")
@@ -112,8 +113,8 @@ _SAMPLING = (
     *("seed", "stop", "ignore_eos"),
 )
 _ENGINE = (
-    *("tokenizer", "revision", "dtype", "device", "max_model_len", "max_num_seqs"),
-    *("max_num_batched_tokens", "gpu_memory_utilization", "enforce_eager"),
+    *("tokenizer", "revision", "dtype", "quantization", "device", "max_model_len"),
+    *("max_num_seqs", "max_num_batched_tokens", "gpu_memory_utilization", "enforce_eager"),
 )
 
 

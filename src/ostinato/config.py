@@ -85,7 +85,9 @@ class EngineOptions:
     """Load no tokenizer: prompts are token ids, and outputs have no text."""
     dtype: str = "auto"
     """A name, or a `torch.dtype`. "auto": the model's own on a GPU (bfloat16 where it is wider), float32 on a CPU."""
-    quantization: str | None = None
+    quantization: Literal["fp8"] | None = None
+    """"fp8": projections and head as E4M3 with one scale for each output channel, quantised at load;
+    activations keep `dtype`. None: weights as the checkpoint stores them, dequantised if it is GGUF."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     seed: int | None = 0
     """Seeds requests that bring no seed of their own."""
@@ -153,11 +155,6 @@ class EngineOptions:
             raise ConfigError(
                 f"tensor_parallel_size={shown(self.tensor_parallel_size)} is not supported yet; use 1"
             )
-        if self.quantization is not None:
-            raise ConfigError(
-                f"quantization={self.quantization!r} is not supported yet; leave it None "
-                "(quantised GGUF files load without it, and are dequantised)"
-            )
         if self.dtype != "auto" and self.dtype not in DTYPES:
             raise ConfigError(f"dtype must be 'auto' or one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if self.block_size & (self.block_size - 1) or not 8 <= self.block_size <= 256:
@@ -188,6 +185,7 @@ class EngineConfig:
     """Options after resolution: every value decided, nothing left to guess."""
 
     dtype: torch.dtype
+    quantization: Literal["fp8"] | None
     device: torch.device
     seed: int
     gpu_memory_utilization: float
@@ -284,6 +282,7 @@ def resolve(
     source["max_prefill_tokens"] = "default" if prefill is None else "user"
     return EngineConfig(
         dtype=dtype,
+        quantization=pick("quantization", None),
         device=device,
         seed=pick("seed", 0),
         gpu_memory_utilization=pick("gpu_memory_utilization", 0.92),
@@ -339,14 +338,18 @@ def _typed(name: str, value: Any, kind: Any) -> Any:
     try:
         return _fit(value, kind)
     except TypeError:
-        choices = [repr(c) for c in get_args(kind)] if get_origin(kind) is Literal else _words(kind)
+        choices = _words(kind)
         text = " or ".join(filter(None, (", ".join(choices[:-1]), choices[-1])))
         raise ConfigError(f"{name} must be {text}, got {shown(value)}") from None
 
 
 def _words(kind: Any) -> list[str]:
     members = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
-    return [_WORDS[get_origin(member) or member] for member in members]
+    words: list[str] = []
+    for member in members:
+        origin = get_origin(member)
+        words += map(repr, get_args(member)) if origin is Literal else [_WORDS[origin or member]]
+    return words
 
 
 def _fit(value: Any, kind: Any) -> Any:

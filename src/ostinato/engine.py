@@ -399,10 +399,22 @@ def build(options: EngineOptions, backend: GraphBackend | None = None) -> Engine
         model: Decoder
         if checkpoint is None:
             model = random_decoder(
-                spec, dtype=config.dtype, device=device, positions=config.max_model_len, seed=config.seed
+                spec,
+                dtype=config.dtype,
+                device=device,
+                positions=config.max_model_len,
+                seed=config.seed,
+                quantization=config.quantization,
             )
         else:
-            model = load(spec, checkpoint, dtype=config.dtype, device=device, positions=config.max_model_len)
+            model = load(
+                spec,
+                checkpoint,
+                dtype=config.dtype,
+                device=device,
+                positions=config.max_model_len,
+                quantization=config.quantization,
+            )
         memory.append(MemoryLine("weights", model.nbytes))
         stages.done("weights")
 
@@ -733,6 +745,7 @@ def _profile(config: EngineConfig, model: str) -> Profile:
         "model": model,
         "device": gpu,
         "dtype": str(config.dtype),
+        "quantization": config.quantization,
         "max_num_seqs": config.max_num_seqs,
         "capture_sizes": list(config.capture_sizes),
         "max_prefill_tokens": config.max_prefill_tokens,

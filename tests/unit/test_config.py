@@ -42,7 +42,7 @@ def test_an_unknown_compilation_option() -> None:
     ("options", "words"),
     [
         ({"tensor_parallel_size": 2}, "tensor_parallel_size=2"),
-        ({"quantization": "fp8"}, "quantization='fp8'"),
+        ({"quantization": "int8"}, "quantization must be 'fp8' or None, got 'int8'"),
         ({"dtype": "int8"}, "dtype must be"),
         ({"dtype": "float16"}, "float16.*CPU"),
         ({"device": "tpu"}, "device must be"),

@@ -15,6 +15,7 @@ from ..errors import CheckpointError
 from ..kv_cache import KVCache
 from ..ops import Linear, OpSet, Scratch, StepView
 from .checkpoint import Checkpoint
+from .quantize import Quantizer, stored_scales
 from .spec import ModelSpec
 
 
@@ -42,7 +43,7 @@ class Decoder:
     layers: tuple[LayerWeights, ...]
     final_norm: torch.Tensor
     head: Linear
-    """Its weight is the embedding itself where the two are tied."""
+    """Its weight is the embedding itself where the two are tied and nothing is quantised."""
     rope: torch.Tensor
     """[positions, 2, head_dim / 2] float32 cosines and sines"""
 
@@ -63,6 +64,13 @@ class Decoder:
     def nbytes(self) -> int:
         distinct = {t.data_ptr(): t.numel() * t.element_size() for t in self.tensors().values()}
         return sum(distinct.values())
+
+    @property
+    def step_bytes(self) -> int:
+        """Bytes that every step reads, whatever its batch: all but what it looks up row by row."""
+        looked_up = {self.embedding.data_ptr(), self.rope.data_ptr()} - {self.head.weight.data_ptr()}
+        distinct = {t.data_ptr(): t.numel() * t.element_size() for t in self.tensors().values()}
+        return sum(size for address, size in distinct.items() if address not in looked_up)
 
     def forward(self, view: StepView, cache: KVCache, scratch: Scratch, ops: OpSet) -> None:
         """Run the tokens of a step; leaves float32 logits of each sequence's last in `scratch.logits`."""
@@ -125,15 +133,18 @@ def expected_tensors(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def check_tensors(spec: ModelSpec, checkpoint: Checkpoint) -> None:
+def check_tensors(spec: ModelSpec, checkpoint: Checkpoint, companions: frozenset[str] = frozenset()) -> None:
     """Hold a checkpoint's tensors against its config, before anything is read.
+
+    `companions` are names that may be there besides what the config asks for.
 
     Raises:
         CheckpointError: names every missing, extra and misshapen tensor (the first few of each).
     """
     expected = expected_tensors(spec)
     found = checkpoint.tensors
-    ignored = {"lm_head.weight"} if spec.tied_embeddings else set()  # some files repeat the tied head
+    # some files repeat the tied head
+    ignored = companions | {"lm_head.weight"} if spec.tied_embeddings else companions
     extra = [
         n for n in found if n not in expected and n not in ignored and not n.endswith("rotary_emb.inv_freq")
     ]
@@ -155,22 +166,33 @@ def check_tensors(spec: ModelSpec, checkpoint: Checkpoint) -> None:
 
 
 def load(
-    spec: ModelSpec, checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device, positions: int
+    spec: ModelSpec,
+    checkpoint: Checkpoint,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    positions: int,
+    quantization: str | None = None,
 ) -> Decoder:
     """Read a checkpoint into a decoder.
 
     Args:
         spec: what the config says.
         checkpoint: an open checkpoint; its tensors are checked against `spec` first.
-        dtype: of all weights.
+        dtype: of all weights that are not quantised.
         device: where they go.
         positions: how many positions the rotary table covers.
+        quantization: "fp8" quantises projections and head as they arrive; None leaves them as they
+            are stored: wide, or FP8 where the checkpoint has that.
 
     Raises:
-        CheckpointError: see `check_tensors`.
+        CheckpointError: see `check_tensors`; or a weight to quantise is not finite.
+        UnsupportedModelError: the checkpoint is quantised in a way that cannot be read.
     """
-    check_tensors(spec, checkpoint)
     shapes = expected_tensors(spec)
+    stored = stored_scales(checkpoint, shapes)
+    check_tensors(spec, checkpoint, stored.companions)
+    quantizer = Quantizer(device)
 
     def read(*names: str) -> torch.Tensor:
         """The tensors stacked along the first dimension, converted once, into one allocation."""
@@ -179,19 +201,39 @@ def load(
         start = 0
         for name in names:
             end = start + shapes[name][0]
-            out[start:end].copy_(checkpoint.read(name), non_blocking=True)
+            out[start:end].copy_(stored.dequantized(checkpoint, name), non_blocking=True)
             start = end
         return out
 
-    return _assemble(spec, read, positions, device)
+    def project(*names: str, bias: bool = False) -> Linear:
+        weights = [f"{name}.weight" for name in names]
+        own = read(*(f"{name}.bias" for name in names)) if bias else None
+        if quantization is None and not all(name in stored.scales for name in weights):
+            return Linear(read(*weights), own)
+        shape = sum(shapes[name][0] for name in weights), shapes[weights[0]][1]
+        return quantizer.stacked((stored.part(checkpoint, name) for name in weights), shape, own)
+
+    model = _assemble(spec, read, project, quantizer if quantization else None, positions, device)
+    quantizer.check(checkpoint.path)
+    return model
 
 
 def random_decoder(
-    spec: ModelSpec, *, dtype: torch.dtype, device: torch.device, positions: int, seed: int = 0
+    spec: ModelSpec,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    positions: int,
+    seed: int = 0,
+    quantization: str | None = None,
 ) -> Decoder:
-    """A decoder with random weights of a sensible scale: for benchmarks and tests."""
+    """A decoder with random weights of a sensible scale: for benchmarks and tests.
+
+    With quantization="fp8" the same weights are drawn, and then quantised.
+    """
     shapes = expected_tensors(spec)
     generator = torch.Generator(device=device).manual_seed(seed)
+    quantizer = Quantizer(device) if quantization else None
 
     def make(*names: str) -> torch.Tensor:
         rows, rest = sum(shapes[name][0] for name in names), shapes[names[0]][1:]
@@ -200,38 +242,50 @@ def random_decoder(
             return out.fill_(1.0)
         return out.normal_(0.0, 0.02, generator=generator)
 
-    return _assemble(spec, make, positions, device)
+    def project(*names: str, bias: bool = False) -> Linear:
+        weight = make(*(f"{name}.weight" for name in names))
+        own = make(*(f"{name}.bias" for name in names)) if bias else None
+        return quantizer.linear(names[0], weight, own) if quantizer else Linear(weight, own)
+
+    return _assemble(spec, make, project, quantizer, positions, device)
 
 
 def _assemble(
-    spec: ModelSpec, get: Callable[..., torch.Tensor], positions: int, device: torch.device
+    spec: ModelSpec,
+    get: Callable[..., torch.Tensor],
+    project: Callable[..., Linear],
+    quantizer: Quantizer | None,
+    positions: int,
+    device: torch.device,
 ) -> Decoder:
+    """A decoder from two readers: `get` of tensors, `project` of maps by their names without ".weight"."""
     layers = []
     for i in range(spec.num_layers):
         attn, mlp, own = f"model.layers.{i}.self_attn.", f"model.layers.{i}.mlp.", f"model.layers.{i}."
         layers.append(
             LayerWeights(
                 input_norm=get(own + "input_layernorm.weight"),
-                qkv=Linear(
-                    get(*(f"{attn}{x}_proj.weight" for x in "qkv")),
-                    get(*(f"{attn}{x}_proj.bias" for x in "qkv")) if spec.qkv_bias else None,
-                ),
+                qkv=project(*(f"{attn}{x}_proj" for x in "qkv"), bias=spec.qkv_bias),
                 q_norm=get(attn + "q_norm.weight") if spec.qk_norm else None,
                 k_norm=get(attn + "k_norm.weight") if spec.qk_norm else None,
-                output=Linear(
-                    get(attn + "o_proj.weight"), get(attn + "o_proj.bias") if spec.output_bias else None
-                ),
+                output=project(attn + "o_proj", bias=spec.output_bias),
                 mlp_norm=get(own + "post_attention_layernorm.weight"),
-                gate_up=Linear(get(mlp + "gate_proj.weight", mlp + "up_proj.weight")),
-                down=Linear(get(mlp + "down_proj.weight")),
+                gate_up=project(mlp + "gate_proj", mlp + "up_proj"),
+                down=project(mlp + "down_proj"),
             )
         )
     embedding = get("model.embed_tokens.weight")
+    if not spec.tied_embeddings:
+        head = project("lm_head")
+    elif quantizer is None:
+        head = Linear(embedding)
+    else:  # a copy: rows are still looked up in the wide one
+        head = quantizer.linear("model.embed_tokens.weight", embedding)
     return Decoder(
         spec=spec,
         embedding=embedding,
         layers=tuple(layers),
         final_norm=get("model.norm.weight"),
-        head=Linear(embedding if spec.tied_embeddings else get("lm_head.weight")),
+        head=head,
         rope=rope_table(spec, positions, device),
     )

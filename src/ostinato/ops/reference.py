@@ -218,7 +218,7 @@ class ReferenceOps:
             result[start:end] = attended[0].transpose(0, 1)
 
     def linear_add(self, x: torch.Tensor, linear: Linear, *, residual: torch.Tensor) -> None:
-        residual.add_(product(x, linear.weight))
+        residual.add_(linear_product(x, linear))
         if linear.bias is not None:
             residual.add_(linear.bias)
 
@@ -233,7 +233,7 @@ class ReferenceOps:
         gate_up: torch.Tensor,
         out: torch.Tensor,
     ) -> None:
-        gate, up = product(rms_norm(x, norm, eps), linear.weight).chunk(2, dim=-1)
+        gate, up = linear_product(rms_norm(x, norm, eps), linear).chunk(2, dim=-1)
         out.copy_(F.silu(gate).mul_(up))
 
     def norm_head(
@@ -314,12 +314,45 @@ def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return (weight @ x.t()).t()[:rows]
 
 
+_WIDENED = 1 << 19
+"""Elements of an FP8 weight that are widened at a time: few enough to stay in the cache."""
+
+
+def linear_product(x: torch.Tensor, linear: Linear) -> torch.Tensor:
+    """x @ (weight * scale).T without the bias; x [rows, in], result [rows, out] in x's dtype.
+
+    FP8 weights are multiplied as they are, in float32 or float64, and each output by its scale.
+    """
+    if linear.scale is None:
+        return product(x, linear.weight)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    out = x.new_empty(x.shape[0], linear.out_features)
+    x, step = x.to(wide), max(1, _WIDENED // linear.in_features)
+    scales = (linear.scale * _WIDEN_FACTOR).split(step)
+    for weight, scale, part in zip(linear.weight.split(step), scales, out.split(step, 1), strict=True):
+        part.copy_(product(x, widen(weight, wide)) * scale)
+    return out
+
+
+_WIDEN_FACTOR = 256.0
+
+
+def widen(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Finite E4M3 numbers over 256, exactly: the bits of one are those of a float16 with another bias.
+
+    Many times faster on a CPU than `weight.to(dtype)`.
+    """
+    bits = weight.view(torch.int8).to(torch.int16)  # repeats the sign in the upper byte
+    bits = bits.bitwise_left_shift_(7).bitwise_and_(~(1 << 14))
+    return bits.view(torch.float16).to(dtype)
+
+
 def apply(x: torch.Tensor, linear: Linear, out: torch.Tensor) -> None:
     """out = linear(x)."""
     if linear.bias is None:
-        out.copy_(product(x, linear.weight))
+        out.copy_(linear_product(x, linear))
     else:
-        torch.add(product(x, linear.weight), linear.bias, out=out)
+        torch.add(linear_product(x, linear), linear.bias, out=out)
 
 
 def rotate(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:

@@ -19,6 +19,7 @@ from ...inputs import FLAG_PENALTIES, Batch, StaticInputs, StepState
 from ...types import SamplerVariant
 from .. import AttentionShape, Linear, Scratch, StepView
 from . import attention, pointwise
+from .matmul import matmul_scaled
 
 SPLITS = 16
 """Most chunks that a decode row's context is cut into."""
@@ -134,7 +135,9 @@ class TritonOps:
         out: torch.Tensor,
     ) -> None:
         _rms_norm(x, None, norm, eps, normed)
-        if linear.bias is None:
+        if linear.scale is not None:
+            matmul_scaled(normed, linear, out)
+        elif linear.bias is None:
             torch.mm(normed, linear.weight.t(), out=out)
         else:
             # The bias first and the product onto it: one rounding, as in `addmm`, and no temporary.
@@ -193,6 +196,9 @@ class TritonOps:
             )  # fmt: skip
 
     def linear_add(self, x: torch.Tensor, linear: Linear, *, residual: torch.Tensor) -> None:
+        if linear.scale is not None:
+            matmul_scaled(x, linear, residual, add=True)
+            return
         residual.addmm_(x, linear.weight.t())
         if linear.bias is not None:
             _add_bias(residual, linear.bias, add=True)
@@ -209,7 +215,10 @@ class TritonOps:
         out: torch.Tensor,
     ) -> None:
         _rms_norm(x, None, norm, eps, normed)
-        torch.mm(normed, linear.weight.t(), out=gate_up)
+        if linear.scale is not None:
+            matmul_scaled(normed, linear, gate_up)
+        else:
+            torch.mm(normed, linear.weight.t(), out=gate_up)
         tokens, width = out.shape
         grid = (tokens, cdiv(width, COLUMNS_BLOCK))
         pointwise.silu_mul[grid](gate_up, out, WIDTH=width, BLOCK=COLUMNS_BLOCK, num_warps=4)
@@ -228,7 +237,9 @@ class TritonOps:
         """As the protocol says; `last` receives the normed rows."""
         weight = linear.weight
         _rms_norm(x, last_index, norm, eps, last)
-        if logits.dtype == weight.dtype:
+        if linear.scale is not None:
+            matmul_scaled(last, linear, logits)
+        elif logits.dtype == weight.dtype:
             torch.mm(last, weight.t(), out=logits)
         elif self._wide_mm:
             torch.mm(last, weight.t(), out_dtype=logits.dtype, out=logits)

@@ -1,0 +1,182 @@
+"""FP8 weights on a GPU: products against float64, and a whole model on graphs against eager."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+sys.path.append(str(Path(__file__).parent))
+import triton
+import triton.language as tl
+from test_engine_gpu import SAMPLERS, decode_steps, default_model, random_prompts, traced
+
+from ostinato import LLM, SamplingParams
+from ostinato.models.quantize import FP8, Quantizer
+from ostinato.ops import Linear
+from ostinato.ops.triton.matmul import matmul_scaled, widen
+
+pytestmark = pytest.mark.gpu
+
+ROWS = (1, 7, 16, 17, 32, 64, 130, 1000)
+SHAPES = ((576, 1536), (1536, 576), (2048, 2048), (16384, 2048), (2048, 8192), (70, 88))
+"""(out, in)"""
+TOLERANCE = {torch.bfloat16: 4e-3, torch.float16: 1e-3, torch.float32: 1e-5}
+
+
+@pytest.fixture
+def seed() -> int:
+    value = int(torch.empty((), dtype=torch.int64).random_(2**31))
+    torch.manual_seed(value)
+    return value  # in every failing assertion's locals
+
+
+def make(columns: int, depth: int, dtype: torch.dtype, bias: bool) -> Linear:
+    device = torch.device("cuda")
+    own = torch.randn(columns, device=device).to(dtype) if bias else None
+    return Quantizer(device).linear("w", torch.randn(columns, depth, device=device) / depth**0.5, own)
+
+
+def exact(x: torch.Tensor, linear: Linear) -> torch.Tensor:
+    assert linear.scale is not None
+    product = x.double() @ (linear.weight.double() * linear.scale.double()[:, None]).t()
+    return product if linear.bias is None else product + linear.bias.double()
+
+
+def assert_near(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
+    error = actual.double() - expected
+    assert error.norm() <= tolerance * expected.norm()
+    assert error.abs().max() <= 5 * tolerance * expected.abs().max()
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize(("columns", "depth"), SHAPES)
+@pytest.mark.parametrize("rows", ROWS)
+def test_product(seed: int, rows: int, columns: int, depth: int, dtype: torch.dtype) -> None:
+    x = torch.randn(rows, depth, device="cuda").to(dtype)
+    linear = make(columns, depth, dtype, bias=True)
+    expected, tolerance = exact(x, linear), TOLERANCE[dtype]
+    out = torch.full((rows, columns), float("nan"), device="cuda", dtype=dtype)
+    matmul_scaled(x, linear, out)
+    assert_near(out, expected, tolerance)
+    again = torch.full_like(out, float("nan"))
+    matmul_scaled(x, linear, again)
+    assert torch.equal(out, again)
+    before = torch.randn(rows, columns, device="cuda").to(dtype)
+    residual = before.clone()
+    matmul_scaled(x, linear, residual, add=True)
+    assert_near(residual, expected + before.double(), tolerance)
+    plain = Linear(linear.weight, None, linear.scale)
+    logits = torch.full((rows, columns), float("nan"), device="cuda")
+    matmul_scaled(x, plain, logits)
+    # tensor cores cut their sums off instead of rounding them
+    assert_near(logits, exact(x, plain), 1e-5 if dtype is torch.float32 else 1e-4)
+
+
+def test_a_row_does_not_depend_on_others(seed: int) -> None:
+    """A padded row that is NaN stays alone, at every size of tile."""
+    linear = make(2048, 2048, torch.bfloat16, bias=False)
+    for rows in ROWS[1:]:
+        x = torch.randn(rows, 2048, device="cuda", dtype=torch.bfloat16)
+        clean, spoilt = (torch.empty(rows, 2048, device="cuda") for _ in range(2))
+        matmul_scaled(x, linear, clean)
+        x[rows // 2] = float("nan")
+        matmul_scaled(x, linear, spoilt)
+        assert spoilt[rows // 2].isnan().all()
+        clean[rows // 2] = spoilt[rows // 2] = 0
+        assert torch.equal(clean, spoilt)
+
+
+@triton.jit
+def widen_all(codes, out):  # type: ignore[no-untyped-def]
+    i = tl.arange(0, 256)
+    tl.store(out + i, widen(tl.load(codes + i), out.dtype.element_ty, True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_number_is_widened_exactly(dtype: torch.dtype) -> None:
+    codes = torch.arange(256, dtype=torch.uint8, device="cuda")
+    codes[(codes & 0x7F) == 0x7F] = 0  # the two NaNs; no weight is one
+    out = torch.empty(256, dtype=dtype, device="cuda")
+    widen_all[(1,)](codes, out)
+    assert out.tolist() == codes.view(FP8).float().tolist()
+
+
+def test_nothing_is_allocated(seed: int) -> None:
+    x, linear = torch.randn(130, 2048, device="cuda").bfloat16(), make(2048, 2048, torch.bfloat16, bias=False)
+    out = torch.empty(130, 2048, device="cuda", dtype=torch.bfloat16)
+    matmul_scaled(x, linear, out)
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    matmul_scaled(x, linear, out)
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+
+
+@pytest.fixture(scope="module")
+def pair() -> Any:
+    """A small random model twice: on graphs, and eagerly at the same keys."""
+    options: dict[str, Any] = {"load_format": "dummy", "quantization": "fp8", "max_num_seqs": 40}
+    options |= {"max_model_len": 512, "max_num_batched_tokens": 512, "kv_cache_memory_bytes": 1 << 30}
+    made = [
+        LLM("smollm2-135m", enable_prefix_caching=False, **options, enforce_eager=e) for e in (False, True)
+    ]
+    yield made
+    for llm in made:
+        llm.close()
+
+
+@pytest.mark.parametrize("sampler", ["greedy", "sample"])
+@pytest.mark.parametrize("batch", [1, 3, 17, 40])
+def test_graph_and_eager_are_equal_bit_for_bit(pair: Any, batch: int, sampler: str) -> None:
+    graph, eager = pair
+    prompts = random_prompts(graph.engine.spec.vocab_size, batch, seed=batch)
+    for _ in range(2):  # first hits, capture, checks
+        graph.generate(prompts, SAMPLERS[sampler], use_tqdm=False)
+    before = decode_steps(graph)
+    on_graph, graph_steps = traced(graph, prompts, SAMPLERS[sampler])
+    by_hand, eager_steps = traced(eager, prompts, SAMPLERS[sampler])
+    assert decode_steps(graph) - before == len(graph_steps), "every decode step ran on a graph"
+    for (key, a), (other, b) in zip(graph_steps, eager_steps, strict=True):
+        assert key == other
+        assert torch.equal(a, b), f"{key}: logits differ by {(a - b).abs().max().item()}"
+    assert on_graph == by_hand
+    records = graph.engine.plan.book.captured
+    assert all(r.trusted and not r.mismatches for r in records), records
+
+
+def test_memory(pair: Any) -> None:
+    model = pair[0].engine.program.model
+    assert pair[0].get_metrics()["memory_bytes"]["weights"] == model.nbytes
+    wide = 2 * pair[0].engine.spec.num_parameters
+    table = model.embedding.numel() * 2
+    assert 0.49 * wide < model.nbytes - table - model.rope.numel() * 4 < 0.52 * wide
+
+
+def test_loading_holds_one_copy() -> None:
+    """The most that loading takes at once is the model and a few of its tensors."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    llm = LLM("llama-3.2-1b", load_format="dummy", quantization="fp8", max_model_len=256, max_num_seqs=1,
+              max_num_batched_tokens=64, kv_cache_memory_bytes=1 << 24, enforce_eager=True)  # fmt: skip
+    try:
+        largest = llm.engine.program.model.embedding.numel() * 2
+        assert torch.cuda.max_memory_allocated() - before < llm.engine.program.model.nbytes + largest
+    finally:
+        llm.close()
+
+
+def test_text_of_the_default_model() -> None:
+    llm = LLM(default_model(), quantization="fp8", max_model_len=256, max_num_seqs=2)
+    try:
+        (output,) = llm.chat(
+            [{"role": "user", "content": "What is the capital of France?"}],
+            SamplingParams(temperature=0.0, max_tokens=30),
+            use_tqdm=False,
+        )
+        assert "Paris" in output.outputs[0].text
+    finally:
+        llm.close()
