@@ -94,6 +94,23 @@ def test_throughput(capsys: pytest.CaptureFixture[str], small: list[str], tmp_pa
     assert found["requests_per_second"] == pytest.approx(6 / found["elapsed_time"])
 
 
+def test_step_says_what_needs_a_gpu(
+    capsys: pytest.CaptureFixture[str], small: list[str], tmp_path: Path
+) -> None:
+    file, page = tmp_path / "out.json", tmp_path / "out.html"
+    args = ["--batch-size", "1", "3", "--context-len", "30", "60", "--output-len", "24", "--num-iters", "1"]
+    args += ["--device", "cpu", "--json", str(file), "--plot", str(page)]
+    status, out, _ = bench(capsys, "step", *small, *args)
+    assert status == 0
+    assert "On a CPU there is no replay" in out
+    assert "% of ceiling" not in out
+    found = json.loads(file.read_text())
+    assert [(p["batch_size"], p["prompt_len"]) for p in found["points"]] == [(1, 18), (3, 18), (1, 48)]
+    assert found["points"][0]["kv_bytes"] < found["points"][2]["kv_bytes"] < found["points"][1]["kv_bytes"]
+    assert found["points"][0]["back_to_back_us"] is None
+    assert page.read_text().count("<svg") == 2  # by batch size and by context
+
+
 @pytest.mark.slow
 def test_a_baseline_runs_the_same_work(
     capsys: pytest.CaptureFixture[str], small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -127,6 +144,8 @@ def test_a_baseline_runs_the_same_work(
         (["throughput", "--protocol", "nano-vllm", "--input-len", "9"], "fixes --input-len"),
         (["throughput", "--random-range-ratio", "1.5"], "below 1, got 1.5"),
         (["latency", "--shape", "llama-3.2-1b", "--model", "x"], "not allowed with"),
+        (["step", "--context-len", "0"], "must be at least 2, got 0"),
+        (["step", "--output-len", "5"], "must be at least 24, got 5"),
     ],
 )
 def test_wrong_arguments_are_one_line_and_exit_2(args: list[str], words: str) -> None:

@@ -13,16 +13,21 @@ import numpy as np
 import pytest
 import torch
 
-from ostinato.bench import environment, options, plot
+from ostinato import LLM, SamplingParams
+from ostinato.bench import environment, options, plot, step
 from ostinato.bench.baselines import padded_batches
 from ostinato.bench.latency import measure
 from ostinato.bench.plain import PlainDecoder, PlainGenerator
 from ostinato.bench.plot import Panel, Series
+from ostinato.bench.replay import Rows, capture, replay, summed
 from ostinato.bench.result import Table, percentile
+from ostinato.bench.step import required_bytes
 from ostinato.bench.workload import PROTOCOLS, Work, nano_vllm, synthetic
-from ostinato.errors import ConfigError
+from ostinato.errors import ConfigError, GraphError
 from ostinato.models.checkpoint import open_checkpoint
 from ostinato.models.registry import spec_from_config
+from ostinato.types import GraphKey, SamplerVariant, StepKind
+from tests.fakes import FakeBackend, FakeGraph, fake_engine
 
 
 def test_the_nano_vllm_protocol_is_the_published_one() -> None:
@@ -65,14 +70,10 @@ def test_percentiles_are_numpys(count: int) -> None:
         assert percentile(values, share) == pytest.approx(np.percentile(values, share))
 
 
-def test_latency_is_split_into_first_token_and_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 0.0
+def test_latency_is_split_into_first_token_and_the_rest() -> None:
+    def generate(batch: int, tokens: int) -> float:
+        return 0.5 + 0.01 * (tokens - 1)
 
-    def generate(batch: int, tokens: int) -> None:
-        nonlocal now
-        now += 0.5 + 0.01 * (tokens - 1)
-
-    monkeypatch.setattr("ostinato.bench.latency.time.perf_counter", lambda: now)
     found = measure(generate, 4, 101, iters=3, warmup=1)
     assert found["avg_latency"] == pytest.approx(1.5)
     assert found["latencies"] == pytest.approx([1.5] * 3)
@@ -173,3 +174,118 @@ def test_a_figure_says_where_it_was_measured() -> None:
     assert found["torch"] == torch.__version__
     assert found.get("gpu") or found["cpu"]
     assert found["commit"]
+
+
+NODES = [("gemm", "norm_linear", 0), ("attend", "rope_paged_attention", 0), ("gemm", "norm_linear", 1)]
+
+
+def test_kernel_times_are_summed_by_op_and_kernel() -> None:
+    events = [
+        {"name": "x", "ts": 10.0 * i, "dur": duration}
+        for i, duration in enumerate((4.0, 1.0, 6.0, 4.0, 3.0, 6.0))
+    ]
+    found = summed(events, NODES, replays=2)
+    gemm, attend = found["kernels"]
+    assert (gemm["op"], gemm["kernel"], gemm["launches"]) == ("norm_linear", "gemm", 2)
+    assert (gemm["us_a_step"], gemm["us_each"]) == (10.0, 5.0)
+    assert (attend["us_a_step"], attend["launches"]) == (2.0, 1)
+    assert found["sum_us"] == 12.0
+    assert found["replay_under_profiler_us"] == 28.0
+
+
+def test_kernels_that_the_profiler_lost_are_not_given_other_names() -> None:
+    events = [{"name": "own name", "ts": float(i), "dur": 1.0} for i in range(5)]
+    found = summed(events, NODES, replays=2)
+    assert [(row["op"], row["kernel"], row["launches"]) for row in found["kernels"]] == [
+        ("", "own name", 2.5)
+    ]
+
+
+def test_a_graph_is_replayed_alone_and_everything_put_back(tiny: Callable[[str], tuple[Path, Any]]) -> None:
+    backend = FakeBackend(replay_us=70.0)
+    llm = fake_engine(tiny("llama3")[0], backend, enable_prefix_caching=False)
+    engine, params = llm.engine, SamplingParams(temperature=0.0, max_tokens=30, ignore_eos=True)
+    prompts = [[5, 6, 7], [9] * 20]
+    before = [o.outputs[0].token_ids for o in llm.generate(prompts, params, use_tqdm=False)]
+    words = engine.buffers.words.clone()
+    key = capture(engine, params, 3)
+    assert key == GraphKey(StepKind.DECODE, 4, 4, SamplerVariant.GREEDY)
+    replays = backend.replays
+    seconds, host = replay(engine, key, Rows(3, prompt=20, steps=7, params=params))
+    assert backend.replays == replays + 3 + 7
+    assert seconds == pytest.approx(10e-6)
+    assert host > 0
+    assert torch.equal(engine.buffers.words, words)
+    after = [o.outputs[0].token_ids for o in llm.generate(prompts, params, use_tqdm=False)]
+    assert after == before
+    llm.close()
+
+
+def test_a_row_that_stops_while_it_is_timed_is_an_error(tiny: Callable[[str], tuple[Path, Any]]) -> None:
+    backend = FakeBackend()
+    llm = fake_engine(tiny("llama3")[0], backend, enable_prefix_caching=False)
+    params = SamplingParams(temperature=0.0, ignore_eos=True)
+    key = capture(llm.engine, params, 2)
+    assert key is not None
+
+    def stop(graph: FakeGraph) -> None:
+        llm.engine.buffers.state.active[1] = 0
+
+    backend.corrupt = stop
+    with pytest.raises(GraphError, match="a row stopped"):
+        replay(llm.engine, key, Rows(2, prompt=8, steps=4, params=params))
+
+
+def test_a_replay_alone_would_spoil_a_prefix_cache(tiny: Callable[[str], tuple[Path, Any]]) -> None:
+    llm = fake_engine(tiny("llama3")[0], FakeBackend())
+    params = SamplingParams(temperature=0.0, ignore_eos=True)
+    key = capture(llm.engine, params, 1)
+    assert key is not None
+    with pytest.raises(ConfigError, match="enable_prefix_caching=False"):
+        replay(llm.engine, key, Rows(1, prompt=8, steps=4, params=params))
+
+
+def test_a_step_reads_its_weights_once_and_its_own_context(
+    tiny: Callable[[str], tuple[Path, Any]],
+) -> None:
+    for family in ("llama3", "llama2", "mistral-window"):  # tied, not tied, windowed
+        llm = LLM(str(tiny(family)[0]), skip_tokenizer_init=True, max_model_len=64)
+        spec = llm.engine.spec
+        found = required_bytes(llm.engine, batch=3, context=20)
+        untied = 0 if spec.tied_embeddings else spec.vocab_size * spec.hidden_size
+        assert found["weight_bytes"] == (spec.num_parameters - untied) * 4
+        seen = 13 if family == "mistral-window" else 20
+        a = spec.attention
+        assert found["kv_bytes"] == 3 * seen * spec.num_layers * 2 * a.kv_heads * a.head_dim * 4
+        assert found["bytes"] == found["weight_bytes"] + found["kv_bytes"]
+
+
+def test_a_point_holds_the_step_against_the_graph(tiny: Callable[[str], tuple[Path, Any]]) -> None:
+    backend = FakeBackend(eager_us=1000.0, replay_us=255.0)
+    llm = fake_engine(tiny("llama3")[0], backend, enable_prefix_caching=False)
+    parser = argparse.ArgumentParser()
+    step.add_arguments(parser)
+    args = parser.parse_args(["--output-len", "24", "--num-iters", "1"])
+    point = step.measure(llm, args, batch=2, context=40, ceiling=1e9)
+    assert point["prompt_len"] == 28
+    assert point["context_len"] == 28 + 1 + 11
+    assert point["back_to_back_us"] == pytest.approx(255 / 23)
+    assert point["share_of_ceiling"] == pytest.approx(
+        point["bytes"] / 1e9 / (point["time_per_output_token_us"] / 1e6)
+    )
+    assert point["gpu_idle_share"] == pytest.approx(
+        1 - point["back_to_back_us"] / point["time_per_output_token_us"]
+    )
+    assert point["commit_us_per_row"] == pytest.approx(point["commit_us"] / 2)
+    assert "run" not in vars(llm.engine.runner)  # what was wrapped is unwrapped
+    assert "step" not in vars(llm.engine)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the kernel is launched for real (tests/gpu)")
+def test_the_bandwidth_kernel_reads_every_value() -> None:
+    from ostinato.ops.triton.bandwidth import read_sum
+
+    x = torch.rand(4 * 32)
+    out = torch.full((4,), -1.0)
+    read_sum[(4,)](x, out, BLOCK=8, TIMES=4)
+    assert torch.allclose(out, x.view(4, 32).sum(1))

@@ -121,8 +121,14 @@ def _latency(order: Mapping[str, Any]) -> dict[str, Any]:
     work = synthetic(
         order["batch"], order["input_len"], order["output_len"], vocab_size=vocab, seed=order["seed"]
     )
+
+    def seconds(batch: int, tokens: int) -> float:
+        begin = time.perf_counter()
+        generate(work.prompts, tokens)
+        return time.perf_counter() - begin
+
     return measure(
-        lambda batch, tokens: generate(work.prompts, tokens),
+        seconds,
         order["batch"],
         order["output_len"],
         order["iters"],

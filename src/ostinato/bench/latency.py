@@ -8,9 +8,7 @@ of 1, both through `LLM.generate` with fresh random prompts; medians over the it
 from __future__ import annotations
 
 import argparse
-import random
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -50,7 +48,7 @@ def run(args: argparse.Namespace) -> Result:
         )
     )
     try:
-        generate = _through(llm, args)
+        generate = options.timed_generate(llm, args, args.input_len)
         runs = [
             measure(generate, size, args.output_len, args.num_iters, args.num_iters_warmup)
             for size in args.batch_size
@@ -70,25 +68,13 @@ def run(args: argparse.Namespace) -> Result:
     return Result(fields, [_table(runs, theirs)], _panels(runs, theirs))
 
 
-def _through(llm: Any, args: argparse.Namespace) -> Callable[[int, int], None]:
-    """`generate(batch, tokens)`: a batch of fresh prompts, so that no prefix is cached."""
-    rng = random.Random(args.seed)
-    vocab = llm.engine.spec.vocab_size
-
-    def generate(batch: int, tokens: int) -> None:
-        prompts = [[rng.randrange(vocab) for _ in range(args.input_len)] for _ in range(batch)]
-        llm.generate(prompts, options.sampling(args, tokens), use_tqdm=False)
-
-    return generate
-
-
 def measure(
-    generate: Callable[[int, int], object], batch: int, tokens: int, iters: int, warmup: int
+    generate: Callable[[int, int], float], batch: int, tokens: int, iters: int, warmup: int
 ) -> dict[str, Any]:
     """Time a batch: whole outputs and first tokens, in turn.
 
     Args:
-        generate: runs (batch size, tokens of output) and returns when the last token is there.
+        generate: seconds of a run of (batch size, tokens of output), until the last token is there.
         batch: prompts at a time.
         tokens: of output each.
         iters: measured pairs of runs.
@@ -97,19 +83,13 @@ def measure(
     Returns:
         vLLM's fields (seconds), and the two parts that a user feels.
     """
-
-    def seconds(count: int) -> float:
-        begin = time.perf_counter()
-        generate(batch, count)
-        return time.perf_counter() - begin
-
     for _ in range(warmup):
-        seconds(tokens)
-        seconds(1)
+        generate(batch, tokens)
+        generate(batch, 1)
     whole, first = [], []
     for _ in range(iters):
-        whole.append(seconds(tokens))
-        first.append(seconds(1))
+        whole.append(generate(batch, tokens))
+        first.append(generate(batch, 1))
     steady = statistics.median(whole) - statistics.median(first)
     return {
         "batch_size": batch,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import random
+import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -147,6 +149,20 @@ def sampling(args: argparse.Namespace, max_tokens: int, **changes: Any) -> Sampl
         detokenize=not args.disable_detokenize,
         **changes,
     )
+
+
+def timed_generate(llm: LLM, args: argparse.Namespace, input_len: int) -> Callable[[int, int], float]:
+    """`generate(batch, tokens)`: seconds of a batch of fresh prompts, so that no prefix is cached."""
+    rng, vocab = random.Random(args.seed), llm.engine.spec.vocab_size
+
+    def generate(batch: int, tokens: int) -> float:
+        prompts = [[rng.randrange(vocab) for _ in range(input_len)] for _ in range(batch)]
+        params = sampling(args, tokens)
+        begin = time.perf_counter()
+        llm.generate(prompts, params, use_tqdm=False)
+        return time.perf_counter() - begin
+
+    return generate
 
 
 def model_config(args: argparse.Namespace) -> Mapping[str, Any]:

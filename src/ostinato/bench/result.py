@@ -28,6 +28,12 @@ class Table:
         return "\n".join([self.title] * bool(self.title) + [line.rstrip() for line in text])
 
 
+def filled(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> Table:
+    """A table without the columns in which no row has a value ("-")."""
+    kept = [i for i in range(len(columns)) if i == 0 or any(row[i] != "-" for row in rows)]
+    return Table([columns[i] for i in kept], [[row[i] for i in kept] for row in rows], title)
+
+
 @dataclass(frozen=True)
 class Result:
     """A finished benchmark."""
