@@ -20,6 +20,7 @@ from .result import Result
 _COMMANDS = {
     "latency": "One batch at a time: latency, first token, time per output token.",
     "throughput": "Many requests at once: tokens per second.",
+    "startup": "From the command to its first token, with empty and with filled caches.",
     "step": "One decode step alone: kernels, bytes, share of the GPU's read bandwidth, idle share, host.",
 }
 
