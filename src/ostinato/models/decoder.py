@@ -16,6 +16,7 @@ from ..kv_cache import KVCache
 from ..ops import Linear, OpSet, Scratch, StepView
 from .checkpoint import Checkpoint
 from .spec import ModelSpec
+from .staging import Uploader
 
 
 @dataclass(frozen=True)
@@ -179,11 +180,12 @@ def load(
         start = 0
         for name in names:
             end = start + shapes[name][0]
-            out[start:end].copy_(checkpoint.read(name), non_blocking=True)
+            uploader.copy(out[start:end], checkpoint.read(name))
             start = end
         return out
 
-    return _assemble(spec, read, positions, device)
+    with Uploader(device) as uploader:
+        return _assemble(spec, read, positions, device)
 
 
 def random_decoder(
