@@ -5,12 +5,20 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
+from ostinato.bench import startup
+from ostinato.bench.startup import write_checkpoint
 from ostinato.cli import main
+from ostinato.models.checkpoint import open_checkpoint
+from ostinato.models.decoder import check_tensors
+from ostinato.models.registry import spec_from_config
 
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -109,6 +117,42 @@ def test_step_says_what_needs_a_gpu(
     assert found["points"][0]["kv_bytes"] < found["points"][2]["kv_bytes"] < found["points"][1]["kv_bytes"]
     assert found["points"][0]["back_to_back_us"] is None
     assert page.read_text().count("<svg") == 2  # by batch size and by context
+
+
+def test_startup(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    folder, file = tmp_path / "model", tmp_path / "out.json"
+    write_checkpoint(folder, CONFIG)
+    args = ["--model", str(folder), "--num-iters", "2", "--device", "cpu", "--json", str(file)]
+    Tokenizer(WordLevel({"a": 0, "b": 1}, unk_token="a")).save(str(folder / "tokenizer.json"))
+    before = time.monotonic()
+    status, out, _ = bench(capsys, "startup", *args)
+    took = time.monotonic() - before
+    assert status == 0
+    assert "until the first token" in out
+    found = json.loads(file.read_text())
+    assert len(found["runs"]) == 3
+    for run in found["runs"]:
+        assert {"interpreter", "imports", "weights", "first token"} <= run["stages"].keys()
+        assert sum(run["stages"].values()) == pytest.approx(run["first_token_seconds"], abs=0.05)
+    assert sum(run["first_token_seconds"] for run in found["runs"]) < took
+    assert found["warm_first_token_seconds"] == pytest.approx(sum(found["warm_first_token_seconds_all"]) / 2)
+
+
+def test_a_start_that_fails_says_why(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "model", CONFIG)
+    (tmp_path / "model" / "config.json").write_text(json.dumps(CONFIG | {"hidden_size": 32}))
+    status, _, err = bench(capsys, "startup", "--model", str(tmp_path / "model"))
+    assert status == 1
+    assert "weights do not match config.json" in err
+
+
+def test_the_written_checkpoint_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(startup, "SHARD_BYTES", 30_000)  # several files
+    write_checkpoint(tmp_path, CONFIG)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    checkpoint = open_checkpoint(tmp_path)
+    check_tensors(spec_from_config(checkpoint.config), checkpoint)
+    assert checkpoint.read("model.layers.1.mlp.down_proj.weight").float().std() > 0.01
 
 
 @pytest.mark.slow
