@@ -12,9 +12,12 @@ from typing import Literal
 from ..errors import ConfigError, OstinatoError
 
 SUFFIXES = (".png", ".html")
-_COLOURS = ("#2463a8", "#c4591d", "#3c8a3f", "#8a4fa3", "#806a1f", "#b03a5b")
-_WIDTH, _HEIGHT = 560, 340
-_LEFT, _RIGHT, _TOP, _BOTTOM = 70, 16, 34, 48
+_COLOURS = (
+    *("#2463a8", "#c4591d", "#3c8a3f", "#8a4fa3", "#a8861f"),
+    *("#b03a5b", "#2a9aa0", "#6b6b6b", "#8fb4e3", "#e3a98f"),
+)
+_WIDTH, _HEIGHT = 680, 340
+_LEFT, _RIGHT, _TOP, _BOTTOM = 70, 160, 34, 48
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ def check(path: str | None) -> None:
 
 
 def save(path: str, title: str, panels: Sequence[Panel]) -> None:
-    """Write the panels side by side.
+    """Write the panels, two to a row.
 
     Raises:
         OstinatoError: the file cannot be written.
@@ -82,10 +85,13 @@ def _png(path: str, title: str, panels: Sequence[Panel]) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.2 * len(panels), 4.4), layout="constrained")
+    columns = min(len(panels), 2)
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(7.4 * columns, 4.4 * rows), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title)
-    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+    for place, panel in enumerate(panels, 1):
+        axes = figure.add_subplot(rows, columns, place)
         axes.set(title=panel.title, xlabel=panel.x_label, ylabel=panel.y_label)
         below = [0.0] * len(panel.ticks)
         for colour, series in _coloured(panel):
@@ -101,7 +107,7 @@ def _png(path: str, title: str, panels: Sequence[Panel]) -> None:
             axes.minorticks_off()
         axes.set_ylim(0, panel.top)
         axes.grid(axis="y", alpha=0.3)
-        axes.legend(fontsize="small")
+        axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
     figure.savefig(path, dpi=130)
 
 
@@ -165,11 +171,11 @@ def svg(panel: Panel) -> str:
         parts.extend(_text(place_x(x), _TOP + height + 15, f"{x:g}") for x in shown)
     parts.append(_text(_LEFT + width / 2, _HEIGHT - 12, panel.x_label))
     parts.append(f'<g transform="rotate(-90 14 {_HEIGHT / 2})">{_text(14, _HEIGHT / 2, panel.y_label)}</g>')
+    beside = _LEFT + width + 10
     for i, (colour, series) in enumerate(_coloured(panel)):
-        parts.append(
-            f'<rect x="{_LEFT + 8}" y="{_TOP + 6 + 15 * i}" width="10" height="10" fill="{colour}"/>'
-        )
-        parts.append(_text(_LEFT + 22, _TOP + 15 + 15 * i, series.name, anchor="start"))
+        y = _TOP + 17 * i
+        parts.append(f'<rect x="{beside}" y="{y}" width="10" height="10" fill="{colour}"/>')
+        parts.append(_text(beside + 15, y + 9, series.name, anchor="start"))
     return f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" width="{_WIDTH}" role="img">{"".join(parts)}</svg>'
 
 
