@@ -13,8 +13,10 @@ import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
+from ostinato import LLM, SamplingParams
 from ostinato.bench import startup
 from ostinato.bench.startup import write_checkpoint
+from ostinato.bench.workload import PROTOCOLS, Protocol, Work, synthetic
 from ostinato.cli import main
 from ostinato.models.checkpoint import open_checkpoint
 from ostinato.models.decoder import check_tensors
@@ -100,6 +102,36 @@ def test_throughput(capsys: pytest.CaptureFixture[str], small: list[str], tmp_pa
     assert found["total_num_tokens"] == found["total_input_tokens"] + found["total_output_tokens"]
     assert found["tokens_per_second"] == pytest.approx(found["total_num_tokens"] / found["elapsed_time"])
     assert found["requests_per_second"] == pytest.approx(6 / found["elapsed_time"])
+
+
+def test_a_protocol_fixes_requests_and_temperature(
+    capsys: pytest.CaptureFixture[str], small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[tuple[int, int]] = []
+
+    def make(vocab: int, seed: int) -> Work:
+        drawn.append((vocab, seed))
+        return synthetic(5, 9, 7, vocab_size=vocab, spread=0.5, seed=seed)
+
+    asked: list[SamplingParams] = []
+    generate = LLM.generate
+
+    def watched(self: LLM, prompts: Any, params: Any, **options: Any) -> Any:
+        asked.extend(params)
+        return generate(self, prompts, params, **options)
+
+    monkeypatch.setattr(LLM, "generate", watched)
+    monkeypatch.setitem(PROTOCOLS, "nano-vllm", Protocol(make, temperature=0.6, max_model_len=40))
+    file = tmp_path / "out.json"
+    args = ["--protocol", "nano-vllm", "--num-warmup-runs", "1", "--json", str(file)]
+    assert bench(capsys, "throughput", *small, *args)[0] == 0
+    work = synthetic(5, 9, 7, vocab_size=512, spread=0.5)
+    assert drawn == [(512, 0)]
+    assert [p.max_tokens for p in asked] == [*work.max_tokens] * 2  # the warm-up, and the measured run
+    assert {p.temperature for p in asked} == {0.6}
+    found = json.loads(file.read_text())
+    assert found["total_output_tokens"] == work.output_tokens
+    assert found["engine"]["max_model_len"] == 40
 
 
 def test_step_says_what_needs_a_gpu(
