@@ -1,4 +1,4 @@
-"""The command line: `ostinato generate | chat | explain | graphs`."""
+"""The command line: `ostinato generate | chat | explain | graphs | bench`."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ _START = time.perf_counter()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0, 1 for an error, 130 after Ctrl-C."""
+    """Run a command; returns the exit status: 0, 1 for an error, 2 for a wrong argument, 130 after Ctrl-C."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows "?"
-    args = _parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    args = _parser(argv).parse_args(argv)
     logging.basicConfig(
         level=logging.INFO if args.verbose else logging.WARNING, format="%(name)s: %(message)s"
     )
@@ -42,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
+    """The arguments of every command; those of `bench` only where `argv` asks for it."""
     parser = argparse.ArgumentParser(prog="ostinato", description="Generate text with open-weight models.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -74,6 +76,13 @@ def _parser() -> argparse.ArgumentParser:
     graphs.add_argument("--json", metavar="FILE", help="write the report as data")
     graphs.add_argument("--dot", metavar="FILE", help="write the smallest graph for GraphViz")
     graphs.add_argument("--audit", action="store_true", help="check every pointer of every graph")
+
+    text = "Measure: latency, throughput, startup, step, serve."
+    bench = commands.add_parser("bench", help=text, description=text)
+    if argv[:1] == ["bench"]:
+        from .bench.cli import add_commands
+
+        add_commands(bench)
     return parser
 
 

@@ -387,15 +387,11 @@ def build(options: EngineOptions, backend: GraphBackend | None = None) -> Engine
         graphs_anywhere=backend is not None,
     )
     device = config.device
-    ops = select(device)
-    if config.debug_graphs:
-        from .graphs.debug import DebugOps
-
-        ops = DebugOps(ops).ops
     stages.done("open")
 
-    with ThreadPoolExecutor(1) as pool, torch.inference_mode():
+    with ThreadPoolExecutor(2) as pool, torch.inference_mode():
         tokenizer = _start_tokenizer(pool, options, checkpoint)
+        selected = pool.submit(select, device)  # imports what a GPU needs while the weights load
         model: Decoder
         if checkpoint is None:
             model = random_decoder(
@@ -417,6 +413,12 @@ def build(options: EngineOptions, backend: GraphBackend | None = None) -> Engine
             )
         memory.append(MemoryLine("weights", model.nbytes))
         stages.done("weights")
+        ops = selected.result()
+        if config.debug_graphs:
+            from .graphs.debug import DebugOps
+
+            ops = DebugOps(ops).ops
+        stages.done("ops")
 
         arena = Arena(
             max_tokens=config.max_num_batched_tokens,
@@ -623,11 +625,30 @@ def _device_context(device: torch.device) -> Callable[[], AbstractContextManager
 
 
 def _warm_up(program: StepProgram, buffers: StepBuffers) -> None:
-    """Load kernels and make library workspaces, on rows that are all padding."""
-    for kind, tokens in ((StepKind.MIXED, buffers.shapes.max_num_tokens), (StepKind.DECODE, 1)):
+    """Compile and load kernels and make library workspaces, on rows that are all padding."""
+    from .ops.triton.compile import compile_ahead
+
+    most_tokens, most_seqs = buffers.shapes.max_num_tokens, buffers.shapes.max_num_seqs
+
+    def run(
+        kind: StepKind, tokens: int, seqs: int = 1, variant: SamplerVariant = SamplerVariant.GREEDY
+    ) -> None:
+        route = Route(GraphKey(kind, tokens, seqs, variant), None)
+        program(buffers.write(Schedule(0, kind, (), (), (), variant), route))
+
+    def steps() -> None:
         for variant in SamplerVariant:
-            route = Route(GraphKey(kind, tokens, 1, variant), None)
-            program(buffers.write(Schedule(0, kind, (), (), (), variant), route))
+            run(StepKind.MIXED, min(16, most_tokens), variant=variant)
+            run(StepKind.DECODE, 1, variant=variant)
+        run(StepKind.MIXED, most_tokens)  # the largest workspaces
+
+    # The arena is still zeroed here, so that what the block runs among kernels that do not is harmless.
+    with compile_ahead():
+        steps()
+        for power in range(1, most_seqs.bit_length()):  # other batch sizes may have other kernels
+            run(StepKind.DECODE, 1 << power, 1 << power)
+    torch.cuda.synchronize()
+    steps()
     torch.cuda.synchronize()
 
 

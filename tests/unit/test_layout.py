@@ -77,7 +77,19 @@ def test_the_package_itself_imports_nothing_heavy(heavy: str) -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-@pytest.mark.parametrize("heavy", ["transformers", "huggingface_hub", "gguf", "triton", "scipy", "jinja2"])
+@pytest.mark.parametrize("heavy", ["torch", "transformers", "numpy", "matplotlib", "triton"])
+def test_the_arguments_of_benchmarks_import_nothing_heavy(heavy: str) -> None:
+    code = f"import sys; from ostinato.cli import _parser; _parser(['bench']); sys.exit({heavy!r} in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "heavy",
+    [
+        *("transformers", "huggingface_hub", "gguf", "triton", "scipy", "jinja2"),
+        *("ostinato.bench", "torch._dynamo", "torch._inductor", "sympy"),
+    ],
+)
 def test_the_engine_imports_only_what_it_runs(heavy: str) -> None:
     code = f"import sys, ostinato.llm; sys.exit({heavy!r} in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -106,6 +106,12 @@ def dot(engine: Engine, key: GraphKey) -> str:
     return inspect.dot(nodes, labels)
 
 
+def kernels(engine: Engine, key: GraphKey) -> list[tuple[str, str, int | None]]:
+    """Name, op and layer of each kernel of a key's graph, in the order of the chain."""
+    nodes, labels = _recapture(engine, key, key.num_seqs)
+    return [(n.short_name, *label) for n, label in zip(nodes, labels, strict=True) if n.kind == "kernel"]
+
+
 def _graph_runner(engine: Engine) -> Any:
     from .graph_runner import GraphRunner
 

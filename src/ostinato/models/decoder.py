@@ -17,6 +17,7 @@ from ..ops import Linear, OpSet, Scratch, StepView
 from .checkpoint import Checkpoint
 from .quantize import Quantizer, stored_scales
 from .spec import ModelSpec
+from .staging import Uploader
 
 
 @dataclass(frozen=True)
@@ -201,7 +202,7 @@ def load(
         start = 0
         for name in names:
             end = start + shapes[name][0]
-            out[start:end].copy_(stored.dequantized(checkpoint, name), non_blocking=True)
+            uploader.copy(out[start:end], stored.dequantized(checkpoint, name))
             start = end
         return out
 
@@ -213,7 +214,8 @@ def load(
         shape = sum(shapes[name][0] for name in weights), shapes[weights[0]][1]
         return quantizer.stacked((stored.part(checkpoint, name) for name in weights), shape, own)
 
-    model = _assemble(spec, read, project, quantizer if quantization else None, positions, device)
+    with Uploader(device) as uploader:
+        model = _assemble(spec, read, project, quantizer if quantization else None, positions, device)
     quantizer.check(checkpoint.path)
     return model
 

@@ -1,0 +1,119 @@
+"""`ostinato bench`: arguments, and what becomes of a result. Light: commands are imported when they run."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError, OstinatoError
+from . import plot
+from .options import Parser
+from .result import Result
+
+_COMMANDS = {
+    "latency": "One batch at a time: latency, first token, time per output token.",
+    "throughput": "Many requests at once: tokens per second.",
+    "startup": "From the command to its first token, with empty and with filled caches.",
+    "step": "One decode step alone: kernels, bytes, share of the GPU's read bandwidth, idle share, host.",
+}
+
+
+def add_commands(parser: argparse.ArgumentParser) -> None:
+    """Add the benchmarks to the parser of `ostinato bench`."""
+    commands = parser.add_subparsers(required=True, metavar="BENCHMARK", parser_class=Parser)
+    for name, text in _COMMANDS.items():
+        sub = commands.add_parser(name, help=text, description=text)
+        module = importlib.import_module(f"{__package__}.{name}")
+        module.add_arguments(sub)
+        sub.add_argument("--verbose", action="store_true", help="log what happens")
+        sub.set_defaults(run=_runner(name, module.run))
+    text = "Requests over HTTP at a given rate."
+    serve = commands.add_parser("serve", help=text, description=text)
+    _add_serve(serve)
+
+
+def _add_serve(parser: argparse.ArgumentParser) -> None:
+    """`bench serve` comes with the server, which an installation need not have."""
+    name = f"{__package__}.serve"
+    if importlib.util.find_spec(name) is None:
+
+        def missing(args: argparse.Namespace) -> int:
+            raise ConfigError(
+                "bench serve needs the server, which this installation of ostinato does not have"
+            )
+
+        parser.set_defaults(run=_checked(missing), verbose=False)
+        return
+    module = importlib.import_module(name)
+    module.add_arguments(parser)
+    if parser.get_default("verbose") is None:
+        parser.set_defaults(verbose=False)
+    parser.set_defaults(run=_checked(module.main))
+
+
+def _checked(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
+    """A value that cannot work ends with its message and status 2, as for a wrong argument."""
+
+    def checked(args: argparse.Namespace) -> int:
+        try:
+            return run(args)
+        except ConfigError as error:
+            print(f"ostinato: {error}", file=sys.stderr)
+            return 2
+
+    return checked
+
+
+def _runner(name: str, run: Callable[[argparse.Namespace], Result]) -> Callable[[argparse.Namespace], int]:
+    def measured(args: argparse.Namespace) -> int:
+        plot.check(args.plot)
+        for path in (args.json, args.plot):
+            _check_writable(path)  # before minutes of measuring
+        result = run(args)
+        from .environment import describe
+
+        environment = describe()
+        where = environment.get("gpu") or environment.get("cpu")
+        title = f"ostinato bench {name}: {args.shape or args.model or 'the default model'} on {where}"
+        print(title)
+        for table in result.tables:
+            print(f"\n{table}")
+        for note in result.notes:
+            print(f"\n{note}")
+        if args.json:
+            _write(args.json, {"benchmark": name, "environment": environment, **result.fields})
+            print(f"\nwrote {args.json}")
+        if args.plot:
+            plot.save(args.plot, title, result.panels)
+            print(f"wrote {args.plot}")
+        return 0
+
+    return _checked(measured)
+
+
+def _check_writable(name: str | None) -> None:
+    if name is None:
+        return
+    path = Path(name)
+    if (
+        path.is_dir()
+        or not path.parent.is_dir()
+        or not os.access(path if path.exists() else path.parent, os.W_OK)
+    ):
+        raise ConfigError(
+            f"{name} cannot be written: it must name a file in a folder that exists and allows it"
+        )
+
+
+def _write(name: str, fields: dict[str, Any]) -> None:
+    try:
+        Path(name).write_text(json.dumps(fields, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise OstinatoError(f"{name} cannot be written: {error.strerror}") from error

@@ -1,0 +1,200 @@
+"""A captured decode step alone: replayed back to back, and kernel by kernel.
+
+The graph runs on made-up sequences in the first device rows, over KV blocks that are filled for
+the purpose; the static buffers are put back afterwards. No request may be under way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..errors import ConfigError, GraphError
+from ..types import GraphKey, SamplingParams, StepKind
+
+if TYPE_CHECKING:
+    from ..engine import Engine
+
+WARM_REPLAYS = 3
+PROFILED_REPLAYS = 10
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The sequences that a replay decodes."""
+
+    count: int
+    prompt: int
+    """Tokens in the cache before the first replay."""
+    steps: int
+    """Replays until the last position."""
+    params: SamplingParams
+
+
+def capture(engine: Engine, params: SamplingParams, batch: int) -> GraphKey | None:
+    """The key of a decode step of `batch` rows, captured and checked; None where it has no graph."""
+    if engine.why_no_graphs is not None:
+        return None
+    size = engine.plan.pad_seqs(batch)
+    key = GraphKey(StepKind.DECODE, size, size, params.sampler_variant)
+    runner: Any = engine.runner
+    with engine.device_context():
+        runner.prepare([key], progress=False)
+    return key if any(record.key == key for record in engine.plan.book.captured) else None
+
+
+@contextlib.contextmanager
+def _live(engine: Engine, rows: Rows) -> Iterator[None]:
+    """Lay the sequences out; what was in the static buffers returns at the end."""
+    if engine.config.enable_prefix_caching:
+        raise ConfigError(
+            "a replay alone fills KV blocks that the prefix cache may have given a meaning: "
+            "make the LLM with enable_prefix_caching=False"
+        )
+    static, words, n = engine.buffers.static, engine.buffers.words, rows.count
+    cache, params = engine.program.cache.data, rows.params
+    each = -(-(rows.prompt + rows.steps + 1) // engine.config.block_size)
+    # More sequences than the cache holds share blocks, so that the figure can be had at all.
+    room = max((cache.shape[2] - 1) // each, 1)
+    saved = words.clone()
+    try:
+        owner = torch.arange(n, device=words.device) % room
+        blocks = 1 + owner[:, None] * each + torch.arange(each, device=words.device)
+        static.block_table[:n, :each] = blocks.to(torch.int32)
+        static.enabled[:n], static.last_position[:n], static.num_stop_ids[:n] = 1, 10**8, 0
+        static.temperature[:n], static.top_p[:n] = params.temperature, params.top_p
+        static.top_k[:n], static.min_p[:n], static.flags[:n] = max(params.top_k, 0), params.min_p, 0
+        cache[:, :, 1 : 1 + min(n, room) * each].normal_()  # zeros are read with less power
+        _rewind(engine, rows)
+        yield
+    finally:
+        words.copy_(saved)
+        _wait(engine)
+
+
+def _rewind(engine: Engine, rows: Rows) -> None:
+    """Every sequence at its first position."""
+    state, n = engine.buffers.state, rows.count
+    state.active[:n], state.last_token[:n], state.position[:n] = 1, 1, rows.prompt
+
+
+def _wait(engine: Engine) -> None:
+    runner: Any = engine.runner
+    runner.backend.wait()
+
+
+def replay(engine: Engine, key: GraphKey, rows: Rows) -> tuple[float, float]:
+    """Replay a key `rows.steps` times back to back.
+
+    Returns:
+        Seconds of one replay on the device, and seconds of the host to launch it.
+
+    Raises:
+        GraphError: a sequence stopped on the way, which would make the figure too good.
+        ConfigError: the engine has a prefix cache.
+    """
+    runner: Any = engine.runner
+    backend, graph = runner.backend, runner.cache.graph(key)
+    with engine.device_context(), _live(engine, rows):
+        for _ in range(WARM_REPLAYS):
+            backend.replay(graph)
+        _rewind(engine, rows)
+        backend.wait()
+        begin = backend.mark()
+        started = time.perf_counter()
+        for _ in range(rows.steps):
+            backend.replay(graph)
+        host = time.perf_counter() - started
+        end = backend.mark()
+        backend.wait()
+        reached = int(engine.buffers.state.position[: rows.count].min())
+        if reached != rows.prompt + rows.steps:
+            raise GraphError(
+                f"{key}: a row stopped at position {reached}, expected {rows.prompt + rows.steps}: "
+                "the time of its replay would be too good"
+            )
+        return backend.microseconds(begin, end) / 1e6 / rows.steps, host / rows.steps
+
+
+def profile_kernels(engine: Engine, key: GraphKey, rows: Rows) -> dict[str, Any]:
+    """Each kernel's time within a replay, by the profiler.
+
+    A profiler that traces nodes may hold back dependent launches, and kernels that overlap are
+    counted twice: the undisturbed replay is reported beside the sum.
+    """
+    from torch.profiler import ProfilerActivity, profile
+
+    from ..graphs.survey import kernels
+
+    runner: Any = engine.runner
+    backend, graph = runner.backend, runner.cache.graph(key)
+    nodes = kernels(engine, key)
+    undisturbed, _ = replay(engine, key, rows)
+    with (
+        engine.device_context(),
+        _live(engine, rows),
+        profile(activities=[ProfilerActivity.CUDA]) as profiler,
+    ):
+        for _ in range(PROFILED_REPLAYS):
+            backend.replay(graph)
+        backend.wait()
+    return summed(_kernel_events(profiler), nodes, PROFILED_REPLAYS) | {
+        "batch_size": rows.count,
+        "context_len": rows.prompt,
+        "replay_undisturbed_us": undisturbed * 1e6,
+    }
+
+
+def summed(
+    ran: list[dict[str, Any]], nodes: list[tuple[str, str, int | None]], replays: int
+) -> dict[str, Any]:
+    """Kernel events of several replays by op and kernel, the costliest first; microseconds.
+
+    Args:
+        ran: events with `name`, `ts` and `dur`, in the order in which they began.
+        nodes: name, op and layer of each kernel of the graph, in order.
+        replays: how often the graph ran.
+    """
+    times: dict[tuple[str, str], list[float]] = defaultdict(list)
+    if len(ran) == len(nodes) * replays:
+        for event, (name, op, _) in zip(ran, nodes * replays, strict=True):
+            times[op, name].append(event["dur"])
+    else:  # the profiler lost some, or saw others: the events' own names are all that is sure
+        for event in ran:
+            times["", str(event["name"])[:60]].append(event["dur"])
+    rows: list[dict[str, Any]] = [
+        {
+            "op": op,
+            "kernel": name,
+            "launches": len(found) / replays,
+            "us_each": statistics.median(found),
+            "us_a_step": sum(found) / replays,
+        }
+        for (op, name), found in times.items()
+    ]
+    span = ran[-1]["ts"] + ran[-1]["dur"] - ran[0]["ts"] if ran else 0.0
+    return {
+        "kernels": sorted(rows, key=lambda row: -row["us_a_step"]),
+        "sum_us": sum(row["us_a_step"] for row in rows),
+        "replay_under_profiler_us": span / replays,
+    }
+
+
+def _kernel_events(profiler: Any) -> list[dict[str, Any]]:
+    """Kernels of graph replays, in the order in which they began."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    ran = [e for e in events if e.get("cat") == "kernel" and e.get("args", {}).get("graph node id")]
+    return sorted(ran, key=lambda e: e["ts"])

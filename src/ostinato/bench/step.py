@@ -1,0 +1,455 @@
+"""`bench step`: one decode step alone, held against the time it takes to read what it must.
+
+For each batch size and context: the step through `LLM.generate`, (time of N tokens - time of 1) /
+(N - 1); the same captured graph replayed back to back over the same positions; the bytes that a
+step must read; this GPU's read bandwidth, measured in the same run; and what the host spends. The
+share of the ceiling is bytes / time / bandwidth. Between its first and its last decode step a
+request leaves the GPU idle for 1 - steps x back-to-back replay / time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from . import baselines, options
+from .plot import Panel, Series
+from .result import Result, Table, filled
+
+if TYPE_CHECKING:
+    from ..engine import Engine
+    from ..llm import LLM
+    from .replay import Rows
+
+_EDGE = 8
+"""Steps at the beginning and end of a request that are no steady steps."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    at_least = options.at_least
+    parser.add_argument(
+        "--batch-size",
+        type=at_least(1),
+        nargs="+",
+        metavar="N",
+        help="sequences (GPU: 1 8 32 64 128; CPU: 1 4)",
+    )
+    parser.add_argument(
+        "--context-len",
+        type=at_least(2),
+        nargs="+",
+        default=[256],
+        metavar="N",
+        help="mean tokens in the cache (256); the batch sizes run at the first, the others at the first batch size",
+    )
+    parser.add_argument(
+        "--output-len",
+        type=at_least(2 * _EDGE + 8),
+        default=256,
+        help="tokens that a request makes; its positions lie around the context's length (256)",
+    )
+    parser.add_argument("--num-iters", type=at_least(1), default=3, help="repeats; medians count (3)")
+    options.add_baseline_argument(parser)
+    options.add_engine_arguments(parser)
+    options.add_sampling_arguments(parser)
+    options.add_output_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> Result:
+    import torch
+
+    args.input_len, args.num_iters_warmup = _prompt(args.context_len[0], args.output_len), 1
+    on_gpu = args.device != "cpu" and torch.cuda.is_available()
+    if args.batch_size is None:
+        args.batch_size = [1, 8, 32, 64, 128] if on_gpu else [1, 4]
+    theirs = baselines.latency(args)
+    ceiling = measure_ceiling() if on_gpu else None
+    llm = options.make_llm(
+        options.engine_options(
+            args,
+            max_model_len=_prompt(max(args.context_len), args.output_len) + args.output_len,
+            max_num_seqs=max(args.batch_size),
+            enable_prefix_caching=False,
+        )
+    )
+    try:
+        pairs = [(size, args.context_len[0]) for size in args.batch_size]
+        pairs += [(args.batch_size[0], length) for length in args.context_len[1:]]
+        best = ceiling["bytes_per_second"] if ceiling else None
+        points = [measure(llm, args, size, length, best) for size, length in pairs]
+        kernels = _kernels(llm, args, *pairs[0])
+        fields: dict[str, Any] = {
+            "output_len": args.output_len,
+            "ceiling": ceiling,
+            "points": points,
+            "kernels": kernels,
+            "engine": options.described(llm),
+        }
+        notes = [*_ceiling_note(ceiling), *_notes(llm, kernels)]
+    finally:
+        llm.close()
+    if theirs:
+        fields["baselines"] = theirs
+    tables = [_table(points), _host_table(points)]
+    if theirs:
+        tables.append(_baseline_table(points, theirs))
+    if kernels:
+        tables.append(_kernel_table(kernels))
+    return Result(fields, tables, _panels(points, len(args.batch_size)), notes)
+
+
+def measure_ceiling(nbytes: int = 4 << 30) -> dict[str, Any]:
+    """This GPU's read bandwidth: the best block shape counts."""
+    import torch
+
+    from ..ops.triton.bandwidth import read_bandwidth
+
+    free, _ = torch.cuda.mem_get_info()
+    shapes = read_bandwidth(min(nbytes, free // 4))
+    torch.cuda.empty_cache()
+    return {
+        "bytes_per_second": max(shapes.values()),
+        "by_block_shape": {str(shape): speed for shape, speed in shapes.items()},
+    }
+
+
+def measure(
+    llm: LLM, args: argparse.Namespace, batch: int, context: int, ceiling: float | None
+) -> dict[str, Any]:
+    """One point: `batch` sequences whose context is `context` tokens on average.
+
+    Args:
+        llm: made with room for it.
+        args: output length, repeats and sampling.
+        batch: sequences.
+        context: tokens.
+        ceiling: bytes a second that the device can read; None: not known.
+    """
+    from .replay import capture, replay
+
+    engine, tokens = llm.engine, args.output_len
+    rows = _rows(args, batch, context)
+    prompt, key = rows.prompt, capture(engine, rows.params, batch)
+    generate = options.timed_generate(llm, args, prompt)
+    for count in (1, 1, tokens, 1):
+        generate(batch, count)  # captures and checks the prompts' graphs too
+    first = [generate(batch, 1) for _ in range(args.num_iters)]
+    whole = [generate(batch, tokens) for _ in range(args.num_iters)]
+    steps = rows.steps
+    step = (statistics.median(whole) - statistics.median(first)) / steps
+    # The tokens that attention reads in the steps between: the step's own token is one of them.
+    seen = prompt + 1 + (steps - 1) / 2
+    needed = required_bytes(engine, batch, seen)
+    point: dict[str, Any] = {
+        "batch_size": batch,
+        "context_len": seen,
+        "prompt_len": prompt,
+        "time_to_first_token_ms": statistics.median(first) * 1e3,
+        "time_per_output_token_us": step * 1e6,
+        "output_tokens_per_second": batch / step,
+        **needed,
+        "floor_us": needed["bytes"] / ceiling * 1e6 if ceiling else None,
+        "share_of_ceiling": needed["bytes"] / step / ceiling if ceiling else None,
+        "graph": str(key) if key else None,
+        "back_to_back_us": None,
+        "share_of_ceiling_back_to_back": None,
+        "gpu_idle_share": None,
+        "gpu_idle_share_by_events": None,
+        "replay_host_us": None,
+    }
+    host = _host_times(llm, lambda: generate(batch, tokens), steps)
+    if key is not None:
+        bare = [replay(engine, key, rows) for _ in range(args.num_iters)]
+        alone = statistics.median(seconds for seconds, _ in bare)
+        point["back_to_back_us"] = alone * 1e6
+        point["replay_host_us"] = statistics.median(host_seconds for _, host_seconds in bare) * 1e6
+        point["gpu_idle_share"] = 1 - alone / step
+        if ceiling:
+            point["share_of_ceiling_back_to_back"] = needed["bytes"] / alone / ceiling
+        if host["device_step_us"] is not None:
+            point["gpu_idle_share_by_events"] = 1 - alone * 1e6 / host["device_step_us"]
+    return point | host | {"commit_us_per_row": host["commit_us"] / batch}
+
+
+def _rows(args: argparse.Namespace, batch: int, context: int) -> Rows:
+    """The sequences of a point, for its graph alone."""
+    from .replay import Rows
+
+    tokens = args.output_len
+    return Rows(batch, _prompt(context, tokens), tokens - 1, options.sampling(args, tokens))
+
+
+def _kernels(llm: LLM, args: argparse.Namespace, batch: int, context: int) -> dict[str, Any] | None:
+    """Where the time of a replay goes; None where there is no graph."""
+    from .replay import capture, profile_kernels
+
+    rows = _rows(args, batch, context)
+    key = capture(llm.engine, rows.params, batch)
+    return profile_kernels(llm.engine, key, rows) if key is not None else None
+
+
+def required_bytes(engine: Engine, batch: int, context: float) -> dict[str, float]:
+    """What a decode step must read at least: every weight once, and the keys and values of its rows.
+
+    Tables of which a step reads single rows (the embedding where the head is another tensor, the
+    rotary table) are left out.
+    """
+    from ..kv_cache import KVCache
+
+    config, spec = engine.config, engine.spec
+    tensors = engine.program.model.tensors()
+    distinct = {t.data_ptr(): t.numel() * t.element_size() for t in tensors.values()}
+    embedding = tensors["embedding"].data_ptr()
+    looked_up = [tensors["rope"].data_ptr()]
+    if all(t.data_ptr() != embedding for name, t in tensors.items() if name != "embedding"):
+        looked_up.append(embedding)
+    weights = sum(distinct.values()) - sum(distinct[address] for address in looked_up)
+    a = spec.attention
+    block = KVCache.bytes_per_block(spec.num_layers, config.block_size, a.kv_heads, a.head_dim, config.dtype)
+    seen = min(context, a.sliding_window) if a.sliding_window else context
+    kv = batch * seen * block / config.block_size
+    return {"weight_bytes": weights, "kv_bytes": kv, "bytes": weights + kv}
+
+
+# --- through the engine ---------------------------------------------------------------------
+
+
+def _prompt(context: int, output: int) -> int:
+    """Tokens of a prompt whose outputs lie around `context`."""
+    return max(context - output // 2, 1)
+
+
+def _host_times(llm: LLM, body: Callable[[], object], steps: int) -> dict[str, Any]:
+    """What the host does in a steady decode step, in microseconds; medians.
+
+    Wraps the engine's parts for the time of one request: launching is a round of the main loop
+    less waiting and committing.
+    """
+    from ..types import StepKind
+
+    engine = llm.engine
+    runner: Any = engine.runner
+    backend = getattr(runner, "backend", None)  # where there are graphs
+    spent: dict[str, float] = defaultdict(float)
+    rounds: list[tuple[float, float, float]] = []
+    marks: list[Any] = []
+    decodes = 0
+
+    def mark() -> None:
+        if backend is not None:
+            marks.append(backend.mark())
+
+    def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            begin = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                spent[name] += time.perf_counter() - begin
+
+        return call
+
+    launch, round_ = runner.run, engine.step
+
+    def run(batch: Any) -> Any:
+        nonlocal decodes
+        decode = batch.key.kind is StepKind.DECODE
+        if decode and decodes == 0:
+            mark()
+        decodes += decode
+        pending = launch(batch)
+        if decode and decodes == steps:
+            mark()
+        pending.result = timed("wait", pending.result)
+        return pending
+
+    def step() -> Any:
+        before, spent["wait"], spent["commit"] = decodes, 0.0, 0.0
+        begin = time.perf_counter()
+        outputs = round_()
+        whole = time.perf_counter() - begin
+        if decodes > before:
+            rounds.append((whole - spent["wait"] - spent["commit"], spent["commit"], spent["wait"]))
+        return outputs
+
+    with (
+        _replaced(runner, "run", run),
+        _replaced(engine, "step", step),
+        _replaced(engine.scheduler, "commit", timed("commit", engine.scheduler.commit)),
+        _replaced(engine.outputs, "make", timed("commit", engine.outputs.make)),
+    ):
+        body()
+    steady = rounds[_EDGE:-_EDGE]
+    launched, committed, waited = (statistics.median(column) * 1e6 for column in zip(*steady, strict=True))
+    device = None
+    if len(marks) == 2:
+        assert backend is not None
+        backend.wait()
+        device = backend.microseconds(*marks) / steps
+    # On a CPU a launch is the computation itself.
+    return {
+        "launch_us": launched if engine.config.device.type == "cuda" else None,
+        "commit_us": committed,
+        "wait_us": waited,
+        "device_step_us": device,
+    }
+
+
+@contextlib.contextmanager
+def _replaced(owner: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
+    """A method of one object, replaced for a while."""
+    setattr(owner, name, function)
+    try:
+        yield
+    finally:
+        delattr(owner, name)
+
+
+# --- for people -------------------------------------------------------------------------------
+
+
+def _cell(value: float | None, digits: int = 1, scale: float = 1.0) -> str:
+    return "-" if value is None else f"{value * scale:,.{digits}f}"
+
+
+def _table(points: list[dict[str, Any]]) -> Table:
+    rows = [
+        (
+            str(p["batch_size"]),
+            f"{p['context_len']:.0f}",
+            f"{p['bytes'] / 1e9:.3f}",
+            _cell(p["floor_us"]),
+            _cell(p["back_to_back_us"]),
+            _cell(p["time_per_output_token_us"]),
+            _cell(p["share_of_ceiling_back_to_back"], 1, 100),
+            _cell(p["share_of_ceiling"], 1, 100),
+            _cell(p["gpu_idle_share"], 1, 100),
+            _cell(p["output_tokens_per_second"], 0),
+            _cell(p["time_to_first_token_ms"], 2),
+        )
+        for p in points
+    ]
+    columns = (
+        *("batch", "context", "GB a step", "floor us", "replay us", "generate us", "% of ceiling, replay"),
+        *("% of ceiling, generate", "% GPU idle", "tokens/s", "first token ms"),
+    )
+    return filled(columns, rows, "The step, alone and through LLM.generate")
+
+
+def _host_table(points: list[dict[str, Any]]) -> Table:
+    rows = [
+        (
+            str(p["batch_size"]),
+            f"{p['context_len']:.0f}",
+            _cell(p["launch_us"]),
+            _cell(p["replay_host_us"]),
+            _cell(p["commit_us"]),
+            _cell(p["commit_us_per_row"], 2),
+            _cell(p["wait_us"]),
+            _cell(p["gpu_idle_share_by_events"], 1, 100),
+        )
+        for p in points
+    ]
+    columns = (
+        *("batch", "context", "launch us", "of it replay us", "commit us", "commit us a row"),
+        *("waiting us", "% GPU idle, by events"),
+    )
+    return filled(columns, rows, "The host in a steady step")
+
+
+def _baseline_table(points: list[dict[str, Any]], theirs: dict[str, list[dict[str, Any]]]) -> Table:
+    rows = []
+    for name, found in theirs.items():
+        for ours, run in zip(points, found, strict=False):  # the batch sizes come first
+            a, b = ours["time_per_output_token_us"], run["time_per_output_token_us"]
+            rows.append((name, str(run["batch_size"]), _cell(a), _cell(b), f"{b / a:.2f}"))
+    columns = ("baseline", "batch", "our us/token", "its us/token", "ours is faster by")
+    return Table(columns, rows, "The same through others")
+
+
+def _kernel_table(found: dict[str, Any]) -> Table:
+    rows = [
+        (
+            row["op"] or "-",
+            row["kernel"],
+            f"{row['launches']:g}",
+            f"{row['us_each']:.2f}",
+            f"{row['us_a_step']:.1f}",
+        )
+        for row in found["kernels"]
+    ]
+    title = (
+        f"Kernels of a replay, batch {found['batch_size']}, context {found['context_len']}, by the profiler"
+    )
+    return Table(("op", "kernel", "launches", "us each", "us a step"), rows, title)
+
+
+def _ceiling_note(ceiling: dict[str, Any] | None) -> list[str]:
+    if ceiling is None:
+        return []
+    speeds = ceiling["by_block_shape"].values()
+    return [
+        f"The ceiling: {ceiling['bytes_per_second'] / 1e12:.3f} TB/s, the best of {len(speeds)} block shapes that only "
+        f"read (the worst: {min(speeds) / 1e12:.3f})."
+    ]
+
+
+def _notes(llm: LLM, kernels: dict[str, Any] | None) -> list[str]:
+    why = llm.engine.why_no_graphs
+    if why is not None:
+        return [
+            f"Without graphs ({why}) there is no replay, no kernel table and no idle share."
+            if llm.engine.config.device.type == "cuda"
+            else "On a CPU there is no replay, no kernel table, no measured ceiling and no idle share, and launching "
+            "is computing. The step through LLM.generate, the bytes and commit are as on a GPU."
+        ]
+    if kernels is None:
+        return []
+    return [
+        f"The kernels' times add up to {kernels['sum_us']:.1f} us; a replay takes "
+        f"{kernels['replay_undisturbed_us']:.1f} us undisturbed and {kernels['replay_under_profiler_us']:.1f} us under "
+        "the profiler, which may hold back dependent launches. Kernels that overlap are counted twice."
+    ]
+
+
+def _panels(points: list[dict[str, Any]], sizes: int) -> list[Panel]:
+    by_batch = points[:sizes]
+    by_context = sorted([points[0], *points[sizes:]], key=lambda p: p["context_len"])
+    panels: list[Panel] = []
+    for found, field, label in (
+        (by_batch, "batch_size", "batch size"),
+        (by_context, "context_len", "context, tokens"),
+    ):
+        if len(found) == 1 and panels:
+            continue  # one context: nothing to plot against
+        x = [p[field] for p in found]
+        times = [
+            Series(name, x, [p[source] for p in found])
+            for name, source in (
+                ("through generate", "time_per_output_token_us"),
+                ("replay, back to back", "back_to_back_us"),
+                ("floor", "floor_us"),
+            )
+            if all(p[source] is not None for p in found)
+        ]
+        panels.append(Panel(f"Step time by {label}", label, "us", times, log_x=True))
+        shares = [
+            Series(name, x, [p[source] * 100 for p in found])
+            for name, source in (
+                ("through generate", "share_of_ceiling"),
+                ("replay, back to back", "share_of_ceiling_back_to_back"),
+            )
+            if all(p[source] is not None for p in found)
+        ]
+        if shares:
+            panels.append(
+                Panel(
+                    f"Share of ceiling by {label}", label, "% of read bandwidth", shares, log_x=True, top=100
+                )
+            )
+    return panels
