@@ -759,7 +759,7 @@ def _size_cache(
 
 def _profile(config: EngineConfig, model: str) -> Profile:
     """What traffic used last time with this model, device and config."""
-    from .models.hub import cache_dir
+    from .paths import cache_dir
 
     gpu = torch.cuda.get_device_name() if config.device.type == "cuda" else "cpu"
     identity = {

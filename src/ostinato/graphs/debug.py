@@ -32,6 +32,10 @@ class DebugOps:
         """This object, as the type that steps take."""
         return cast(OpSet, self)
 
+    def fused(self, *args: Any, **kwargs: Any) -> bool:
+        """Never: what is to be looked at is each op by itself."""
+        return False
+
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._inner, name)
         if not callable(found) or name.endswith("_words"):

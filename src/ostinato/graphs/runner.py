@@ -20,7 +20,7 @@ from ..inputs import Batch, PromptLogprobsJob, StepBuffers
 from ..kv_cache import KVCache
 from ..models.decoder import Decoder
 from ..ops import AttentionShape, OpSet, Scratch
-from ..types import GraphKey, Logprob, StepResult, TokenLogprobs
+from ..types import GraphKey, Logprob, SamplerVariant, StepResult, TokenLogprobs
 
 
 class Arena:
@@ -114,18 +114,23 @@ class StepProgram:
         """Run a batch. Results land in `batch.state`; on a GPU nothing is allocated or awaited."""
         ops, scratch = self.ops, self.arena.view(batch.num_tokens, batch.num_seqs)
         view = ops.prepare(batch, scratch)
-        self.model.forward(view, self.cache, scratch, ops)
+        greedy = batch.key.sampler is SamplerVariant.GREEDY
+        caches = [self.cache.layer(index) for index in range(len(self.model.layers))]
+        fused = view.decode and ops.fused(self.model, view, caches, scratch, greedy=greedy)
+        if not fused:
+            self.model.forward(view, self.cache, scratch, ops)
         # A sampled token stands right after its context, so its position is the context's length.
-        ops.sample(
-            scratch.logits,
-            view.rows,
-            view.seq_lens,
-            batch.static,
-            batch.state,
-            variant=batch.key.sampler,
-            workspace=scratch.sampler,
-            out=scratch.tokens,
-        )
+        if not (fused and greedy):
+            ops.sample(
+                scratch.logits,
+                view.rows,
+                view.seq_lens,
+                batch.static,
+                batch.state,
+                variant=batch.key.sampler,
+                workspace=scratch.sampler,
+                out=scratch.tokens,
+            )
         ops.advance(batch, view, scratch.tokens)
 
     def prompt_logprobs(self, batch: Batch) -> dict[int, list[TokenLogprobs]]:

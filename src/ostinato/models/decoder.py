@@ -13,25 +13,11 @@ import torch
 
 from ..errors import CheckpointError
 from ..kv_cache import KVCache
-from ..ops import Linear, OpSet, Scratch, StepView
+from ..ops import AttentionShape, LayerWeights, Linear, OpSet, Scratch, StepView
 from .checkpoint import Checkpoint
 from .quantize import Quantizer, stored_scales
 from .spec import ModelSpec
 from .staging import Uploader
-
-
-@dataclass(frozen=True)
-class LayerWeights:
-    """Weights of one layer; projections that share an input are fused along their outputs."""
-
-    input_norm: torch.Tensor
-    qkv: Linear
-    q_norm: torch.Tensor | None
-    k_norm: torch.Tensor | None
-    output: Linear
-    mlp_norm: torch.Tensor
-    gate_up: Linear
-    down: Linear
 
 
 @dataclass(frozen=True)
@@ -60,6 +46,14 @@ class Decoder:
             elif part is not None:
                 found[name] = part
         return found
+
+    @property
+    def attention(self) -> AttentionShape:
+        return self.spec.attention
+
+    @property
+    def norm_eps(self) -> float:
+        return self.spec.norm_eps
 
     @property
     def nbytes(self) -> int:

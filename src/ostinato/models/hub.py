@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import IO
 
 from ..errors import ModelNotFoundError, UnsupportedModelError
+from ..paths import cache_dir
 
-__all__ = ["DEFAULT_MODEL", "DEFAULT_MODEL_NAME", "PackagedModel", "cache_dir", "resolve"]
+__all__ = ["DEFAULT_MODEL", "DEFAULT_MODEL_NAME", "PackagedModel", "resolve"]
 
 ALLOWED_FILES = ("*.json", "*.safetensors", "tokenizer*", "*.jinja")
 """What is fetched from a repository. Pickles (*.bin, *.pt) are never downloaded."""
@@ -53,15 +54,6 @@ DEFAULT_MODEL = PackagedModel(
     size=98_362_432,
     sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
 )
-
-
-def cache_dir() -> Path:
-    """Folder for downloaded models: $OSTINATO_CACHE, else $XDG_CACHE_HOME/ostinato, else ~/.cache/ostinato."""
-    if own := os.environ.get("OSTINATO_CACHE"):
-        return Path(own).expanduser()
-    if xdg := os.environ.get("XDG_CACHE_HOME"):
-        return Path(xdg).expanduser() / "ostinato"
-    return Path.home() / ".cache" / "ostinato"
 
 
 def resolve(model: str | os.PathLike[str] | None = None, revision: str | None = None) -> Path:

@@ -10,6 +10,7 @@ T: padded tokens of the step. S: padded sequences. R: rows of the device buffers
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -64,6 +65,49 @@ class Linear:
     @property
     def in_features(self) -> int:
         return self.weight.shape[1]
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """Weights of one layer; projections that share an input are fused along their outputs."""
+
+    input_norm: torch.Tensor
+    qkv: Linear
+    q_norm: torch.Tensor | None
+    k_norm: torch.Tensor | None
+    output: Linear
+    mlp_norm: torch.Tensor
+    gate_up: Linear
+    down: Linear
+
+
+class Stack(Protocol):
+    """A dense decoder as ops see it: what all its layers, its embedding and its head are made of."""
+
+    @property
+    def embedding(self) -> torch.Tensor:
+        """[vocab, hidden]"""
+        ...
+
+    @property
+    def layers(self) -> Sequence[LayerWeights]: ...
+
+    @property
+    def final_norm(self) -> torch.Tensor: ...
+
+    @property
+    def head(self) -> Linear: ...
+
+    @property
+    def rope(self) -> torch.Tensor:
+        """[positions, 2, head_dim / 2] float32"""
+        ...
+
+    @property
+    def attention(self) -> AttentionShape: ...
+
+    @property
+    def norm_eps(self) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -148,6 +192,22 @@ class OpSet(Protocol):
 
     def prepare(self, batch: Batch, scratch: Scratch) -> StepView:
         """Work out ids, positions, slots and lengths from the static buffers."""
+        ...
+
+    def fused(
+        self,
+        stack: Stack,
+        view: StepView,
+        caches: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        scratch: Scratch,
+        *,
+        greedy: bool,
+    ) -> bool:
+        """The whole model in one go, where this op set has a kernel for such a step.
+
+        True: float32 logits are in `scratch.logits` or, greedy, the best tokens in
+        `scratch.tokens`. False: nothing was done, and the ops below are to be used.
+        """
         ...
 
     def embed(self, ids: torch.Tensor, table: torch.Tensor, out: torch.Tensor) -> None:

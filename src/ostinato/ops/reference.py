@@ -7,6 +7,7 @@ the host (`tolist`), so it cannot be captured; on a GPU it serves tests only.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from .. import sampling
 from ..inputs import FLAG_PENALTIES, Batch, StaticInputs, StepState
 from ..types import SamplerVariant
-from . import AttentionShape, Linear, Scratch, StepView
+from . import AttentionShape, Linear, Scratch, Stack, StepView
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,17 @@ class ReferenceOps:
                 if n > 0 and starts[s + 1] - starts[s] > 1
             ),
         )
+
+    def fused(
+        self,
+        stack: Stack,
+        view: StepView,
+        caches: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        scratch: Scratch,
+        *,
+        greedy: bool,
+    ) -> bool:
+        return False
 
     def embed(self, ids: torch.Tensor, table: torch.Tensor, out: torch.Tensor) -> None:
         torch.index_select(table, 0, ids, out=out)

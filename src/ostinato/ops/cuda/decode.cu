@@ -19,7 +19,8 @@
 // Macros: HID QSIZE QKVN INTER VOCAB NL HEADS KVH HD BLOCK_SIZE WINDOW TABLE_WIDTH TOKENS (at most)
 // FP8 QKNORM QKV_BIAS O_BIAS GRID WARPS FLIGHT (chunks of weights under way to the ring) LEAD (chunks
 // in the L2 cache ahead of it) PACE (cycles a chunk) MAXS (most splits of a context) CHUNK (fewest
-// tokens in a split).
+// tokens in a split) QG (query heads of an
+// item of attention; they share a KV head).
 
 typedef unsigned short u16;
 typedef unsigned int u32;
@@ -43,7 +44,8 @@ constexpr int NT = NW * 32;                 // consumer threads
 constexpr int PW = 4;                       // producer warps: a bulk copy takes its warp about 35 cycles to issue
 constexpr int SW = 64 / sizeof(W);          // inner indices in a slice: 16 bytes of each of 4 lanes
 constexpr int XR = FP8 ? 2 : 1;             // uint4 of a token in a slice, for each lane
-constexpr int GROUP = HEADS / KVH;
+constexpr int GROUP = HEADS / KVH;           // query heads of a KV head
+constexpr int UNITS = HEADS / QG;            // groups of QG query heads, each an item of its own
 constexpr int HALF = HD / 2;
 constexpr int DL = HD / 8;                  // lanes that share a head: 8 dimensions each
 constexpr int TPI = 32 / DL;                // tokens that a warp looks at together
@@ -56,14 +58,15 @@ constexpr int stride_of(int ck) { return apart(ck * (int)sizeof(W)); }
 constexpr int STAGE = 16 * cmax(stride_of(chunk_of(HID)), cmax(stride_of(chunk_of(QSIZE)), stride_of(chunk_of(INTER))));
 constexpr int X_STRIDE = apart(cmax(HID, cmax(QSIZE, INTER)) * 2);
 constexpr int RED = NW * 16 * TOKENS;                 // floats in one reduction buffer
-constexpr int ATT = NW * GROUP * (HD + 2);            // floats for merging warps in attention
-constexpr int FIXED = TOKENS * X_STRIDE + cmax(2 * RED, ATT) * 4 + NW * TOKENS * 4 + (GROUP + 3) * HD * 4 + CHUNK * 4 + KEPT * 32 + 256;
+constexpr int ATT = NW * QG * (HD + 2);            // floats for merging warps in attention
+constexpr int FIXED = TOKENS * X_STRIDE + cmax(2 * RED, ATT) * 4 + NW * TOKENS * 4 + (QG + 3) * HD * 4 + CHUNK * 4 + KEPT * 32 + 256;
 constexpr int STAGES = (227 * 1024 - FIXED) / (STAGE + 16);
 static_assert(STAGES > FLIGHT, "the ring does not fit");
 static_assert(16 * TOKENS <= NT, "a thread for each result of a tile");
 static_assert(HID % SW == 0 && QSIZE % SW == 0 && INTER % SW == 0, "whole slices");
 static_assert(QKVN % 16 == 0 && HID % 16 == 0 && INTER % 8 == 0 && VOCAB % 16 == 0, "whole tiles");
-static_assert(GROUP + 2 <= NW * TPI, "a group of lanes for each vector of a new token");
+static_assert(GROUP % QG == 0, "an item has one KV head");
+static_assert(QG + 2 <= NW * TPI, "a group of lanes for each vector of a new token");
 static_assert(HD == 64 || HD == 128, "head dimensions that lanes share evenly");
 
 struct Layer {
@@ -83,7 +86,7 @@ struct Params {
     const int *ids;            // [B]
     u64 *x, *qkv, *attn, *act; // tagged pairs: [B, HID / 2], [B, QKVN / 2], [B, QSIZE / 2], [B, INTER / 2]
     u64 *parts;                // [B, HEADS, MAXS, HD + 2] float32 with a tag each
-    u32 *semaphores;           // [B, KVH], zero before and after
+    u32 *semaphores;           // [B, UNITS], zero before and after
     u32 *steps;                // steps so far; `finish` counts
     float *logits;             // [B, VOCAB], or null: only the best
     float *best;               // [B, GRID]
@@ -329,7 +332,7 @@ struct Shared {
     float *red;      // [2][NW][TOKENS][16], or attention's
     float *squares;  // [NW][TOKENS]
     float *angles;   // [HD], of the first item of attention
-    float *fresh;    // [GROUP + 2, HD]: queries, key and value of an item's new token
+    float *fresh;    // [QG + 2, HD]: queries, key and value of an item's new token
     int *slots;      // [CHUNK], where its tokens lie in the cache
     Item *items;     // [KEPT]
     int *count;      // items, or KEPT + 1 where there are more
@@ -346,16 +349,16 @@ __device__ __forceinline__ int splits_of(int length, int &first, int &chunk) {
 }
 
 
-// The item-th piece of attention: all KV heads of a split stand side by side. False behind the last.
+// The item-th piece of attention: all units of a split stand side by side. False behind the last.
 __device__ __forceinline__ bool find(Item &it, const Params &p, int item) {
     for (int b = 0; b < p.num_seqs; ++b) {
         int length = p.lens[b], first, chunk, n = splits_of(length, first, chunk);
-        if (item < n * KVH) {
-            it.b = b; it.h = item % KVH; it.split = item / KVH; it.splits = n;
+        if (item < n * UNITS) {
+            it.b = b; it.h = item % UNITS; it.split = item / UNITS; it.splits = n;
             it.first = first; it.chunk = chunk; it.length = length;
             return true;
         }
-        item -= n * KVH;
+        item -= n * UNITS;
     }
     return false;
 }
@@ -647,14 +650,15 @@ __device__ __forceinline__ void rotate(float (&f)[8], uint4 raw, const u16 *norm
     }
 }
 
-// Attention of this block's (sequence, KV head, split) items; a split's tokens are shared by the warps.
+// Attention of this block's (sequence, query heads, split) items; a split's tokens are shared by the warps.
 __device__ __forceinline__ void attend(const Params &p, const Layer &layer, const Shared &sh, u32 tag) {
     const int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31, dl = lane % DL, sub = lane / DL;
     const float none = -__int_as_float(0x7f800000);
     Item it;
     for (int i_item = 0; item_at(it, p, sh, i_item); ++i_item) {
-        u64 *out = p.attn + ((long long)it.b * QSIZE + it.h * (GROUP * HD)) / 2;
+        u64 *out = p.attn + ((long long)it.b * QSIZE + it.h * (QG * HD)) / 2;
         const int start = it.first + it.split * it.chunk, end = min(start + it.chunk, it.length), newest = it.length - 1;
+        const int kv = it.h * QG / GROUP;
         const bool kept = i_item == 0 && it.chunk <= CHUNK;
         const int *table = p.table + (long long)max(p.rows[it.b], 0) * TABLE_WIDTH;
         uint4 kr[U], vr[U];
@@ -664,7 +668,7 @@ __device__ __forceinline__ void attend(const Params &p, const Layer &layer, cons
                 int token = at + u * TPI + sub;
                 kr[u] = vr[u] = make_uint4(0, 0, 0, 0);
                 if (token < end && token != newest) {
-                    long long place = kept ? (long long)sh.slots[token - start] * (KVH * HD) + it.h * HD : kv_place(table, token, it.h);
+                    long long place = kept ? (long long)sh.slots[token - start] * (KVH * HD) + kv * HD : kv_place(table, token, kv);
                     kr[u] = ldcg4(layer.keys + place + dl * 8);
                     vr[u] = ldcg4(layer.values + place + dl * 8);
                 }
@@ -674,11 +678,10 @@ __device__ __forceinline__ void attend(const Params &p, const Layer &layer, cons
         fetch(begin);
         // Queries, key and value of the new token: a vector for each group of lanes, then for all.
         const int vector = warp * TPI + sub;
-        const bool is_q = vector < GROUP, is_k = vector == GROUP, is_v = vector == GROUP + 1;
-        const int head = is_q ? it.h * GROUP + vector : is_k ? HEADS + it.h : HEADS + KVH + it.h;
+        const bool is_q = vector < QG, is_k = vector == QG, is_v = vector == QG + 1;
+        const int head = is_q ? it.h * QG + vector : is_k ? HEADS + kv : HEADS + KVH + kv;
         const u64 *cells = p.qkv + ((long long)it.b * QKVN + head * HD + dl * 8) / 2;
-        if (warp * TPI < GROUP + 2) {
-            look_out(cells, tag);
+        if (warp * TPI < QG + 2) {
             Eight asked = ask(cells);
             uint4 raw = get(asked, cells, tag);
             float f[8], plain[8];
@@ -687,46 +690,51 @@ __device__ __forceinline__ void attend(const Params &p, const Layer &layer, cons
             spread(plain, raw);
             if (is_k || is_v) {
                 uint4 packed = make_uint4(pack(f[0], f[1]), pack(f[2], f[3]), pack(f[4], f[5]), pack(f[6], f[7]));
-                if (end == it.length && it.length > 0)
-                    *(uint4 *)((is_k ? layer.keys : layer.values) + (long long)p.slots[it.b] * (KVH * HD) + it.h * HD + dl * 8) =
+                if (end == it.length && it.length > 0 && it.h * QG % GROUP == 0)
+                    *(uint4 *)((is_k ? layer.keys : layer.values) + (long long)p.slots[it.b] * (KVH * HD) + kv * HD + dl * 8) =
                         is_k ? packed : raw;
             }
-            if (vector < GROUP + 2)
+            if (vector < QG + 2)
 #pragma unroll
                 for (int i = 0; i < 8; ++i) sh.fresh[vector * HD + dl * 8 + i] = is_v ? plain[i] : is_q ? f[i] * p.scale : f[i];
         }
         consumers_meet();
         if (it.length == 0) {   // not live; it has waited all the same, see the head of this file
-            for (int i = tid; i < GROUP * HALF; i += NT) st_cell(out + i, 0, tag);
+            for (int i = tid; i < QG * HALF; i += NT) st_cell(out + i, 0, tag);
             consumers_meet();
             continue;
         }
-        float q[GROUP][8];
+        float q[QG][8];
 #pragma unroll
-        for (int g = 0; g < GROUP; ++g)
+        for (int g = 0; g < QG; ++g)
 #pragma unroll
             for (int i = 0; i < 8; ++i) q[g][i] = sh.fresh[g * HD + dl * 8 + i];
-        float top[GROUP], sum[GROUP], acc[GROUP][8];
+        float top[QG], sum[QG], acc[QG][8];
 #pragma unroll
-        for (int g = 0; g < GROUP; ++g) {
+        for (int g = 0; g < QG; ++g) {
             top[g] = none; sum[g] = 0.f;
 #pragma unroll
             for (int i = 0; i < 8; ++i) acc[g][i] = 0.f;
         }
         for (int at = begin; at < end; at += NW * TPI * U) {
             if (at != begin) fetch(at);
-            float s[U][GROUP];
+            float s[U][QG];
+            if (newest >= at && newest < at + U * TPI) {
+#pragma unroll
+                for (int u = 0; u < U; ++u)
+                    if (at + u * TPI + sub == newest) {
+                        const float *k = sh.fresh + QG * HD + dl * 8, *v = k + HD;
+                        kr[u] = make_uint4(pack(k[0], k[1]), pack(k[2], k[3]), pack(k[4], k[5]), pack(k[6], k[7]));
+                        vr[u] = make_uint4(pack(v[0], v[1]), pack(v[2], v[3]), pack(v[4], v[5]), pack(v[6], v[7]));
+                    }
+            }
 #pragma unroll
             for (int u = 0; u < U; ++u) {
                 int token = at + u * TPI + sub;
                 float k[8];
                 spread(k, kr[u]);
-                if (token == newest) {
 #pragma unroll
-                    for (int i = 0; i < 8; ++i) k[i] = sh.fresh[GROUP * HD + dl * 8 + i];
-                }
-#pragma unroll
-                for (int g = 0; g < GROUP; ++g) {
+                for (int g = 0; g < QG; ++g) {
                     float a = 0.f;
 #pragma unroll
                     for (int i = 0; i < 8; ++i) a += q[g][i] * k[i];
@@ -736,7 +744,7 @@ __device__ __forceinline__ void attend(const Params &p, const Layer &layer, cons
                 }
             }
 #pragma unroll
-            for (int g = 0; g < GROUP; ++g) {
+            for (int g = 0; g < QG; ++g) {
                 float above = top[g];
 #pragma unroll
                 for (int u = 0; u < U; ++u) above = fmaxf(above, s[u][g]);
@@ -753,22 +761,17 @@ __device__ __forceinline__ void attend(const Params &p, const Layer &layer, cons
             }
 #pragma unroll
             for (int u = 0; u < U; ++u) {
-                int token = at + u * TPI + sub;
                 float v[8];
                 spread(v, vr[u]);
-                if (token == newest) {
 #pragma unroll
-                    for (int i = 0; i < 8; ++i) v[i] = sh.fresh[(GROUP + 1) * HD + dl * 8 + i];
-                }
-#pragma unroll
-                for (int g = 0; g < GROUP; ++g)
+                for (int g = 0; g < QG; ++g)
 #pragma unroll
                     for (int i = 0; i < 8; ++i) acc[g][i] += s[u][g] * v[i];
             }
         }
         // Lanes of a warp, then warps, always in the same order.
 #pragma unroll
-        for (int g = 0; g < GROUP; ++g) {
+        for (int g = 0; g < QG; ++g) {
 #pragma unroll
             for (int d = DL; d < 32; d <<= 1) {
                 float other = __shfl_xor_sync(~0u, top[g], d), above = fmaxf(top[g], other), base = above == none ? 0.f : above;
@@ -779,21 +782,21 @@ __device__ __forceinline__ void attend(const Params &p, const Layer &layer, cons
                 top[g] = above;
             }
             if (sub == 0) {
-                float *own = sh.red + (warp * GROUP + g) * (HD + 2);
+                float *own = sh.red + (warp * QG + g) * (HD + 2);
 #pragma unroll
                 for (int i = 0; i < 8; ++i) own[dl * 8 + i] = acc[g][i];
                 if (dl == 0) { own[HD] = top[g]; own[HD + 1] = sum[g]; }
             }
         }
         consumers_meet();
-        for (int i = tid; i < GROUP * HD; i += NT) {
+        for (int i = tid; i < QG * HD; i += NT) {
             int g = i / HD, d = i % HD;
             float above = none, total = 0.f, value = 0.f;
 #pragma unroll
-            for (int w = 0; w < NW; ++w) above = fmaxf(above, sh.red[(w * GROUP + g) * (HD + 2) + HD]);
+            for (int w = 0; w < NW; ++w) above = fmaxf(above, sh.red[(w * QG + g) * (HD + 2) + HD]);
 #pragma unroll
             for (int w = 0; w < NW; ++w) {
-                const float *own = sh.red + (w * GROUP + g) * (HD + 2);
+                const float *own = sh.red + (w * QG + g) * (HD + 2);
                 float weight = exp2_(own[HD] - above);
                 total += own[HD + 1] * weight;
                 value += own[d] * weight;
@@ -803,7 +806,7 @@ __device__ __forceinline__ void attend(const Params &p, const Layer &layer, cons
                 float other = __shfl_xor_sync(~0u, value, 1);
                 if ((d & 1) == 0) st_cell(out + i / 2, pack(value, other), tag);
             } else {
-                u64 *space = p.parts + (((long long)it.b * HEADS + it.h * GROUP + g) * MAXS + it.split) * (HD + 2);
+                u64 *space = p.parts + (((long long)it.b * HEADS + it.h * QG + g) * MAXS + it.split) * (HD + 2);
                 st_cell(space + d, __float_as_uint(value), tag);
                 if (d == 0) { st_cell(space + HD, __float_as_uint(above), tag); st_cell(space + HD + 1, __float_as_uint(total), tag); }
             }
@@ -811,7 +814,7 @@ __device__ __forceinline__ void attend(const Params &p, const Layer &layer, cons
         if (it.splits > FEW) {
             consumers_meet();
             if (tid == 0) {
-                u32 *mine = p.semaphores + it.b * KVH + it.h;
+                u32 *mine = p.semaphores + it.b * UNITS + it.h;
                 u32 before;
                 asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(mine) : "memory");
                 *sh.flag = before == (u32)it.splits - 1;
@@ -819,9 +822,9 @@ __device__ __forceinline__ void attend(const Params &p, const Layer &layer, cons
             }
             consumers_meet();
             if (*sh.flag) {
-                for (int i = tid; i < GROUP * HD; i += NT) {
+                for (int i = tid; i < QG * HD; i += NT) {
                     int g = i / HD, d = i % HD;
-                    const u64 *space = p.parts + ((long long)it.b * HEADS + it.h * GROUP + g) * MAXS * (HD + 2);
+                    const u64 *space = p.parts + ((long long)it.b * HEADS + it.h * QG + g) * MAXS * (HD + 2);
                     float above = none, total = 0.f, value = 0.f;
                     for (int j = 0; j < it.splits; ++j) {
                         const u64 *own = space + j * (HD + 2);
@@ -852,11 +855,12 @@ __device__ __forceinline__ void expect_context(const Params &p, const Layer &lay
         if (it.length == 0) continue;
         const int start = it.first + it.split * it.chunk, end = min(start + it.chunk, it.length - 1);
         const int *table = p.table + (long long)p.rows[it.b] * TABLE_WIDTH;
+        const int kv = it.h * QG / GROUP;
         const bool kept = i_item == 0 && it.chunk <= CHUNK;
         constexpr int LINES = HD * 2 / 128 ? HD * 2 / 128 : 1;
         for (int i = threadIdx.x; i < (end - start) * LINES; i += NT) {
             int at = i / LINES;
-            long long place = kept ? (long long)sh.slots[at] * (KVH * HD) + it.h * HD : kv_place(table, start + at, it.h);
+            long long place = kept ? (long long)sh.slots[at] * (KVH * HD) + kv * HD : kv_place(table, start + at, kv);
             place += i % LINES * 64;
             prefetch(layer.keys + place);
             prefetch(layer.values + place);
@@ -875,7 +879,7 @@ extern "C" __global__ void __launch_bounds__(NT + PW * 32, 1) decode(const __gri
     sh.squares = sh.red + cmax(2 * RED, ATT);
     sh.angles = sh.squares + NW * TOKENS;
     sh.fresh = sh.angles + HD;
-    sh.slots = (int *)(sh.fresh + (GROUP + 2) * HD);
+    sh.slots = (int *)(sh.fresh + (QG + 2) * HD);
     sh.items = (Item *)(sh.slots + CHUNK);
     sh.count = (int *)(sh.items + KEPT);
     sh.flag = (u32 *)(sh.count + 1);

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import os
 import tempfile
 from collections.abc import Mapping
 from functools import lru_cache
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 
 from ...errors import KernelError
+from ...paths import cache_dir
 
 
 class Kernel:
@@ -93,7 +93,7 @@ def compile_cubin(text: str, filename: str, macros: Mapping[str, int], arch: str
     options = [f"--gpu-architecture={arch}", "--std=c++17", "-default-device"]
     options += [f"-D{key}={value}" for key, value in sorted(macros.items())]
     digest = hashlib.sha256("\0".join([text, *options, str(version)]).encode()).hexdigest()[:32]
-    folder = Path(os.environ.get("OSTINATO_CACHE") or Path.home() / ".cache" / "ostinato") / "kernels"
+    folder = cache_dir() / "kernels"
     cached = folder / f"{Path(filename).stem}-{digest}.cubin"
     if cached.is_file():
         return cached.read_bytes()

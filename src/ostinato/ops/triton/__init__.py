@@ -9,6 +9,8 @@ All tensors have contiguous rows; an activation's leading dimension is the padde
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -17,7 +19,8 @@ from triton import cdiv, next_power_of_2
 
 from ...inputs import FLAG_PENALTIES, Batch, StaticInputs, StepState
 from ...types import SamplerVariant
-from .. import AttentionShape, Linear, Scratch, StepView
+from .. import AttentionShape, Linear, Scratch, Stack, StepView
+from ..cuda.fused import MOST_TOKENS, FusedDecode, unsupported
 from . import attention, pointwise
 from .matmul import matmul_scaled
 
@@ -78,6 +81,7 @@ class TritonOps:
     name = "triton"
 
     def __init__(self) -> None:
+        self._fused = FusedDecode(torch.device("cuda")) if _has_fused() else None
         self._wide_mm = torch.cuda.is_available() and _mm_widens()
 
     def attention_words(self, shape: AttentionShape, max_seqs: int) -> int:
@@ -118,6 +122,20 @@ class TritonOps:
             block_table=table,
             decode=batch.decode,
         )
+
+    def fused(
+        self,
+        stack: Stack,
+        view: StepView,
+        caches: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        scratch: Scratch,
+        *,
+        greedy: bool,
+    ) -> bool:
+        if self._fused is None or not view.decode or len(view.rows) > MOST_TOKENS or unsupported(stack):
+            return False
+        self._fused.run(stack, view, caches, scratch, greedy=greedy)
+        return True
 
     def embed(self, ids: torch.Tensor, table: torch.Tensor, out: torch.Tensor) -> None:
         tokens, width = out.shape
@@ -277,6 +295,13 @@ class TritonOps:
             DECODE=batch.decode, VOCAB=state.output_counts.shape[1], STOP_IDS=static.stop_ids.shape[1],
             COUNT_FLAG=FLAG_PENALTIES, BLOCK=ADVANCE_BLOCK, num_warps=4,
         )  # fmt: skip
+
+
+def _has_fused() -> bool:
+    """Whether the one-kernel decode step runs here: Hopper's bulk copies, and NVRTC to compile it."""
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
+        return False
+    return importlib.util.find_spec("cuda.bindings") is not None
 
 
 def _mm_widens() -> bool:
