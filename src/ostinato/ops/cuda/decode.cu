@@ -17,7 +17,7 @@
 // the same inner indices of a token, where mma would give it two far pairs. The sum is the same.
 //
 // Macros: HID QSIZE QKVN INTER VOCAB NL HEADS KVH HD BLOCK_SIZE WINDOW TABLE_WIDTH TOKENS (at most)
-// FP8 QKNORM QKV_BIAS O_BIAS GRID WARPS FLIGHT (chunks of weights under way to the ring) LEAD (chunks
+// FP8 QKNORM QKV_BIAS O_BIAS GRID WARPS MOST_SLICES (of a chunk) FLIGHT (chunks of weights under way to the ring) LEAD (chunks
 // in the L2 cache ahead of it) PACE (cycles a chunk) MAXS (most splits of a context) CHUNK (fewest
 // tokens in a split) QG (query heads of an
 // item of attention; they share a KV head).
@@ -49,11 +49,11 @@ constexpr int UNITS = HEADS / QG;            // groups of QG query heads, each a
 constexpr int HALF = HD / 2;
 constexpr int DL = HD / 8;                  // lanes that share a head: 8 dimensions each
 constexpr int TPI = 32 / DL;                // tokens that a warp looks at together
-constexpr int U = 4;                        // such groups that it looks at together
+constexpr int U = QG == 1 && HD == 64 ? 8 : 4;         // such groups that it looks at together
 constexpr int FEW = 4;                      // splits that the reader merges
 constexpr int KEPT = 4;                     // items of attention that a block remembers
 
-constexpr int chunk_of(int k) { return divisor(k / SW, 22) * SW; }
+constexpr int chunk_of(int k) { return divisor(k / SW, MOST_SLICES) * SW; }
 constexpr int stride_of(int ck) { return apart(ck * (int)sizeof(W)); }
 constexpr int STAGE = 16 * cmax(stride_of(chunk_of(HID)), cmax(stride_of(chunk_of(QSIZE)), stride_of(chunk_of(INTER))));
 constexpr int X_STRIDE = apart(cmax(HID, cmax(QSIZE, INTER)) * 2);
@@ -202,15 +202,14 @@ __device__ __forceinline__ void mma(float *c, u32 a0, u32 a1, u32 a2, u32 a3, u3
         "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
-// Two E4M3 bytes (the low or the high two of v) to bfloat16: the bits move to where bfloat16 has them,
-// which is the value times 2^-120, subnormals too; the product by 2^120 is exact.
-__device__ __forceinline__ u32 from_fp8(u32 v, u32 selector) {
-    u32 spread = __byte_perm(v, 0, selector);
-    u32 bits = (spread & 0x80008000u) | ((spread & 0x7f007f00u) >> 4), r;
-    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(bits), "r"(0x7b807b80u));
-    return r;
-}
-
+#if FP8
+// E4M3 bytes to bfloat16 by moving their bits to where bfloat16 has them: that is the value times 2^-120,
+// subnormals too. Tokens are multiplied by 2^100 instead, and the result by 2^20. Of four bytes, `even`
+// takes the first and the third, `odd` the others; tokens lie in shared memory in the same order.
+constexpr float TOKEN_FACTOR = 1.2676506002282294e30f, RESULT_FACTOR = 1048576.f;
+__device__ __forceinline__ u32 even(u32 v) { return (v << 8 & 0x80008000u) | (v << 4 & 0x07f007f0u); }
+__device__ __forceinline__ u32 odd(u32 v) { return (v & 0x80008000u) | (v >> 4 & 0x07f007f0u); }
+#endif
 
 struct Ring {
     u32 data, full, empty;   // shared addresses: stages, and two barriers each
@@ -491,6 +490,9 @@ __device__ __forceinline__ void stage(const Params &p, const Shared &sh, const u
                     squares += a * a + b * b + c * c + d * d;
                     w = make_uint2(pack(a * lo(gain[u].x), b * hi(gain[u].x)), pack(c * lo(gain[u].y), d * hi(gain[u].y)));
                 }
+#if FP8
+                w = make_uint2(pack(lo(w.x) * TOKEN_FACTOR, lo(w.y) * TOKEN_FACTOR), pack(hi(w.x) * TOKEN_FACTOR, hi(w.y) * TOKEN_FACTOR));
+#endif
                 asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(sh.x + n * X_STRIDE + at * 2), "r"(w.x), "r"(w.y) : "memory");
             }
             if (NORM) {
@@ -514,9 +516,7 @@ __device__ __forceinline__ void multiply(float (&acc)[2][4], u32 at, int stride,
     const u32 *pa = &a.x, *pb = &b.x;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-        // Four consecutive bytes: a pair for each of mma's two places.
-        u32 a0 = from_fp8(pa[i], 0x1404), a2 = from_fp8(pa[i], 0x3424);
-        u32 b0 = from_fp8(pb[i], 0x1404), b2 = from_fp8(pb[i], 0x3424);
+        u32 a0 = even(pa[i]), a2 = odd(pa[i]), b0 = even(pb[i]), b2 = odd(pb[i]);
         const u32 *px = &v[i / 2].x + (i % 2) * 2;
         mma(acc[i % 2], a0, b0, a2, b2, px[0], px[1]);
     }
@@ -547,6 +547,13 @@ __device__ __forceinline__ void consume(Ring &ring, Share &share, const Shared &
         const bool mine = col < B && (KIND != ACT || row < 8);
         const int n = tile * (KIND == ACT ? 8 : 16) + row;
         u64 old = 0;
+#if FP8
+        float factor_v = 0.f, factor_u = 0.f;   // asked for before the weights come
+        if (mine) {
+            factor_v = scale[n] * RESULT_FACTOR;
+            if (KIND == ACT) factor_u = scale[INTER + n] * RESULT_FACTOR;
+        }
+#endif
         if (KIND == ADD && mine && old_tag) old = ld_cell(out + ((long long)col * N + n) / 2);
         float acc[2][4] = {{0.f, 0.f, 0.f, 0.f}, {0.f, 0.f, 0.f, 0.f}};
 #pragma unroll 1
@@ -578,7 +585,10 @@ __device__ __forceinline__ void consume(Ring &ring, Share &share, const Shared &
                 if (NORM) squares += sh.squares[w * TOKENS + col];
             }
             if (NORM) { float factor = rsqrtf(squares / K + p.eps); v *= factor; u *= factor; }
-            if (FP8) { v *= scale[n]; if (KIND == ACT) u *= scale[INTER + n]; }
+#if FP8
+            v *= factor_v;
+            u *= factor_u;
+#endif
             if (KIND != BEST && bias) v += widen(bias[n]);
             if (KIND == ADD) {
                 if (old_tag == 0) v += widen(p.embedding[(long long)p.ids[col] * HID + n]);
@@ -853,14 +863,15 @@ __device__ __forceinline__ void expect_context(const Params &p, const Layer &lay
     Item it;
     for (int i_item = 0; item_at(it, p, sh, i_item); ++i_item) {
         if (it.length == 0) continue;
-        const int start = it.first + it.split * it.chunk, end = min(start + it.chunk, it.length - 1);
+        const int from = it.first + it.split * it.chunk, end = min(from + it.chunk, it.length - 1);
+        const int start = from + NW * TPI * U;   // what stands before is asked for straight away
+        if (start >= end) continue;
         const int *table = p.table + (long long)p.rows[it.b] * TABLE_WIDTH;
         const int kv = it.h * QG / GROUP;
-        const bool kept = i_item == 0 && it.chunk <= CHUNK;
-        constexpr int LINES = HD * 2 / 128 ? HD * 2 / 128 : 1;
+                constexpr int LINES = HD * 2 / 128 ? HD * 2 / 128 : 1;
         for (int i = threadIdx.x; i < (end - start) * LINES; i += NT) {
             int at = i / LINES;
-            long long place = kept ? (long long)sh.slots[at] * (KVH * HD) + kv * HD : kv_place(table, start + at, kv);
+            long long place = kv_place(table, start + at, kv);
             place += i % LINES * 64;
             prefetch(layer.keys + place);
             prefetch(layer.values + place);
