@@ -25,7 +25,7 @@ SHARED_BYTES = 227 * 1024
 SPLITS, CHUNK = 16, 256
 TUNING = {
     False: {"MOST_SLICES": 22, "FLIGHT": 3, "LEAD": 16, "PACE": 900},
-    True: {"MOST_SLICES": 45, "FLIGHT": 2, "LEAD": 8, "PACE": 1800},
+    True: {"MOST_SLICES": 45, "FLIGHT": 1, "LEAD": 8, "PACE": 1800},
 }
 """Of the stream of weights, as measured on an H200; by whether they are FP8."""
 LOG2_E = 1.4426950408889634
