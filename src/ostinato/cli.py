@@ -1,4 +1,4 @@
-"""The command line: `ostinato generate | chat | explain | graphs | bench`."""
+"""The command line: `ostinato generate | chat | serve | explain | graphs | bench`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import GraphError, OstinatoError, RequestError
+from .serve.options import add_arguments as add_serve_arguments
+from .serve.options import from_arguments
 from .types import RequestOutput, SamplingParams
 
 if TYPE_CHECKING:
@@ -60,6 +62,11 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     chat = command("chat", _chat, "Talk with a model: one answer to MESSAGE, or a conversation without it.")
     chat.add_argument("message", nargs="?")
     chat.add_argument("--system", help="system message")
+
+    serve = commands.add_parser("serve", help="Serve a model over HTTP, as OpenAI's API does.")
+    serve.set_defaults(run=_serve)
+    add_serve_arguments(serve)
+    _engine_options(serve)
 
     def inspector(name: str, run: Any, text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
@@ -175,6 +182,17 @@ def _inspected(args: argparse.Namespace, **options: Any) -> LLM:
 
     named = {name: getattr(args, name) for name in (*_ENGINE, "load_format")}
     return LLM(args.inspected or args.model, **named | options)
+
+
+def _serve(args: argparse.Namespace) -> int:
+    options = from_arguments(args, _ENGINE)
+    try:
+        from .serve.server import run
+    except ImportError as error:
+        raise OstinatoError(
+            f"{error}; the server needs more packages: pip install 'ostinato[serve]'"
+        ) from error
+    return run(options)
 
 
 def _explain(args: argparse.Namespace) -> int:

@@ -251,6 +251,11 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return bool(self._templates)
 
+    @property
+    def tool_template(self) -> str | None:
+        """Source of the chat template that tools are rendered with; None if there is none."""
+        return self._templates.get("tool_use") or self._templates.get("default")
+
     def apply_chat_template(
         self,
         messages: Sequence[Message],
