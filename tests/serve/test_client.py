@@ -297,28 +297,30 @@ def test_leaving_a_stream_frees_its_blocks(server: Server, client: OpenAI) -> No
     assert server.metric("generation_tokens_total") - before < 2000
 
 
-@pytest.mark.anyio
-async def test_a_client_that_gives_up_frees_its_blocks(server: Server) -> None:
-    async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
-        given: Any = {"model": "tiny", "prompt": "a", "max_tokens": 4000, "extra_body": {"ignore_eos": True}}
-        task = asyncio.create_task(client.completions.create(**given))
-        while server.metric("num_requests_running") != 1:
-            await asyncio.sleep(0.01)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
+def test_a_client_that_gives_up_frees_its_blocks(server: Server) -> None:
+    async def give_up() -> None:
+        async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+            given: Any = {"model": "tiny", "prompt": "a", "max_tokens": 4000}
+            task = asyncio.create_task(client.completions.create(**given, extra_body={"ignore_eos": True}))
+            await asyncio.to_thread(server.wait_for, "num_requests_running", 1)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+
+    asyncio.run(give_up())
     server.wait_for("num_requests_running", 0, seconds=5)
 
 
-@pytest.mark.anyio
-async def test_the_async_client_streams(server: Server, offline: LLM) -> None:
-    async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
-        stream = await client.chat.completions.create(
-            model="tiny", messages=HELLO, max_tokens=20, temperature=0, stream=True
-        )
-        text = "".join([c.choices[0].delta.content or "" async for c in stream])
+def test_the_async_client_streams(server: Server, offline: LLM) -> None:
+    async def say() -> str:
+        async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+            stream = await client.chat.completions.create(
+                model="tiny", messages=HELLO, max_tokens=20, temperature=0, stream=True
+            )
+            return "".join([c.choices[0].delta.content or "" async for c in stream])
+
     (wanted,) = offline.chat(HELLO, SamplingParams(temperature=0, max_tokens=20), use_tqdm=False)
-    assert text == wanted.outputs[0].text
+    assert asyncio.run(say()) == wanted.outputs[0].text
 
 
 def test_status_errors_are_the_clients_own(client: OpenAI) -> None:

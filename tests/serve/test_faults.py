@@ -29,7 +29,8 @@ def client_of(server: Server) -> OpenAI:
 class Open:
     """Requests that run in threads, and how they end."""
 
-    def __init__(self, server: Server, streamed: int, at_once: int) -> None:
+    def __init__(self, server: Server, streamed: int, at_once: int, max_tokens: int = 4000) -> None:
+        self.body: Any = LONG | {"max_tokens": max_tokens}
         self.client, self.errors = client_of(server), [None] * (streamed + at_once)
         self.tokens = [0] * (streamed + at_once)
         self.threads = [
@@ -41,9 +42,9 @@ class Open:
     def _run(self, n: int, stream: bool) -> None:
         try:
             if not stream:
-                self.client.completions.create(**LONG)
+                self.client.completions.create(**self.body)
                 return
-            for _ in self.client.completions.create(**LONG, stream=True):
+            for _ in self.client.completions.create(**self.body, stream=True):
                 self.tokens[n] += 1
         except Exception as error:
             self.errors[n] = error  # type: ignore[call-overload]
@@ -137,7 +138,7 @@ def test_a_port_that_is_taken_is_said_before_anything_is_loaded(tmp_path: Path) 
 
 def test_sigterm_lets_open_requests_end(model: Path, tmp_path: Path) -> None:
     with serving(str(model), *SMALL, "--shutdown-timeout", "60", folder=tmp_path) as server:
-        requests = Open(server, streamed=2, at_once=0)
+        requests = Open(server, streamed=2, at_once=0, max_tokens=800)
         server.wait_for("num_requests_running", 2)
         server.process.send_signal(signal.SIGTERM)
         wait_for(server, "2 requests have")
@@ -250,7 +251,7 @@ def test_limits_of_time_size_and_waiting(model: Path, tmp_path: Path) -> None:
 
 
 def test_a_slow_reader_stalls_nobody(server: Server) -> None:
-    body = b'{"prompt":"a","max_tokens":4000,"ignore_eos":true,"stream":true,"logprobs":20,"temperature":0}'
+    body = b'{"prompt":"a","max_tokens":500,"n":8,"ignore_eos":true,"stream":true,"logprobs":20}'
     host, port = server.url.removeprefix("http://").split(":")
     with socket.socket() as slow:
         slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
