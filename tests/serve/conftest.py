@@ -15,7 +15,8 @@ from tests.serve.servers import Server, serving
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-LIMITS = ("--max-num-seqs", "8", "--max-num-batched-tokens", "256")
+LIMITS = ("--max-num-seqs", "8", "--max-num-batched-tokens", "256", "--pipeline-depth", "2")
+"""Two steps in flight, as on a GPU."""
 
 
 @pytest.fixture(scope="session")

@@ -87,6 +87,8 @@ class TaggedCalls:
     def __init__(self) -> None:
         self._held = ""
         self._inside = False
+        self._after = False
+        """Nothing but line ends since the last call."""
 
     def push(self, text: str) -> tuple[str, list[Call]]:
         self._held += text
@@ -102,8 +104,11 @@ class TaggedCalls:
                     calls.append(call)
                 else:
                     content += _OPEN + body + _CLOSE
-                self._held, self._inside = rest.lstrip("\n"), False
+                self._held, self._inside, self._after = rest, False, True
                 continue
+            if self._after:
+                self._held = self._held.lstrip("\n")
+                self._after = not self._held
             before, opened, rest = self._held.partition(_OPEN)
             if opened:
                 content += before.rstrip("\n") if not before.strip() else before
