@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -75,17 +76,17 @@ def parse(model: type[M], data: bytes) -> M:
 
 def _explain(model: type[BaseModel], data: bytes, error: ValidationError) -> ApiError:
     found = error.errors(include_url=False, include_input=False)
-    first = found[0]
-    if first["type"] == "json_invalid":
-        return ApiError(f"the body is not valid JSON: {first['ctx']['error']}", code="invalid_json")
+    if found[0]["type"] == "json_invalid":
+        return ApiError(f"the body is not valid JSON: {found[0]['ctx']['error']}", code="invalid_json")
     values = from_json(data)
+    # Of a field that may be several things each is complained of: what lies deepest was meant.
+    first = max(found, key=lambda e: len(re.findall(r"[.\[]", _path(e, values))))
     path = _path(first, values)
     if first["type"] == "extra_forbidden":
         known = model.model_fields if len(first["loc"]) == 1 else ()
         hint = suggest(path, known) if known else ""
         hint = hint if "did you mean" in hint else ""
         return ApiError(f"{path}: this field is not supported{hint}", param=path, code="unknown_field")
-    # Of a field that may be several things there are several complaints.
     about = dict.fromkeys(e["msg"] for e in found if _path(e, values) == path)
     said = ", or: ".join(list(about)[:_ALTERNATIVES])
     return ApiError(f"{path or 'the body'}: {said}", param=path or None, code="invalid_value")
