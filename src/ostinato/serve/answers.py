@@ -30,10 +30,6 @@ _encode = msgspec.json.Encoder().encode
 class Format(Protocol):
     """How one endpoint writes a generation."""
 
-    def begin(self) -> Iterator[dict[str, Any]]:
-        """Chunks before the first token."""
-        ...
-
     def chunk(self, delta: Delta) -> Iterator[dict[str, Any]]:
         """Chunks of something new."""
         ...
@@ -106,9 +102,6 @@ class Answer(Response):
     async def _event_bytes(self) -> AsyncIterator[bytes]:
         """All that has arrived goes out in one piece: a reader that lags gets fewer, longer ones."""
         form = self._form
-        begin = b"".join(map(_event, form.begin()))
-        if begin:
-            yield begin
         try:
             async for deltas in self._generation.deltas():
                 yield b"".join(_event(chunk) for delta in deltas for chunk in form.chunk(delta))

@@ -223,15 +223,11 @@ class ChatFormat:
 
     # --- streamed ----------------------------------------------------------------------
 
-    def begin(self) -> Iterator[dict[str, Any]]:
-        for index in range(len(self._choices)):
-            yield self._envelope(
-                [self._entry(index, {"role": "assistant", "content": ""})],
-                self._options.continuous_usage_stats,
-            )
-
     def chunk(self, delta: Delta) -> Iterator[dict[str, Any]]:
         choice = self._choices[delta.index]
+        if not choice.begun:  # not before the first token, which clients measure by it
+            opening = self._entry(delta.index, {"role": "assistant", "content": ""})
+            yield self._envelope([opening], self._options.continuous_usage_stats)
         first = len(choice.calls)
         content, calls, reason = self._read(choice, delta)
         said: dict[str, Any] = {"content": content}

@@ -101,9 +101,6 @@ class CompletionFormat:
 
     # --- streamed ----------------------------------------------------------------------
 
-    def begin(self) -> Iterator[dict[str, Any]]:
-        return iter(())
-
     def chunk(self, delta: Delta) -> Iterator[dict[str, Any]]:
         choice = self._choices[delta.index]
         text, logprobs = self._delta(choice, delta)
