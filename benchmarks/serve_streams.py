@@ -28,6 +28,7 @@ def main() -> int:
     parser.add_argument("--tokenizer")
     parser.add_argument("--load-format", default="auto")
     parser.add_argument("--streams", type=int, default=200)
+    parser.add_argument("--warmup", type=int, help="streams of the first run (default: as many)")
     parser.add_argument("--input-len", type=int, default=40, help="words of a prompt")
     parser.add_argument("--output-len", type=int, default=32, help="tokens")
     parser.add_argument("--max-num-seqs", type=int)
@@ -40,8 +41,8 @@ def main() -> int:
     from ostinato.bench.serve import random_asks, summary, table
 
     runs = [
-        random_asks(args.streams, args.input_len, args.output_len, spread=0.5, vocab_size=None, seed=seed)
-        for seed in (1, 2)
+        random_asks(count, args.input_len, args.output_len, spread=0.5, vocab_size=None, seed=seed)
+        for seed, count in enumerate((args.warmup or args.streams, args.streams))
     ]
     answers, seconds = served(args, runs)
     result: dict[str, Any] = {

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import GraphError, OstinatoError, RequestError
+from .serve.options import KEY_VARIABLE, from_arguments
 from .serve.options import add_arguments as add_serve_arguments
-from .serve.options import from_arguments
 from .types import RequestOutput, SamplingParams
 
 if TYPE_CHECKING:
@@ -83,6 +83,8 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     graphs.add_argument("--json", metavar="FILE", help="write the report as data")
     graphs.add_argument("--dot", metavar="FILE", help="write the smallest graph for GraphViz")
     graphs.add_argument("--audit", action="store_true", help="check every pointer of every graph")
+    graphs.add_argument("--url", help="read a running server instead, such as http://127.0.0.1:8000")
+    graphs.add_argument("--api-key", help=f"of that server (default: ${KEY_VARIABLE})")
 
     text = "Measure: latency, throughput, startup, step, serve."
     bench = commands.add_parser("bench", help=text, description=text)
@@ -205,6 +207,18 @@ def _graphs(args: argparse.Namespace) -> int:
 
     for path in (args.html, args.json, args.dot):
         _check_writable(path)  # before anything is loaded
+    if args.url is not None:
+        if args.dot or args.audit:
+            raise GraphError(
+                f"{'--dot' if args.dot else '--audit'} needs the graphs themselves: leave --url out"
+            )
+        from .serve.remote import graphs_report
+
+        remote = graphs_report(args.url, args.api_key or os.environ.get(KEY_VARIABLE))
+        print(report.table(remote))
+        for path, render in ((args.html, report.html), (args.json, type(remote).to_json)):
+            _write(path, render(remote))
+        return 0
     llm = _inspected(args, cudagraph_capture="startup")
     found = llm.graph_report(chains=bool(args.html or args.json))
     print(report.table(found))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -249,6 +251,30 @@ def test_graphs_as_data_and_as_a_page(server: Server) -> None:
     _, page, headers = get(f"{server.url}/graphs", {"accept": "text/html"})
     assert headers["content-type"].startswith("text/html")
     assert page.startswith(b"<!")
+
+
+def test_the_command_line_reads_a_running_server(server: Server, tmp_path: Path) -> None:
+    data, page = tmp_path / "r.json", tmp_path / "r.html"
+
+    def graphs(*args: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "ostinato.cli", "graphs", *args]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+    done = graphs("--url", server.url, "--json", str(data), "--html", str(page))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("tiny on cpu")
+    assert json.loads(data.read_text())["report"]["model"] == "tiny"
+    assert page.read_text().startswith("<!")
+    for args, words in (
+        (["--url", server.url, "--audit"], "--audit"),
+        (["--url", f"{server.url}/nothing"], "HTTP 404"),
+        (["--url", "http://127.0.0.1:9"], "cannot be read"),
+        (["--url", "nonsense"], "--url must be"),
+    ):
+        failed = graphs(*args)
+        assert failed.returncode == 1
+        assert words in failed.stderr
+        assert failed.stderr.count("\n") == 1
 
 
 def test_metrics_have_vllms_names(server: Server, client: OpenAI) -> None:
