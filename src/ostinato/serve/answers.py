@@ -23,6 +23,8 @@ from .service import Service
 
 logger = logging.getLogger(__name__)
 
+_UNREAD_SECONDS = 10.0
+"""For the client to read what is left once the request's time is over; then the connection is closed."""
 _DONE = b"data: [DONE]\n\n"
 _encode = msgspec.json.Encoder().encode
 
@@ -61,7 +63,8 @@ class Answer(Response):
         work = asyncio.ensure_future((self._events if self._stream else self._at_once)(send))
         gone = asyncio.ensure_future(_disconnected(receive))
         try:
-            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+            limit = self._service.options.request_timeout + _UNREAD_SECONDS
+            await asyncio.wait({work, gone}, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
             if work.done():
                 work.result()
         finally:
