@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -275,6 +277,26 @@ def test_the_command_line_reads_a_running_server(server: Server, tmp_path: Path)
         assert failed.returncode == 1
         assert words in failed.stderr
         assert failed.stderr.count("\n") == 1
+
+
+def documented_commands() -> list[str]:
+    root = Path(__file__).parents[2]
+    text = (root / "README.md").read_text() + (root / "docs" / "server.md").read_text()
+    return re.findall(r"^```\n(curl .*?)\n```$", text, re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.skipif(not shutil.which("curl"), reason="needs curl")
+def test_curl_as_in_the_documentation(server: Server) -> None:
+    commands = documented_commands()
+    assert len(commands) == 2
+    for command in commands:
+        assert "http://127.0.0.1:8000/" in command
+        here = command.replace("http://127.0.0.1:8000", server.url)
+        done = subprocess.run(["bash", "-c", here], capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 0, done.stderr
+        answer = json.loads(done.stdout)
+        assert answer["object"] in ("text_completion", "chat.completion"), answer
+        assert answer["usage"]["completion_tokens"] > 0
 
 
 def test_metrics_have_vllms_names(server: Server, client: OpenAI) -> None:
