@@ -256,7 +256,7 @@ def test_a_slow_reader_stalls_nobody(server: Server) -> None:
     with socket.socket() as slow:
         slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         slow.connect((host, int(port)))
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
         slow.sendall(head.encode() + body)
         assert slow.recv(100).startswith(b"HTTP/1.1 200")  # and reads no more
         begin = time.monotonic()
@@ -272,7 +272,7 @@ def test_a_client_that_never_sends_its_body_harms_nobody(server: Server) -> None
     with socket.socket() as lazy:
         lazy.connect((host, int(port)))
         lazy.sendall(
-            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{"
+            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{"
         )
         assert post(f"{server.url}/v1/completions", {"prompt": "b", "max_tokens": 3})[0] == 200
     assert get(f"{server.url}/health")[0] == 200

@@ -82,6 +82,24 @@ def test_other_peoples_pages(locked: Server, server: Server) -> None:
         assert "application/json" in answer["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    ("host", "allowed"),
+    [
+        *(("localhost:8000", True), ("127.0.0.1", True), ("[::1]:8000", True), ("a.localhost", True)),
+        *(("evil.example", False), ("evil.example:8000", False), ("127.0.0.1.evil.example", False)),
+    ],
+)
+def test_names_that_were_pointed_here(server: Server, host: str, allowed: bool) -> None:
+    status, data, _ = get(f"{server.url}/v1/models", {"host": host})
+    assert status == (200 if allowed else 403)
+    assert allowed or "--allowed-host" in json.loads(data)["error"]["message"]
+
+
+def test_a_name_is_no_matter_where_there_is_a_key(locked: Server) -> None:
+    headers = {"host": "models.example", "authorization": "Bearer first-key"}
+    assert get(f"{locked.url}/v1/models", headers)[0] == 200
+
+
 def test_prompts_and_ids_are_not_logged(locked: Server) -> None:
     key = {"authorization": "Bearer first-key"}
     answer = post(f"{locked.url}/v1/completions", {"prompt": SECRET, "max_tokens": 2}, key)[1]

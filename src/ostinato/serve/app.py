@@ -7,6 +7,7 @@ import base64
 import binascii
 import hashlib
 import hmac
+import ipaddress
 import logging
 from collections.abc import Awaitable
 from importlib import resources
@@ -105,6 +106,8 @@ def make_app(service: Service) -> FastAPI:
     app.add_exception_handler(Exception, unexpected)
     if service.options.api_keys:
         app.add_middleware(KeyCheck, keys=service.options.api_keys)
+    elif not service.options.beyond_loopback:
+        app.add_middleware(HostCheck, allowed=service.options.allowed_hosts)
     if service.options.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -243,6 +246,39 @@ def _json(model: BaseModel, status: int = 200) -> Response:
 
 def error_response(error: ApiError) -> Response:
     return JSONResponse(error.body(), error.status, headers=error.headers)
+
+
+class HostCheck:
+    """For a server of this machine without a key: refuses names that somebody's DNS may have pointed here.
+
+    A page at such a name would be of the same origin, and could use the server (DNS rebinding).
+    """
+
+    def __init__(self, app: ASGIApp, allowed: tuple[str, ...]) -> None:
+        self._app, self._allowed = app, frozenset(name.lower() for name in allowed)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or self._known(scope):
+            await self._app(scope, receive, send)
+            return
+        error = ApiError(
+            "this server answers to localhost and to addresses; start it with --allowed-host for another name",
+            403,
+            kind="permission_error",
+            code="unknown_host",
+        )
+        await error_response(error)(scope, receive, send)
+
+    def _known(self, scope: Scope) -> bool:
+        given = next((v for k, v in scope["headers"] if k == b"host"), b"").decode("latin-1").lower()
+        name = given[1:].partition("]")[0] if given.startswith("[") else given.partition(":")[0]
+        if not name or name == "localhost" or name.endswith(".localhost") or name in self._allowed:
+            return True
+        try:
+            ipaddress.ip_address(name)
+        except ValueError:
+            return False
+        return True
 
 
 class KeyCheck:

@@ -40,6 +40,8 @@ class ServeOptions:
     max_body_size: int = 16 << 20
     """Bytes"""
     cors_origins: tuple[str, ...] = ()
+    allowed_hosts: tuple[str, ...] = ()
+    """Names beside localhost that requests may be addressed to, where there is no key."""
     log_level: str = "info"
     log_format: str = "text"
     log_requests: bool = False
@@ -102,6 +104,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     http.add_argument(
         "--cors-origin", action="append", default=[], metavar="ORIGIN", help="may be repeated (default: none)"
     )
+    http.add_argument(
+        "--allowed-host", action="append", default=[], metavar="NAME",
+        help="a name beside localhost, for a server of this machine without a key; may be repeated",
+    )  # fmt: skip
     http.add_argument("--ssl-keyfile", metavar="FILE", help="serve TLS")
     http.add_argument("--ssl-certfile", metavar="FILE")
     http.add_argument("--ssl-keyfile-password", metavar="TEXT")
@@ -159,6 +165,7 @@ def from_arguments(args: argparse.Namespace, engine: Sequence[str]) -> ServeOpti
         shutdown_timeout=args.shutdown_timeout,
         max_body_size=args.max_body_size,
         cors_origins=tuple(args.cors_origin),
+        allowed_hosts=tuple(args.allowed_host),
         log_level="debug" if args.verbose else args.log_level,
         log_format=args.log_format,
         log_requests=args.log_requests or args.log_prompts,
