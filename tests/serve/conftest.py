@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("fastapi", reason="the server needs the packages of ostinato[serve]")
-
 from tests.serve.models import save
 from tests.serve.servers import Server, serving
 
