@@ -6,10 +6,13 @@ BIN := $(VENV)/bin
 CONSTRAINT := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c constraints-cpu.txt)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINT)
 
-.PHONY: demo test check bench-cpu clean
+.PHONY: demo serve test check bench-cpu clean
 
 demo: $(VENV)/.installed ## fetch the default model and ask it a question
 	$(BIN)/ostinato chat "What is the capital of France?"
+
+serve: $(VENV)/.installed-serve ## serve the default model on http://127.0.0.1:8000
+	$(BIN)/ostinato serve
 
 test: $(VENV)/.installed-dev ## the whole test suite
 	$(BIN)/python -m pytest
@@ -33,6 +36,10 @@ $(VENV)/.created:
 $(VENV)/.installed: $(VENV)/.created pyproject.toml constraints-cpu.txt
 	@echo "installing ostinato into $(VENV) (a few minutes the first time)"
 	$(PIP) -e .
+	touch $@
+
+$(VENV)/.installed-serve: $(VENV)/.installed
+	$(PIP) -e '.[serve]'
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed

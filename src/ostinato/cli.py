@@ -1,4 +1,4 @@
-"""The command line: `ostinato generate | chat | explain | graphs | bench`."""
+"""The command line: `ostinato generate | chat | serve | explain | graphs | bench`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import GraphError, OstinatoError, RequestError
+from .serve.options import KEY_VARIABLE, from_arguments
+from .serve.options import add_arguments as add_serve_arguments
 from .types import RequestOutput, SamplingParams
 
 if TYPE_CHECKING:
@@ -61,6 +63,11 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     chat.add_argument("message", nargs="?")
     chat.add_argument("--system", help="system message")
 
+    serve = commands.add_parser("serve", help="Serve a model over HTTP, as OpenAI's API does.")
+    serve.set_defaults(run=_serve)
+    add_serve_arguments(serve)
+    _engine_options(serve)
+
     def inspector(name: str, run: Any, text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
         sub.set_defaults(run=run)
@@ -76,6 +83,8 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     graphs.add_argument("--json", metavar="FILE", help="write the report as data")
     graphs.add_argument("--dot", metavar="FILE", help="write the smallest graph for GraphViz")
     graphs.add_argument("--audit", action="store_true", help="check every pointer of every graph")
+    graphs.add_argument("--url", help="read a running server instead, such as http://127.0.0.1:8000")
+    graphs.add_argument("--api-key", help=f"of that server (default: ${KEY_VARIABLE})")
 
     text = "Measure: latency, throughput, startup, step, serve."
     bench = commands.add_parser("bench", help=text, description=text)
@@ -177,6 +186,17 @@ def _inspected(args: argparse.Namespace, **options: Any) -> LLM:
     return LLM(args.inspected or args.model, **named | options)
 
 
+def _serve(args: argparse.Namespace) -> int:
+    options = from_arguments(args, _ENGINE)
+    try:
+        from .serve.server import run
+    except ImportError as error:
+        raise OstinatoError(
+            f"{error}; the server needs more packages: pip install 'ostinato[serve]'"
+        ) from error
+    return run(options)
+
+
 def _explain(args: argparse.Namespace) -> int:
     print(_inspected(args).explain(args.batch))
     return 0
@@ -187,6 +207,18 @@ def _graphs(args: argparse.Namespace) -> int:
 
     for path in (args.html, args.json, args.dot):
         _check_writable(path)  # before anything is loaded
+    if args.url is not None:
+        if args.dot or args.audit:
+            raise GraphError(
+                f"{'--dot' if args.dot else '--audit'} needs the graphs themselves: leave --url out"
+            )
+        from .serve.remote import graphs_report
+
+        remote = graphs_report(args.url, args.api_key or os.environ.get(KEY_VARIABLE))
+        print(report.table(remote))
+        for path, render in ((args.html, report.html), (args.json, type(remote).to_json)):
+            _write(path, render(remote))
+        return 0
     llm = _inspected(args, cudagraph_capture="startup")
     found = llm.graph_report(chains=bool(args.html or args.json))
     print(report.table(found))

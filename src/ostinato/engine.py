@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -44,6 +44,7 @@ from .types import (
     SamplingParams,
     Schedule,
     StepKind,
+    TokenGrammar,
 )
 
 if TYPE_CHECKING:
@@ -53,6 +54,8 @@ if TYPE_CHECKING:
     from .tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _CPU_CACHE_BYTES = 1 << 30
 """KV cache on a CPU, unless asked otherwise."""
@@ -126,6 +129,16 @@ class Engine:
         Returns:
             Outputs of requests that got a token or ended, as their `output_kind` asks.
         """
+        return self._step(self.outputs.make)
+
+    def advance(self) -> list[Request]:
+        """`step` for who reads the requests themselves: those that got a token or ended.
+
+        Whoever uses this passes the ended ones to `outputs.make`, which forgets them.
+        """
+        return self._step(list)
+
+    def _step(self, deliver: Callable[[Iterable[Request]], list[T]]) -> list[T]:
         self._check_alive()
         try:
             with self.device_context():
@@ -137,7 +150,7 @@ class Engine:
                     self._inflight.append((schedule, self.runner.run(batch)))
                 if len(self._inflight) >= self.config.pipeline_depth or (schedule is None and self._inflight):
                     launched, pending = self._inflight.popleft()
-                    return self.outputs.make(self.scheduler.commit(launched, pending.result()))
+                    return deliver(self.scheduler.commit(launched, pending.result()))
                 return []
         except BaseException as error:
             self._abandon(error)
@@ -161,8 +174,18 @@ class Engine:
         request_id: str | None = None,
         *,
         add_special_tokens: bool = True,
+        bad_word_ids: Sequence[Sequence[int]] = (),
+        grammar: TokenGrammar | None = None,
     ) -> str:
         """Queue a prompt; returns its id.
+
+        Args:
+            prompt: text or token ids.
+            params: what to sample.
+            request_id: None: the next number.
+            add_special_tokens: what the model expects around a text, such as BOS.
+            bad_word_ids: token sequences that must not be completed, beside those of `params.bad_words`.
+            grammar: what the output has to follow; for one completion (n=1).
 
         Raises:
             RequestError: the prompt or a parameter cannot be served by this model.
@@ -190,7 +213,7 @@ class Engine:
         stop_ids = frozenset(params.stop_token_ids or ()) | (
             frozenset() if params.ignore_eos else self.eos_token_ids
         )
-        bad_words = self._bad_words(params)
+        bad_words = (*self._bad_words(params), *map(tuple, bad_word_ids))
         requests = [
             Request(
                 request_id=name,
@@ -202,6 +225,7 @@ class Engine:
                 seed=seed + i,
                 index=i,
                 bad_word_ids=bad_words,
+                grammar=grammar,
                 sink=self.tokenizer.stream(params, ids) if self.tokenizer and params.detokenize else None,
             )
             for i, name in enumerate(request_ids)
@@ -272,15 +296,10 @@ class Engine:
             raise RequestError("stop and bad_words need a tokenizer; use stop_token_ids or allowed_token_ids")
 
     def _bad_words(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
-        """Token sequences of each bad word, at the start of a text and after a space."""
-        found: dict[tuple[int, ...], None] = {}
-        for word in params.bad_words or ():
-            assert self.tokenizer is not None
-            for spelling in (word, " " + word.lstrip()):
-                ids = tuple(self.tokenizer.encode(spelling, False, name=f"bad_words: {word!r}"))
-                if ids:
-                    found[ids] = None
-        return tuple(found)
+        if not params.bad_words:
+            return ()
+        assert self.tokenizer is not None
+        return self.tokenizer.bad_word_ids(params.bad_words)
 
     # --- failure -----------------------------------------------------------------------
 
@@ -352,16 +371,19 @@ class Engine:
 
 
 class _Stages:
-    """Seconds of each stage of the start, logged as they end."""
+    """Seconds of each stage of the start, logged as they end with the bytes that they took."""
 
-    def __init__(self) -> None:
+    def __init__(self, memory: Sequence[MemoryLine]) -> None:
         self.seconds: dict[str, float] = {}
+        self._memory, self._lines = memory, 0
         self._last = time.perf_counter()
 
     def done(self, name: str) -> None:
         now = time.perf_counter()
         self.seconds[name], self._last = now - self._last, now
-        logger.info("%s: %.3f s", name, self.seconds[name])
+        nbytes = sum(line.nbytes for line in self._memory[self._lines :])
+        self._lines = len(self._memory)
+        logger.info("start: %s, %.3f s, %d bytes", name, self.seconds[name], nbytes)
 
 
 def build(options: EngineOptions, backend: GraphBackend | None = None) -> Engine:
@@ -377,7 +399,8 @@ def build(options: EngineOptions, backend: GraphBackend | None = None) -> Engine
     from .models.decoder import load, random_decoder
     from .models.registry import spec_from_config
 
-    stages, memory = _Stages(), []
+    memory: list[MemoryLine] = []
+    stages = _Stages(memory)
     checkpoint, model_config = _open(options)
     spec = spec_from_config(model_config)
     config = resolve(

@@ -340,7 +340,7 @@ class StepBuffers:
                 self._join(edits, item)
             if item.new_blocks:
                 edits.put("block_table", item.row, item.new_blocks, column=item.num_blocks_before)
-            if item.request.bad_word_ids and item.request.host_dependent:
+            if (item.request.bad_word_ids or item.request.grammar) and item.request.host_dependent:
                 edits.put("mask", item.row, self._mask(item.request))
         decoding = {item.row for item in rows if item.decode}
         for row in decoding - self._enabled:
@@ -417,6 +417,7 @@ class StepBuffers:
         self._disable(edits, row)
         self._held.add(row)
         masked = params.allowed_token_ids is not None or bool(request.bad_word_ids)
+        masked = masked or request.grammar is not None
         flags = FLAG_PENALTIES * params.has_penalties + FLAG_MASK * masked
         flags += FLAG_BIAS * bool(params.logit_bias) + FLAG_LOGPROBS * (params.logprobs is not None)
         edits.set("flags", row, flags)
@@ -449,7 +450,12 @@ class StepBuffers:
         if allowed is not None:
             bits[list(allowed)] = True
         bits[list(request.banned_next())] = False
-        return np.packbits(bits, bitorder="little").view(np.int32)
+        words = np.packbits(bits, bitorder="little").view(np.int32)
+        if request.grammar is not None:
+            grammar = np.empty_like(words)
+            request.grammar.fill(grammar)
+            words &= grammar
+        return words
 
     def _rebuild_counts(self, edits: _Edits, request: Request, row: int) -> None:
         """Penalty state from the history; the host's work grows with the history, not with the vocabulary."""

@@ -97,7 +97,7 @@ class _Entry:
     def __init__(self, request: Request, arrival: int, block_size: int) -> None:
         self.request = request
         self.arrival = arrival
-        self.variant = int(request.params.sampler_variant)
+        self.variant = int(request.sampler_variant)
         self.host_dependent = request.host_dependent
         self.last_start = request.max_total_tokens - 1
         """No step starts here: the last token's KV is never needed."""
@@ -801,6 +801,9 @@ class Scheduler:
         """A token was appended, `end` tokens are computed: add its text, and end the request if it says so."""
         request = entry.request
         params = request.params
+        if request.grammar is not None and not request.grammar.accept(token):
+            self._finish(entry, FinishReason.ERROR)
+            return
         # The device masks stop ids before `min_tokens`. Stop strings it does not know: a match
         # before that is ignored, as in vLLM. A stop token is kept in the output, but not its text.
         may_stop = len(request.output_token_ids) >= params.min_tokens

@@ -181,6 +181,16 @@ class Tokenizer:
             self.apply_chat_template(messages, tools=tools, **kwargs), add_special_tokens=False
         )
 
+    def bad_word_ids(self, words: Iterable[str]) -> tuple[tuple[int, ...], ...]:
+        """Token sequences of each bad word, at the start of a text and after a space."""
+        found: dict[tuple[int, ...], None] = {}
+        for word in words:
+            for spelling in (word, " " + word.lstrip()):
+                ids = tuple(self.encode(spelling, False, name=f"bad_words: {word!r}"))
+                if ids:
+                    found[ids] = None
+        return tuple(found)
+
     # --- ids to text ---
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
@@ -198,6 +208,14 @@ class Tokenizer:
         if self._to_bytes is not None:
             return self._piece(token_id).decode("utf-8", "replace")
         return str(self._library.decode([token_id], skip_special_tokens=False))
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that one token stands for, special or not; as far as its text where tokens have none."""
+        return self._piece(token_id) if self._to_bytes is not None else self.token_text(token_id).encode()
+
+    def to_json(self) -> str:
+        """tokenizer.json, as the `tokenizers` library writes it."""
+        return str(self._library.to_str())
 
     def stream(self, params: SamplingParams, prompt_ids: Sequence[int] = ()) -> TextSink:
         """A sink that turns the output tokens of one request into text.
@@ -232,6 +250,11 @@ class Tokenizer:
     @property
     def has_chat_template(self) -> bool:
         return bool(self._templates)
+
+    @property
+    def tool_template(self) -> str | None:
+        """Source of the chat template that tools are rendered with; None if there is none."""
+        return self._templates.get("tool_use") or self._templates.get("default")
 
     def apply_chat_template(
         self,

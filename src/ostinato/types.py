@@ -323,6 +323,22 @@ class TextSink(Protocol):
         ...
 
 
+class TokenGrammar(Protocol):
+    """What the output of one request has to follow; owned by the request."""
+
+    def fill(self, words: Any) -> None:
+        """Set the bits of the tokens that may come next.
+
+        Args:
+            words: [ceil(vocab / 32)] int32 numpy array: bit v % 32 of word v // 32 is token v; overwritten.
+        """
+        ...
+
+    def accept(self, token_id: int) -> bool:
+        """Take a token that was sampled; False: it does not fit, and the request has to end."""
+        ...
+
+
 class RequestStatus(Enum):
     WAITING = "waiting"
     RUNNING = "running"
@@ -359,6 +375,7 @@ class Request:
     """Which of the n completions."""
     bad_word_ids: tuple[tuple[int, ...], ...] = ()
     """Token sequences that must not be completed."""
+    grammar: TokenGrammar | None = None
     sink: TextSink | None = None
 
     # Progress: written by the scheduler alone.
@@ -405,7 +422,13 @@ class Request:
     @property
     def host_dependent(self) -> bool:
         """Its next mask depends on its last token, so it must not run ahead of commit."""
-        return any(len(word) > 1 for word in self.bad_word_ids)
+        return self.grammar is not None or any(len(word) > 1 for word in self.bad_word_ids)
+
+    @property
+    def sampler_variant(self) -> SamplerVariant:
+        """The smallest variant that serves it."""
+        masked = self.grammar is not None or self.bad_word_ids
+        return SamplerVariant.FULL if masked else self.params.sampler_variant
 
     def token_ids(self, start: int, stop: int) -> tuple[int, ...]:
         """Known tokens at positions [start, stop)."""

@@ -100,3 +100,11 @@ def test_the_public_names_are_listed_and_exist() -> None:
         assert getattr(ostinato, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'LMM'"):
         ostinato.LMM  # noqa: B018
+
+
+def test_the_http_process_imports_no_torch() -> None:
+    code = (
+        "import sys, ostinato.serve.server, ostinato.serve.grammar, ostinato.bench.serve; "
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

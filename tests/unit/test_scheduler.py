@@ -367,7 +367,7 @@ class Engine:
         )
         if schedule.kind is StepKind.DECODE:
             assert [r.row for r in rows] == sorted(r.row for r in rows)
-        variants = [r.request.params.sampler_variant for r in rows if r.samples]
+        variants = [r.request.sampler_variant for r in rows if r.samples]
         assert schedule.sampler == max(variants, default=SamplerVariant.GREEDY)
         assert not set(schedule.leaves) & {r.row for r in rows}
         for r in rows:
