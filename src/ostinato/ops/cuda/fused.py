@@ -40,6 +40,10 @@ class _Bound:
     cells: dict[str, torch.Tensor]
 
 
+POINTERS: dict[int, int] = {}
+"""How many pointers, 8 bytes each, a launched kernel's parameter begins with, by function handle."""
+
+
 class FusedDecode:
     """Runs the layers and the head of a decode step in one persistent kernel.
 
@@ -89,8 +93,9 @@ class FusedDecode:
         pointers += [cells[name] for name in ("x", "qkv", "attn", "act", "parts", "semaphores", "steps")]
         pointers += [None if greedy else scratch.logits, cells["best"], cells["best_at"]]
         pointers += [view.positions, view.slots, view.rows, view.seq_lens, view.block_table]
-        bound.decode.launch(_pack(pointers) + struct.pack("<ffi4x", stack.norm_eps, a.scale * LOG2_E, seqs))
         results = [cells["best"], cells["best_at"], scratch.tokens if greedy else None, cells["steps"]]
+        POINTERS[bound.decode.handle], POINTERS[bound.finish.handle] = len(pointers), len(results)
+        bound.decode.launch(_pack(pointers) + struct.pack("<ffi4x", stack.norm_eps, a.scale * LOG2_E, seqs))
         bound.finish.launch(_pack(results) + struct.pack("<i4x", seqs))
 
     def _macros(self, stack: Stack, block_size: int, table_width: int) -> dict[str, int]:

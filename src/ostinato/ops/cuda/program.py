@@ -36,6 +36,11 @@ class Kernel:
             config.attrs, config.numAttrs = [early], 1
         self._config = config
 
+    @property
+    def handle(self) -> int:
+        """The driver's handle of the function, as captured nodes name it."""
+        return int(self._function)
+
     def launch(self, params: bytes) -> None:
         """Launch with one parameter, a struct passed by value."""
         held = ctypes.create_string_buffer(params, len(params))
