@@ -719,8 +719,10 @@ def _reserved(device: torch.device) -> int:
 
 
 def _scratch_blocks(config: EngineConfig) -> int:
-    """KV blocks for trials: one to write for each row, and enough for the longest captured prompts."""
-    return max(config.max_num_seqs, 2 * config.max_prefill_tokens // config.block_size)
+    """KV blocks for trials: one to write for each row or enough for the longest captured prompts, and contexts."""
+    from .graphs.scratch import SHARED_BLOCKS
+
+    return max(config.max_num_seqs, 2 * config.max_prefill_tokens // config.block_size) + SHARED_BLOCKS
 
 
 def _size_cache(

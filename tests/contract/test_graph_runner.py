@@ -137,7 +137,7 @@ def test_a_trial_puts_everything_back(tiny: Tiny) -> None:
         ("emitted", lambda p, b: b.state.emitted[0].add_(1)),
         ("position", lambda p, b: b.state.position[0].add_(1)),
         ("active", lambda p, b: b.state.active.fill_(1)),
-        ("KV writes", lambda p, b: p.cache.data[1, 0, -8].add_(1.0)),
+        ("KV writes", lambda p, b: p.cache.data[1, 0, -16].add_(1.0)),
         ("guard block", lambda p, b: p.cache.data[0, 0, GUARD_BLOCK].fill_(0.0)),
     ],
 )
