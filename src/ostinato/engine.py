@@ -317,6 +317,8 @@ class Engine:
         try:
             for _, pending in launched:
                 pending.result()
+            with self.device_context():
+                self.program.ops.reset()
         except Exception as second:  # the device itself is gone: the first error is the one raised
             logger.exception("the device does not answer after a failed step")
             self._dead = second
@@ -501,6 +503,8 @@ def build(options: EngineOptions, backend: GraphBackend | None = None) -> Engine
         if device.type == "cuda":
             addresses.observe()
             with context():
+                ops.tune(model, config.max_num_seqs)
+                stages.done("kernel versions")
                 _warm_up(program_over(1), buffers)
             addresses.observe("library workspace")  # what warm-up left behind is the libraries'
         stages.done("warm-up")
@@ -670,6 +674,7 @@ def _warm_up(program: StepProgram, buffers: StepBuffers) -> None:
         steps()
         for power in range(1, most_seqs.bit_length()):  # other batch sizes may have other kernels
             run(StepKind.DECODE, 1 << power, 1 << power)
+        run(StepKind.DECODE, most_seqs, most_seqs)
     torch.cuda.synchronize()
     steps()
     torch.cuda.synchronize()

@@ -191,9 +191,9 @@ def test_our_own_product_for_the_head(seed: int) -> None:
     torch.manual_seed(seed)
     ops = TritonOps()
     ops._wide_mm = False
-    x, w = (torch.randn(n, 576, device="cuda", dtype=torch.bfloat16) for n in (37, 5003))
-    norm, index = torch.ones(576, device="cuda", dtype=torch.bfloat16), torch.arange(37, device="cuda").int()
-    last, logits = torch.empty_like(x), torch.empty(37, 5003, device="cuda")
+    x, w = (torch.randn(n, 576, device="cuda", dtype=torch.bfloat16) for n in (137, 5003))
+    norm, index = torch.ones(576, device="cuda", dtype=torch.bfloat16), torch.arange(137, device="cuda").int()
+    last, logits = torch.empty_like(x), torch.empty(137, 5003, device="cuda")
     ops.norm_head(x, index, norm, EPS, Linear(w), last=last, logits=logits)
     assert_near(logits, last.double() @ w.double().t(), 1e-5)
 

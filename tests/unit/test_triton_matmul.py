@@ -15,6 +15,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton")
+sys.path.append(str(Path(__file__).parent))
+from test_triton_ops import _interpreter_loops  # noqa: F401 (a fixture)
 
 from ostinato.models.quantize import FP8, Quantizer
 from ostinato.ops import Linear

@@ -486,8 +486,8 @@ def test_launches_compile_for_a_gpu(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.split() == [
-        "add_bias", "advance", "decode_merge", "decode_partial", "embed", "matmul_float32",
-        "prepare_decode", "prepare_mixed", "rms_norm", "rope_kv_write", "silu_mul", "varlen",
+        "add_bias", "advance", "attention", "embed", "matmul_float32", "prepare_decode", "prepare_mixed",
+        "rms_norm", "rope_kv_write", "silu_mul", "stream", "varlen",
     ]  # fmt: skip
 
 
@@ -537,6 +537,7 @@ def compile_launches() -> None:
         ops.linear_add(s.act, Linear(down, norm), residual=s.x)
         ops.norm_gate_up(s.x, norm, EPS, Linear(up), normed=s.normed, gate_up=s.gate_up, out=s.act)
         ops.norm_head(s.x, s.last_index, norm, EPS, Linear(head), last=s.last, logits=s.logits)
+        ops._wide_product(s.last, head, s.logits)
     sys.stdout.write("\n".join(sorted(set(seen.values()))))
 
 

@@ -137,6 +137,8 @@ class GraphReport:
     ladder: tuple[int, ...] = ()
     """Sizes that decode steps are padded to, ascending; empty where nothing is padded."""
     holes: tuple[str, ...] = ()
+    products: tuple[str, ...] = ()
+    """Which version of each product serves which rows, a line each; those that have been used."""
     memory: tuple[tuple[str, int], ...] = ()
     """(line, bytes) in the order in which the engine allocates."""
     budget_bytes: int | None = None
@@ -344,6 +346,12 @@ def explain(report: GraphReport, batch: int | None = None) -> str:
     lines += [f"ladder: {', '.join(map(str, report.ladder)) or 'none, steps run at their own size'}"]
     lines += ["holes:", *(f"  {hole}" for hole in report.holes)] if report.holes else ["holes: none"]
     lines += ["", *_what_ran(report)]
+    if report.products:
+        lines += [
+            "",
+            "products (outputs x inputs, rows, version):",
+            *(f"  {line}" for line in report.products),
+        ]
     lines += ["", "static buffers:"]
     buffers = [(f"  {b.name}", str(list(b.shape)), b.dtype, _size(b.bytes)) for b in report.buffers]
     lines += _aligned(buffers, left=3) or ["  none reported"]

@@ -53,6 +53,10 @@ def survey(engine: Engine, *, chains: bool = False) -> GraphReport:
         ),
         ladder=plan.capture_sizes if padded else (),
         holes=tuple(plan.holes(config.max_num_seqs)) if padded else (),
+        products=tuple(
+            f"{v.op} {v.columns}x{v.depth}, up to {v.rows}: {v.version} ({'measured' if v.measured else 'by rule'})"
+            for v in engine.program.ops.versions()
+        ),
         memory=tuple((line.name, line.nbytes) for line in engine.memory),
         budget_bytes=config.cudagraph_memory_budget,
         graph_bytes=plan.book.used_bytes,

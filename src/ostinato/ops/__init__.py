@@ -177,10 +177,43 @@ class Scratch:
     """int32 workspace for `sample`; its size is `OpSet.sampler_words`"""
 
 
+@dataclass(frozen=True)
+class VersionLine:
+    """Which version of an op serves a shape, for people."""
+
+    op: str
+    columns: int
+    """Outputs"""
+    depth: int
+    """Inputs"""
+    rows: int
+    """The most that it serves"""
+    version: str
+    measured: bool
+    """False: chosen by rules"""
+
+
 class OpSet(Protocol):
     """One implementation of every op."""
 
     name: str
+
+    def tune(self, stack: Stack, max_rows: int) -> None:
+        """Choose versions of products for a model's weights; only before the first step.
+
+        Args:
+            stack: the model.
+            max_rows: of a decode step.
+        """
+        ...
+
+    def versions(self) -> list[VersionLine]:
+        """The versions of products that have been used so far."""
+        ...
+
+    def reset(self) -> None:
+        """Put right what a step that failed halfway may have left behind on the device."""
+        ...
 
     def attention_words(self, shape: AttentionShape, max_seqs: int) -> int:
         """4-byte words of workspace that attention needs."""

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from .. import sampling
 from ..inputs import FLAG_PENALTIES, Batch, StaticInputs, StepState
 from ..types import SamplerVariant
-from . import AttentionShape, Linear, Scratch, Stack, StepView
+from . import AttentionShape, Linear, Scratch, Stack, StepView, VersionLine
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,15 @@ class ReferenceOps:
     """`OpSet` in plain torch."""
 
     name = "torch"
+
+    def tune(self, stack: Stack, max_rows: int) -> None:
+        pass
+
+    def versions(self) -> list[VersionLine]:
+        return []
+
+    def reset(self) -> None:
+        pass
 
     def attention_words(self, shape: AttentionShape, max_seqs: int) -> int:
         return 0

@@ -1,8 +1,9 @@
-"""`OpSet` for NVIDIA GPUs: Triton kernels around cuBLAS.
+"""`OpSet` for NVIDIA GPUs: fused Triton kernels for few rows, cuBLAS where that is faster.
 
-Nothing here allocates, synchronises or looks at device data: results and intermediates go to
-tensors that the caller passes, grids follow from padded shapes, kernel configurations from the
-model's constants. The same code runs eagerly and under capture.
+Nothing here synchronises or looks at device data, and nothing is allocated but the workspace of
+the fused kernels, once for each device: results and intermediates go to tensors that the caller
+passes, grids follow from padded shapes, kernels from a table that is fixed before the first step.
+The same code runs eagerly and under capture.
 
 All tensors have contiguous rows; an activation's leading dimension is the padded T or S.
 """
@@ -10,6 +11,7 @@ All tensors have contiguous rows; an activation's leading dimension is the padde
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,17 +19,23 @@ from functools import lru_cache
 import torch
 from triton import cdiv, next_power_of_2
 
+from ...errors import KernelError
 from ...inputs import FLAG_PENALTIES, Batch, StaticInputs, StepState
 from ...types import SamplerVariant
-from .. import AttentionShape, Linear, Scratch, Stack, StepView
+from .. import AttentionShape, Linear, Scratch, Stack, StepView, VersionLine
 from ..cuda.fused import MOST_TOKENS, FusedDecode, unsupported
-from . import attention, pointwise
+from . import attention, decode, pointwise
 from .matmul import matmul_scaled
+from .tune import BUCKETS, SEMAPHORES, Kind, Launch, Problem, Store, Table, Version, choose, problem_of
 
 SPLITS = 16
 """Most chunks that a decode row's context is cut into."""
-MIN_CHUNK = 64
+MIN_CHUNK = 16
 """Fewest tokens in a chunk; a longer one is a multiple of it."""
+DECODE_KEYS = 16
+"""Cached tokens that decode attention looks at at a time."""
+PROGRAMS = 8
+"""Of decode attention on a multiprocessor, at most."""
 ROWS_BLOCK = 128
 ADVANCE_BLOCK = 16
 COLUMNS_BLOCK = 1024
@@ -46,6 +54,10 @@ class Tiles:
     """Head dimension, padded to a power of two of at least 16."""
     half: int
     """Half the head dimension, padded to a power of two."""
+    decode_half: int
+    """The same, at least the 16 of a tensor-core tile."""
+    decode_warps: int
+    """Of `decode.attention`."""
     queries: int
     """Tokens in a tile of `attention.varlen`."""
     rows: int
@@ -67,6 +79,9 @@ def tiles(shape: AttentionShape, dtype: torch.dtype) -> Tiles:
         decode_group=max(16, group),
         dim=dim,
         half=next_power_of_2(shape.head_dim // 2),
+        decode_half=max(16, next_power_of_2(shape.head_dim // 2)),
+        # A program's queries and sums in 32 registers a thread, and no tensor cores for float32.
+        decode_warps=4 if dtype is torch.float32 else max(1, min(8, max(16, group) * dim // 1024)),
         queries=rows // group,
         rows=rows,
         # 16 KiB of keys, and of values, so that two stages fit into shared memory.
@@ -80,9 +95,74 @@ class TritonOps:
 
     name = "triton"
 
-    def __init__(self) -> None:
+    def __init__(self, table: Table | None = None) -> None:
+        """With `table` in place of the rules for which version serves which shape."""
+        gpu = torch.cuda.is_available()
         self._fused = FusedDecode(torch.device("cuda")) if _has_fused() else None
-        self._wide_mm = torch.cuda.is_available() and _mm_widens()
+        self._wide_mm = gpu and _mm_widens()
+        self._pdl = gpu and torch.cuda.get_device_capability() >= (9, 0)
+        # Few in the interpreter, so that programs have several pieces of work there too.
+        self._programs = PROGRAMS * torch.cuda.get_device_properties().multi_processor_count if gpu else 24
+        self._launch = {"PDL": self._pdl, "launch_pdl": self._pdl}
+        self._table = table or Table()
+        self._workspaces: dict[torch.device, decode.Workspace] = {}
+
+    def tune(self, stack: Stack, max_rows: int) -> None:
+        """Measured once for each GPU, kept in the cache folder; OSTINATO_TUNE=0 leaves it to the rules."""
+        if os.environ.get("OSTINATO_TUNE") == "0" or not torch.cuda.is_available():
+            return
+        whole = self._fused is not None and not unsupported(stack)
+        linears = [("norm_head", stack.head)]
+        for layer in stack.layers:
+            linears += [("norm_linear", layer.qkv), ("linear_add", layer.output)]
+            linears += [("norm_gate_up", layer.gate_up), ("linear_add", layer.down)]
+        work: dict[Problem, list[Linear]] = {}
+        largest = next((i for i, size in enumerate(BUCKETS) if size >= max_rows), len(BUCKETS) - 1)
+        for rows in BUCKETS[: largest + 1]:
+            for op, linear in linears:
+                # One row has a kernel for all layers; the head alone is left, behind prompts.
+                if rows > MOST_TOKENS or not whole or op == "norm_head":
+                    problem = problem_of(op, linear, rows, stack.embedding.dtype)
+                    work.setdefault(problem, []).append(linear)
+        self._table = Table(choose(work, self.launcher, Store.here()))
+        torch.cuda.empty_cache()  # what is cached would be missing from the KV cache
+
+    def versions(self) -> list[VersionLine]:
+        return self._table.lines()
+
+    def reset(self) -> None:
+        for workspace in self._workspaces.values():
+            workspace.semaphores.zero_()
+
+    def launcher(self, problem: Problem) -> Launch:
+        """What launches any version of a problem, on operands of its own: for measuring."""
+        device, rows, dtype = torch.device("cuda"), problem.rows, problem.dtype
+
+        def make(*size: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+            return torch.randn(size, device=device).to(dtype)
+
+        x, norm = make(rows, problem.depth), make(problem.depth)
+        out = make(rows, problem.columns, dtype=torch.float32 if problem.op == "norm_head" else dtype)
+        normed, wide = torch.empty_like(x), make(rows, 2 * problem.columns) if problem.gate else None
+        index = torch.arange(rows, dtype=torch.int32, device=device) if problem.op == "norm_head" else None
+
+        def launch(version: Version, linear: Linear) -> None:
+            if problem.op == "linear_add":
+                self._linear_add(version, x, linear, out)
+            elif problem.op == "norm_gate_up":
+                assert wide is not None
+                self._norm_gate_up(version, x, norm, 1e-5, linear, normed, wide, out)
+            else:
+                self._norm_linear(version, x, index, norm, 1e-5, linear, normed, out)
+
+        return launch
+
+    def _workspace(self, device: torch.device) -> decode.Workspace:
+        """Made at the first use, which is no capture: kernels run once before they are captured."""
+        found = self._workspaces.get(device)
+        if found is None:
+            found = self._workspaces[device] = decode.Workspace.on(device)
+        return found
 
     def attention_words(self, shape: AttentionShape, max_seqs: int) -> int:
         return max_seqs * shape.heads * SPLITS * (shape.head_dim + 2)
@@ -101,6 +181,7 @@ class TritonOps:
                 scratch.ids, scratch.positions, scratch.slots, scratch.seq_lens, scratch.last_index,
                 batch.num_seqs,
                 TABLE_WIDTH=table.shape[1], BLOCK_SIZE=batch.block_size, BLOCK=ROWS_BLOCK, num_warps=4,
+                **self._launch,
             )  # fmt: skip
         else:
             pointwise.prepare_mixed[(cdiv(max(batch.num_tokens, batch.num_seqs), ROWS_BLOCK),)](
@@ -110,6 +191,7 @@ class TritonOps:
                 scratch.ids, scratch.positions, scratch.slots, scratch.seq_lens, scratch.last_index,
                 batch.num_tokens, batch.num_seqs,
                 TABLE_WIDTH=table.shape[1], BLOCK_SIZE=batch.block_size, BLOCK=ROWS_BLOCK, num_warps=4,
+                **self._launch,
             )  # fmt: skip
         return StepView(
             ids=scratch.ids,
@@ -140,7 +222,7 @@ class TritonOps:
     def embed(self, ids: torch.Tensor, table: torch.Tensor, out: torch.Tensor) -> None:
         tokens, width = out.shape
         grid = (tokens, cdiv(width, COLUMNS_BLOCK))
-        pointwise.embed[grid](ids, table, out, WIDTH=width, BLOCK=COLUMNS_BLOCK, num_warps=4)
+        pointwise.embed[grid](ids, table, out, WIDTH=width, BLOCK=COLUMNS_BLOCK, num_warps=4, **self._launch)
 
     def norm_linear(
         self,
@@ -152,15 +234,8 @@ class TritonOps:
         normed: torch.Tensor,
         out: torch.Tensor,
     ) -> None:
-        _rms_norm(x, None, norm, eps, normed)
-        if linear.scale is not None:
-            matmul_scaled(normed, linear, out)
-        elif linear.bias is None:
-            torch.mm(normed, linear.weight.t(), out=out)
-        else:
-            # The bias first and the product onto it: one rounding, as in `addmm`, and no temporary.
-            _add_bias(out, linear.bias, add=False)
-            out.addmm_(normed, linear.weight.t())
+        version = self._table("norm_linear", linear, len(x), x.dtype)
+        self._norm_linear(version, x, None, norm, eps, linear, normed, out)
 
     def rope_paged_attention(
         self,
@@ -180,46 +255,41 @@ class TritonOps:
         keys, values = cache
         tokens, seqs = qkv.shape[0], view.seq_lens.shape[0]
         has_norm = q_norm is not None and k_norm is not None
-        pointwise.rope_kv_write[(tokens, shape.kv_heads)](
-            qkv, view.positions, view.slots, rope,
-            q_norm if has_norm else qkv, k_norm if has_norm else qkv,
-            keys, values, out, eps,
-            HEADS=shape.heads, KV_HEADS=shape.kv_heads, HALF=shape.head_dim // 2, NORM=has_norm,
-            GROUP_PAD=tile.group, HALF_PAD=tile.half, num_warps=2,
-        )  # fmt: skip
+        norms = (q_norm, k_norm) if has_norm else (qkv, qkv)
         scale = shape.scale * 1.4426950408889634  # the softmax is in powers of two
         window = shape.sliding_window or 0
         table_width, block_size = view.block_table.shape[1], keys.shape[1]
         if view.decode:
-            attention.decode_partial[(seqs, shape.kv_heads, SPLITS)](
-                qkv, keys, values, view.block_table, view.rows, view.seq_lens, workspace, scale,
-                HEADS=shape.heads, KV_HEADS=shape.kv_heads, DIM=shape.head_dim, WINDOW=window,
+            if seqs * shape.kv_heads > SEMAPHORES:
+                raise KernelError(f"{seqs} rows of {shape.kv_heads} KV heads are more than {SEMAPHORES}")
+            grid = min(seqs * shape.kv_heads * SPLITS, self._programs)
+            decode.attention[(grid,)](
+                qkv, view.positions, view.slots, rope, *norms,
+                keys, values, view.block_table, view.rows, view.seq_lens,
+                workspace, self._workspace(qkv.device).semaphores, out, eps, scale, seqs,
+                HEADS=shape.heads, KV_HEADS=shape.kv_heads, HALF=shape.head_dim // 2, WINDOW=window,
                 TABLE_WIDTH=table_width, BLOCK_SIZE=block_size, SPLITS=SPLITS, MIN_CHUNK=MIN_CHUNK,
-                GROUP_PAD=tile.decode_group, DIM_PAD=tile.dim, BLOCK_N=tile.keys,
-                num_warps=4, num_stages=2,
+                SEQS_PAD=max(16, next_power_of_2(seqs)), GROUP_PAD=tile.decode_group,
+                HALF_PAD=tile.decode_half, DIM_PAD=tile.dim, BLOCK_N=DECODE_KEYS, NORM=has_norm,
+                num_warps=tile.decode_warps, **self._launch,
             )  # fmt: skip
-            attention.decode_merge[(seqs, shape.heads)](
-                view.seq_lens, workspace, out,
-                HEADS=shape.heads, DIM=shape.head_dim, WINDOW=window,
-                SPLITS=SPLITS, MIN_CHUNK=MIN_CHUNK, DIM_PAD=tile.dim, num_warps=4,
-            )  # fmt: skip
-        else:
-            attention.varlen[(cdiv(tokens, tile.queries) + seqs, shape.kv_heads)](
-                qkv, keys, values, view.block_table, view.rows, view.query_start, view.seq_lens, out,
-                scale, seqs,
-                HEADS=shape.heads, KV_HEADS=shape.kv_heads, DIM=shape.head_dim, WINDOW=window,
-                TABLE_WIDTH=table_width, BLOCK_SIZE=block_size,
-                GROUP_PAD=tile.group, DIM_PAD=tile.dim, BLOCK_M=tile.rows, BLOCK_N=tile.keys,
-                num_warps=tile.warps, num_stages=2,
-            )  # fmt: skip
+            return
+        pointwise.rope_kv_write[(tokens, shape.kv_heads)](
+            qkv, view.positions, view.slots, rope, *norms, keys, values, out, eps,
+            HEADS=shape.heads, KV_HEADS=shape.kv_heads, HALF=shape.head_dim // 2, NORM=has_norm,
+            GROUP_PAD=tile.group, HALF_PAD=tile.half, num_warps=2, **self._launch,
+        )  # fmt: skip
+        attention.varlen[(cdiv(tokens, tile.queries) + seqs, shape.kv_heads)](
+            qkv, keys, values, view.block_table, view.rows, view.query_start, view.seq_lens, out,
+            scale, seqs,
+            HEADS=shape.heads, KV_HEADS=shape.kv_heads, DIM=shape.head_dim, WINDOW=window,
+            TABLE_WIDTH=table_width, BLOCK_SIZE=block_size,
+            GROUP_PAD=tile.group, DIM_PAD=tile.dim, BLOCK_M=tile.rows, BLOCK_N=tile.keys,
+            num_warps=tile.warps, num_stages=2, **self._launch,
+        )  # fmt: skip
 
     def linear_add(self, x: torch.Tensor, linear: Linear, *, residual: torch.Tensor) -> None:
-        if linear.scale is not None:
-            matmul_scaled(x, linear, residual, add=True)
-            return
-        residual.addmm_(x, linear.weight.t())
-        if linear.bias is not None:
-            _add_bias(residual, linear.bias, add=True)
+        self._linear_add(self._table("linear_add", linear, len(x), x.dtype), x, linear, residual)
 
     def norm_gate_up(
         self,
@@ -232,14 +302,8 @@ class TritonOps:
         gate_up: torch.Tensor,
         out: torch.Tensor,
     ) -> None:
-        _rms_norm(x, None, norm, eps, normed)
-        if linear.scale is not None:
-            matmul_scaled(normed, linear, gate_up)
-        else:
-            torch.mm(normed, linear.weight.t(), out=gate_up)
-        tokens, width = out.shape
-        grid = (tokens, cdiv(width, COLUMNS_BLOCK))
-        pointwise.silu_mul[grid](gate_up, out, WIDTH=width, BLOCK=COLUMNS_BLOCK, num_warps=4)
+        version = self._table("norm_gate_up", linear, len(x), x.dtype)
+        self._norm_gate_up(version, x, norm, eps, linear, normed, gate_up, out)
 
     def norm_head(
         self,
@@ -252,22 +316,8 @@ class TritonOps:
         last: torch.Tensor,
         logits: torch.Tensor,
     ) -> None:
-        """As the protocol says; `last` receives the normed rows."""
-        weight = linear.weight
-        _rms_norm(x, last_index, norm, eps, last)
-        if linear.scale is not None:
-            matmul_scaled(last, linear, logits)
-        elif logits.dtype == weight.dtype:
-            torch.mm(last, weight.t(), out=logits)
-        elif self._wide_mm:
-            torch.mm(last, weight.t(), out_dtype=logits.dtype, out=logits)
-        else:
-            (seqs, vocab), (m, n, k) = logits.shape, HEAD_TILE
-            pointwise.matmul_float32[(cdiv(seqs, m), cdiv(vocab, n))](
-                last, weight, logits, seqs,
-                WIDTH=weight.shape[1], COLUMNS=vocab, BLOCK_M=m, BLOCK_N=n, BLOCK_K=k,
-                num_warps=4, num_stages=3,
-            )  # fmt: skip
+        version = self._table("norm_head", linear, len(last_index), x.dtype)
+        self._norm_linear(version, x, last_index, norm, eps, linear, last, logits)
 
     def sample(
         self,
@@ -283,7 +333,10 @@ class TritonOps:
     ) -> None:
         from .sampling import sample
 
-        sample(logits, rows, positions, inputs, state, variant=variant, out=out, scratch=workspace)
+        sample(
+            logits, rows, positions, inputs, state,
+            variant=variant, out=out, scratch=workspace, pdl=self._pdl,
+        )  # fmt: skip
 
     def advance(self, batch: Batch, view: StepView, tokens: torch.Tensor) -> None:
         static, state = batch.static, batch.state
@@ -293,8 +346,113 @@ class TritonOps:
             static.stop_ids, static.num_stop_ids, static.min_position, static.last_position, static.flags,
             batch.num_seqs,
             DECODE=batch.decode, VOCAB=state.output_counts.shape[1], STOP_IDS=static.stop_ids.shape[1],
-            COUNT_FLAG=FLAG_PENALTIES, BLOCK=ADVANCE_BLOCK, num_warps=4,
+            COUNT_FLAG=FLAG_PENALTIES, BLOCK=ADVANCE_BLOCK, num_warps=4, **self._launch,
         )  # fmt: skip
+
+    # --- products, in a given version ------------------------------------------------------
+
+    def _norm_linear(
+        self,
+        version: Version,
+        x: torch.Tensor,
+        index: torch.Tensor | None,
+        norm: torch.Tensor,
+        eps: float,
+        linear: Linear,
+        normed: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        """out = linear(rms_norm(x)), or of rows `index` of x; `normed` is what the norm may be written to."""
+        if version.norms:
+            workspace = self._workspace(x.device)
+            decode.multiply(
+                version, x, linear, out, workspace, norm=norm, eps=eps, index=index, pdl=self._pdl
+            )
+            return
+        self._rms_norm(x, index, norm, eps, normed)
+        if version.kind is not Kind.LIBRARY:
+            decode.multiply(version, normed, linear, out, self._workspace(x.device), pdl=self._pdl)
+        elif linear.scale is not None:
+            matmul_scaled(normed, linear, out, pdl=self._pdl)
+        elif out.dtype != normed.dtype:
+            self._wide_product(normed, linear.weight, out)
+        elif linear.bias is None:
+            torch.mm(normed, linear.weight.t(), out=out)
+        else:
+            # The bias first and the product onto it: one rounding, as in `addmm`, and no temporary.
+            self._add_bias(out, linear.bias, add=False)
+            out.addmm_(normed, linear.weight.t())
+
+    def _wide_product(self, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
+        """out = x @ weight.T in float32."""
+        if self._wide_mm:
+            torch.mm(x, weight.t(), out_dtype=out.dtype, out=out)
+            return
+        (rows, columns), (m, n, k) = out.shape, HEAD_TILE
+        pointwise.matmul_float32[(cdiv(rows, m), cdiv(columns, n))](
+            x, weight, out, rows,
+            WIDTH=weight.shape[1], COLUMNS=columns, BLOCK_M=m, BLOCK_N=n, BLOCK_K=k,
+            num_warps=4, num_stages=3,
+        )  # fmt: skip
+
+    def _linear_add(self, version: Version, x: torch.Tensor, linear: Linear, residual: torch.Tensor) -> None:
+        """residual += linear(x)."""
+        if version.kind is not Kind.LIBRARY:
+            decode.multiply(version, x, linear, residual, self._workspace(x.device), add=True, pdl=self._pdl)
+        elif linear.scale is not None:
+            matmul_scaled(x, linear, residual, add=True, pdl=self._pdl)
+        else:
+            residual.addmm_(x, linear.weight.t())
+            if linear.bias is not None:
+                self._add_bias(residual, linear.bias, add=True)
+
+    def _norm_gate_up(
+        self,
+        version: Version,
+        x: torch.Tensor,
+        norm: torch.Tensor,
+        eps: float,
+        linear: Linear,
+        normed: torch.Tensor,
+        gate_up: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        """out = silu(g) * u with [g, u] = linear(rms_norm(x))."""
+        workspace = self._workspace(x.device)
+        if version.norms:
+            decode.multiply(version, x, linear, out, workspace, norm=norm, eps=eps, gate=True, pdl=self._pdl)
+            return
+        self._rms_norm(x, None, norm, eps, normed)
+        if version.kind is not Kind.LIBRARY:
+            decode.multiply(version, normed, linear, out, workspace, gate=True, pdl=self._pdl)
+            return
+        if linear.scale is not None:
+            matmul_scaled(normed, linear, gate_up, pdl=self._pdl)
+        else:
+            torch.mm(normed, linear.weight.t(), out=gate_up)
+        tokens, width = out.shape
+        grid = (tokens, cdiv(width, COLUMNS_BLOCK))
+        pointwise.silu_mul[grid](gate_up, out, WIDTH=width, BLOCK=COLUMNS_BLOCK, num_warps=4, **self._launch)
+
+    def _rms_norm(
+        self, x: torch.Tensor, index: torch.Tensor | None, weight: torch.Tensor, eps: float, out: torch.Tensor
+    ) -> None:
+        """out[r] = rms_norm(x[r]), or of x[index[r]]; x [T, hidden], out [rows, hidden]."""
+        rows, width = out.shape
+        block = next_power_of_2(width)
+        pointwise.rms_norm[(rows,)](
+            x, x if index is None else index, weight, out, eps,
+            WIDTH=width, GATHER=index is not None, BLOCK=block,
+            num_warps=4 if block <= 1024 else 8 if block <= 4096 else 16, **self._launch,
+        )  # fmt: skip
+
+    def _add_bias(self, out: torch.Tensor, bias: torch.Tensor, *, add: bool) -> None:
+        """out = bias, or out += bias; out [T, n], bias [n]."""
+        tokens, width = out.shape
+        grid = (tokens, cdiv(width, COLUMNS_BLOCK))
+        pointwise.add_bias[grid](
+            out, bias, WIDTH=width, ADD=add, BLOCK=COLUMNS_BLOCK, num_warps=4, **self._launch
+        )
 
 
 def _has_fused() -> bool:
@@ -313,23 +471,3 @@ def _mm_widens() -> bool:
     except (TypeError, RuntimeError):  # NotImplementedError is a RuntimeError
         return False
     return True
-
-
-def _rms_norm(
-    x: torch.Tensor, index: torch.Tensor | None, weight: torch.Tensor, eps: float, out: torch.Tensor
-) -> None:
-    """out[r] = rms_norm(x[r]), or of x[index[r]]; x [T, hidden], out [rows, hidden]."""
-    rows, width = out.shape
-    block = next_power_of_2(width)
-    pointwise.rms_norm[(rows,)](
-        x, x if index is None else index, weight, out, eps,
-        WIDTH=width, GATHER=index is not None, BLOCK=block,
-        num_warps=4 if block <= 1024 else 8 if block <= 4096 else 16,
-    )  # fmt: skip
-
-
-def _add_bias(out: torch.Tensor, bias: torch.Tensor, *, add: bool) -> None:
-    """out = bias, or out += bias; out [T, n], bias [n]."""
-    tokens, width = out.shape
-    grid = (tokens, cdiv(width, COLUMNS_BLOCK))
-    pointwise.add_bias[grid](out, bias, WIDTH=width, ADD=add, BLOCK=COLUMNS_BLOCK, num_warps=4)

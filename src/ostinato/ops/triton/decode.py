@@ -7,35 +7,42 @@ here: nothing that a step writes is read, and nothing is stored, before `gdc_wai
 waits; every kernel waits before it ends. PDL is a constexpr: without it (older GPUs, the
 interpreter) the same kernels run plainly.
 
-`gemv` serves one row with multiply-adds, `skinny` up to 16 rows with tensor cores, both with a
-whole row of weights in flight; `attention` is everything between the QKV projection and the output
-projection.
+`gemv` serves one row with multiply-adds and has a whole row of weights in flight; `stream` serves
+up to 64 rows with tensor cores and a pipeline of weight tiles; `attention` is everything between the
+QKV projection and the output projection. `multiply` launches the first two.
 """
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import torch
 import triton
 import triton.language as tl
+from triton import cdiv, next_power_of_2
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from .. import Linear
+from .matmul import COMPILED, widen
+from .tune import PARTIALS, SEMAPHORES, Kind, Version
 
-@triton.jit
-def _prefetch(start, BYTES: tl.constexpr, THREADS: tl.constexpr):
-    """Ask for bytes to be brought into the L2 cache: this program's share of [start, start + BYTES).
 
-    One request of 256 bytes a thread and round; the end of the range may be asked for twice.
-    """
-    CHUNK: tl.constexpr = 256
-    CHUNKS: tl.constexpr = BYTES // CHUNK
-    programs = tl.num_programs(0)
-    lane = tl.arange(0, THREADS)
-    for at in range(tl.program_id(0) * THREADS, CHUNKS, programs * THREADS):
-        chunk = tl.minimum(at + lane, CHUNKS - 1).to(tl.int64)
-        tl.inline_asm_elementwise(
-            "cp.async.bulk.prefetch.L2.global [$1], 256; mov.u32 $0, 0;",
-            "=r,l", [start.to(tl.int64) + chunk * CHUNK], dtype=tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
+@dataclass(frozen=True)
+class Workspace:
+    """Memory that outlives a step because of the semaphores in it; the partial sums mean nothing."""
+
+    semaphores: torch.Tensor
+    """[SEMAPHORES] int32"""
+    partials: torch.Tensor
+    """[PARTIALS] float32"""
+
+    @classmethod
+    def on(cls, device: torch.device) -> Workspace:
+        return cls(
+            torch.zeros(SEMAPHORES, dtype=torch.int32, device=device),
+            torch.empty(PARTIALS, dtype=torch.float32, device=device),
+        )
 
 
 @triton.jit
@@ -47,17 +54,18 @@ def _silu(gate, dtype: tl.constexpr):
 
 @triton.jit
 def gemv(
-    x, norm, weight, scale, bias, out, best, best_at, ahead, eps,
+    x, index, norm, weight, scale, bias, out, best, best_at, eps,
     K: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    NORM: tl.constexpr, GATE: tl.constexpr, ADD: tl.constexpr,
+    GATHER: tl.constexpr, NORM: tl.constexpr, GATE: tl.constexpr, ADD: tl.constexpr,
     BIAS: tl.constexpr, SCALE: tl.constexpr, BEST: tl.constexpr, STORE: tl.constexpr,
-    AHEAD: tl.constexpr, THREADS: tl.constexpr, PDL: tl.constexpr,
+    PACKED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One row of activations times a block of weight rows. Grid: (N / BLOCK_N).
 
-    x [K], weight [N, K] ([2 N, K] with GATE: out = silu(gate) * up), out [N]. NORM: x is RMS-normed
-    first. ADD: out += product. BEST: the largest result of the block and its index go to
-    `best`, `best_at` [N / BLOCK_N]; STORE: results go to `out`. BLOCK_K >= K.
+    x [K], or row index[0] of x [T, K] with GATHER; weight [N, K] ([2 N, K] with GATE: out =
+    silu(gate) * up), E4M3 as bytes with SCALE; out [N]. NORM: x is RMS-normed first. ADD: out +=
+    product. BEST: the largest result of the block and its index go to `best`, `best_at`
+    [N / BLOCK_N]; STORE: results go to `out`. BLOCK_K >= K.
     """
     pid = tl.program_id(0)
     k = tl.arange(0, BLOCK_K)
@@ -69,29 +77,35 @@ def gemv(
         w = tl.load(rows, eviction_policy="evict_first")
     else:
         inside = (n < N)[:, None] & (k < K)[None, :]
-        w = tl.load(rows, mask=inside, other=0.0, eviction_policy="evict_first")
+        w = tl.load(rows, mask=inside, other=0, eviction_policy="evict_first")
     if GATE:
+        up = rows + tl.full((), N, tl.int64) * K
         if whole and even:
-            u = tl.load(rows + N * K, eviction_policy="evict_first")
+            u = tl.load(up, eviction_policy="evict_first")
         else:
-            u = tl.load(rows + N * K, mask=inside, other=0.0, eviction_policy="evict_first")
+            u = tl.load(up, mask=inside, other=0, eviction_policy="evict_first")
     dtype: tl.constexpr = x.dtype.element_ty
     if NORM:
         gain = tl.load(norm + k, mask=k < K, other=0.0).to(tl.float32)
     if PDL:
         gdc_launch_dependents()
-        if AHEAD > 0:
-            _prefetch(ahead, AHEAD, THREADS)
         gdc_wait()
-    v = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
+    row = x
+    if GATHER:
+        row += tl.load(index).to(tl.int64) * K
+    v = tl.load(row + k, mask=k < K, other=0.0).to(tl.float32)
     if NORM:
         v *= tl.rsqrt(tl.sum(v * v, 0) / K + eps)
         # Rounded before and after the weight, as Hugging Face models do.
         v = (v.to(dtype).to(tl.float32) * gain).to(dtype).to(tl.float32)
+    if SCALE:
+        w = widen(w, dtype, PACKED)
     total = tl.sum(w.to(tl.float32) * v[None, :], 1)
     if SCALE:
         total *= tl.load(scale + n, mask=n < N, other=0.0)
     if GATE:
+        if SCALE:
+            u = widen(u, dtype, PACKED)
         other = tl.sum(u.to(tl.float32) * v[None, :], 1)
         if SCALE:
             other *= tl.load(scale + N + n, mask=n < N, other=0.0)
@@ -103,81 +117,244 @@ def gemv(
     if STORE:
         tl.store(out + n, total.to(out.dtype.element_ty), mask=n < N)
     if BEST:
-        value, at = tl.max(tl.where(n < N, total, float("-inf")), 0, return_indices=True)
+        real = (n < N) & (total == total)  # NaN never wins
+        value, at = tl.max(tl.where(real, total, float("-inf")), 0, return_indices=True)
         tl.store(best + pid, value)
         tl.store(best_at + pid, pid * BLOCK_N + at)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
-def skinny(
-    x, norm, weight, scale, bias, out, best, best_at, eps, num_rows,
-    K: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_M: tl.constexpr, SLICES: tl.constexpr,
-    NORM: tl.constexpr, GATE: tl.constexpr, ADD: tl.constexpr,
-    BIAS: tl.constexpr, SCALE: tl.constexpr, BEST: tl.constexpr, STORE: tl.constexpr,
-    PDL: tl.constexpr,
-):  # fmt: skip
-    """`gemv` for up to BLOCK_M rows, on tensor cores. Grid: (N / BLOCK_N).
-
-    x [num_rows, K], out [num_rows, N]; best, best_at [num_rows, N / BLOCK_N]. The inner dimension
-    is cut into SLICES, one for each warp: a batched product whose parts are added at the end.
-    BLOCK_K * SLICES >= K. The norm's factor is applied to the result, its weight to x.
-    """
-    pid = tl.program_id(0)
-    i = tl.arange(0, SLICES)[:, None, None]
-    n = pid * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = i * BLOCK_K + tl.arange(0, BLOCK_K)[None, None, :]
-    rows = weight + n.to(tl.int64)[None, :, None] * K + k
-    if K == BLOCK_K * SLICES and N % BLOCK_N == 0:
-        w = tl.load(rows, eviction_policy="evict_first")
+@triton.jit
+def _load_weights(at, n, k, end, columns, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr):
+    """A tile of weights, zero outside; `at` points to it, `k` counts from the start of a row."""
+    if EVEN_K and EVEN_N:
+        w = tl.load(at, eviction_policy="evict_first")
+    elif EVEN_K:
+        w = tl.load(at, mask=(n < columns)[:, None], other=0, eviction_policy="evict_first")
     else:
-        inside = (n < N)[None, :, None] & (k < K)
-        w = tl.load(rows, mask=inside, other=0.0, eviction_policy="evict_first")
-    if GATE:
-        if K == BLOCK_K * SLICES and N % BLOCK_N == 0:
-            u = tl.load(rows + N * K, eviction_policy="evict_first")
-        else:
-            u = tl.load(rows + N * K, mask=inside, other=0.0, eviction_policy="evict_first")
-    dtype: tl.constexpr = x.dtype.element_ty
+        inside = (n < columns)[:, None] & (k < end)[None, :]
+        w = tl.load(at, mask=inside, other=0, eviction_policy="evict_first")
+    return w
+
+
+@triton.jit
+def _accumulate(
+    x_at, norm_at, w, u, total, other, squares, real, k, end,
+    EVEN_K: tl.constexpr, NORM: tl.constexpr, GATE: tl.constexpr, SCALE: tl.constexpr,
+    PACKED: tl.constexpr,
+):  # fmt: skip
+    """One tile's products onto the sums, and its squares of x. The weights are the right operand."""
+    if EVEN_K:
+        a = tl.load(x_at, mask=real[:, None], other=0.0)
+    else:
+        a = tl.load(x_at, mask=real[:, None] & (k < end)[None, :], other=0.0)
+    dtype: tl.constexpr = a.dtype
     if NORM:
-        gain = tl.load(norm + k, mask=k < K, other=0.0).to(tl.float32)
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
-    m = tl.arange(0, BLOCK_M)
-    here = m < num_rows
-    v = tl.load(x + m[None, :, None] * K + k, mask=here[None, :, None] & (k < K), other=0.0)
-    if NORM:
-        wide = v.to(tl.float32)
-        factor = tl.rsqrt(tl.sum(tl.sum(wide * wide, 2), 0) / K + eps)
-        v = (wide * gain).to(dtype)
-    v = tl.permute(v, (0, 2, 1))
-    total = tl.sum(tl.dot(w.to(dtype), v, input_precision="ieee"), 0)  # [BLOCK_N, BLOCK_M]
-    if GATE:
-        other = tl.sum(tl.dot(u.to(dtype), v, input_precision="ieee"), 0)
-    if NORM:
-        total *= factor[None, :]
+        gain = tl.load(norm_at) if EVEN_K else tl.load(norm_at, mask=k < end, other=0.0)
+        wide = a.to(tl.float32)
+        squares += wide * wide
+        a = (wide * gain.to(tl.float32)[None, :]).to(dtype)
     if SCALE:
-        total *= tl.load(scale + n, mask=n < N, other=0.0)[:, None]
+        w = widen(w, dtype, PACKED)
+    total = tl.dot(a, tl.trans(w), total, input_precision="ieee")
+    if GATE:
+        if SCALE:
+            u = widen(u, dtype, PACKED)
+        other = tl.dot(a, tl.trans(u), other, input_precision="ieee")
+    return total, other, squares
+
+
+@triton.jit
+def _finish(
+    total, other, squares, scale, bias, out, best, best_at, eps, m, n, real, width, columns,
+    BLOCK_N: tl.constexpr, NORM: tl.constexpr, GATE: tl.constexpr, ADD: tl.constexpr,
+    BIAS: tl.constexpr, SCALE: tl.constexpr, BEST: tl.constexpr, STORE: tl.constexpr,
+    dtype: tl.constexpr,
+):  # fmt: skip
+    """From sums to results. squares [BLOCK_M] are the sums of each row's squares."""
+    if NORM:
+        factor = tl.rsqrt(squares / width + eps)[:, None]
+        total *= factor
+    if SCALE:
+        total *= tl.load(scale + n, mask=n < columns, other=0.0)[None, :]
     if GATE:
         if NORM:
-            other *= factor[None, :]
+            other *= factor
         if SCALE:
-            other *= tl.load(scale + N + n, mask=n < N, other=0.0)[:, None]
+            other *= tl.load(scale + columns + n, mask=n < columns, other=0.0)[None, :]
         total = _silu(total, dtype) * other.to(dtype).to(tl.float32)
     if BIAS:
-        total += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
-    place = out + m[None, :].to(tl.int64) * N + n[:, None]
-    kept = here[None, :] & (n < N)[:, None]
+        total += tl.load(bias + n, mask=n < columns, other=0.0).to(tl.float32)[None, :]
+    place = out + m.to(tl.int64)[:, None] * columns + n[None, :]
+    kept = real[:, None] & (n < columns)[None, :]
     if ADD:
         total += tl.load(place, mask=kept, other=0.0).to(tl.float32)
     if STORE:
         tl.store(place, total.to(out.dtype.element_ty), mask=kept)
     if BEST:
-        value, at = tl.max(tl.where((n < N)[:, None], total, float("-inf")), 0, return_indices=True)
-        blocks = tl.num_programs(0)
-        tl.store(best + m * blocks + pid, value, mask=here)
-        tl.store(best_at + m * blocks + pid, pid * BLOCK_N + at, mask=here)
+        number = (n < columns)[None, :] & (total == total)  # NaN never wins
+        value, at = tl.max(tl.where(number, total, float("-inf")), 1, return_indices=True)
+        block, blocks = tl.program_id(0), tl.num_programs(0)
+        tl.store(best + m * blocks + block, value, mask=real)
+        tl.store(best_at + m * blocks + block, block * BLOCK_N + at, mask=real)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def stream(
+    x, index, norm, weight, scale, bias, out, best, best_at, partials, semaphores, eps,
+    num_rows, width, columns,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr,
+    EVEN_K: tl.constexpr, EVEN_N: tl.constexpr,
+    GATHER: tl.constexpr, NORM: tl.constexpr, GATE: tl.constexpr, ADD: tl.constexpr,
+    BIAS: tl.constexpr, SCALE: tl.constexpr, BEST: tl.constexpr, STORE: tl.constexpr,
+    PACKED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """`gemv` for up to BLOCK_M rows, on tensor cores. Grid: (columns / BLOCK_N, SPLITS).
+
+    x [num_rows, width], or its rows `index` [num_rows] with GATHER; out [num_rows, columns]; best,
+    best_at [num_rows, columns / BLOCK_N]. Weights pass through a pipeline of tiles, the first of
+    which is asked for before the wait. The norm's weight is applied to x, its factor to the
+    result. With SPLITS the inner dimension is shared out, the parts go to `partials`, and whoever
+    of a block of columns finishes last adds them in order.
+    """
+    block, split = tl.program_id(0), tl.program_id(1)
+    dtype: tl.constexpr = x.dtype.element_ty
+    share = tl.cdiv(tl.cdiv(width, BLOCK_K), SPLITS) * BLOCK_K
+    start = split * share
+    end = tl.minimum(start + share, width)
+    m = tl.arange(0, BLOCK_M)
+    n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = start + tl.arange(0, BLOCK_K)
+    w_at = weight + n.to(tl.int64)[:, None] * width + k[None, :]
+    u_at = w_at + columns.to(tl.int64) * width
+    w = _load_weights(w_at, n, k, end, columns, EVEN_K, EVEN_N)
+    u = w
+    if GATE:
+        u = _load_weights(u_at, n, k, end, columns, EVEN_K, EVEN_N)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    real = m < num_rows
+    source = m
+    if GATHER:
+        source = tl.load(index + m, mask=real, other=0)
+    x_at = x + source.to(tl.int64)[:, None] * width + k[None, :]
+    norm_at = norm + k
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    other = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    squares = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+    total, other, squares = _accumulate(
+        x_at, norm_at, w, u, total, other, squares, real, k, end, EVEN_K, NORM, GATE, SCALE, PACKED
+    )
+    for _ in tl.range(start + BLOCK_K, end, BLOCK_K):
+        k += BLOCK_K
+        w_at += BLOCK_K
+        u_at += BLOCK_K
+        x_at += BLOCK_K
+        norm_at += BLOCK_K
+        w = _load_weights(w_at, n, k, end, columns, EVEN_K, EVEN_N)
+        u = w
+        if GATE:
+            u = _load_weights(u_at, n, k, end, columns, EVEN_K, EVEN_N)
+        total, other, squares = _accumulate(
+            x_at, norm_at, w, u, total, other, squares, real, k, end, EVEN_K, NORM, GATE, SCALE, PACKED
+        )
+    sums = tl.sum(squares, 1)
+    if SPLITS == 1:
+        _finish(
+            total, other, sums, scale, bias, out, best, best_at, eps, m, n, real, width, columns,
+            BLOCK_N, NORM, GATE, ADD, BIAS, SCALE, BEST, STORE, dtype,
+        )  # fmt: skip
+    else:
+        TILE: tl.constexpr = BLOCK_M * BLOCK_N
+        SIZE: tl.constexpr = TILE * (2 if GATE else 1) + BLOCK_M
+        tile = m[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+        parts = partials + block * (SPLITS * SIZE)
+        own = parts + split * SIZE
+        tl.store(own + tile, total, mask=real[:, None])
+        if GATE:
+            tl.store(own + TILE + tile, other, mask=real[:, None])
+        if NORM:
+            tl.store(own + SIZE - BLOCK_M + m, sums, mask=real)
+        tl.debug_barrier()  # every thread's part is stored before the count goes up
+        if tl.atomic_add(semaphores + block, 1, sem="acq_rel") == SPLITS - 1:
+            tl.debug_barrier()
+            total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            other = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            sums = tl.zeros((BLOCK_M,), tl.float32)
+            for _part in tl.static_range(SPLITS):
+                total += tl.load(parts + tile, mask=real[:, None], other=0.0, cache_modifier=".cg")
+                if GATE:
+                    other += tl.load(parts + TILE + tile, mask=real[:, None], other=0.0, cache_modifier=".cg")
+                if NORM:
+                    sums += tl.load(parts + SIZE - BLOCK_M + m, mask=real, other=0.0, cache_modifier=".cg")
+                parts += SIZE
+            _finish(
+                total, other, sums, scale, bias, out, best, best_at, eps, m, n, real, width, columns,
+                BLOCK_N, NORM, GATE, ADD, BIAS, SCALE, BEST, STORE, dtype,
+            )  # fmt: skip
+            tl.store(semaphores + block, 0)
+
+
+def multiply(
+    version: Version,
+    x: torch.Tensor,
+    linear: Linear,
+    out: torch.Tensor,
+    workspace: Workspace,
+    *,
+    norm: torch.Tensor | None = None,
+    eps: float = 0.0,
+    index: torch.Tensor | None = None,
+    gate: bool = False,
+    add: bool = False,
+    best: tuple[torch.Tensor, torch.Tensor] | None = None,
+    store: bool = True,
+    pdl: bool = False,
+) -> None:
+    """out = linear(x) in one kernel; sums in float32, rounded once.
+
+    Args:
+        version: of kind `gemv` for one row, or `stream` for up to `version.rows`.
+        x: [T, in].
+        linear: its bias and scale are applied.
+        out: [rows, out], [rows, out / 2] with `gate`.
+        workspace: used where the version splits the inner dimension.
+        norm: [in], the weight of an RMS norm of x.
+        eps: of that norm.
+        index: [rows] int32: which rows of x; None: all.
+        gate: the first half of the outputs are gates: out = silu(gate) * up.
+        add: onto what `out` holds.
+        best: the largest result of each block and its index, float32 and int32 [rows, blocks].
+        store: False leaves `out` alone.
+        pdl: launch dependently.
+    """
+    weight, columns, depth = linear.weight, out.shape[1], linear.in_features
+    scaled = linear.scale is not None
+    # A tensor that a kernel does not look at is `out`.
+    norm_at, index_at, scale, bias = (
+        out if t is None else t for t in (norm, index, linear.scale, linear.bias)
+    )
+    best_value, best_at = best or (out, out)
+    flags = {
+        "GATHER": index is not None, "NORM": norm is not None, "GATE": gate, "ADD": add,
+        "BIAS": linear.bias is not None, "SCALE": scaled, "BEST": best is not None, "STORE": store,
+        "PACKED": COMPILED and x.dtype is not torch.float32,
+        "PDL": pdl, "launch_pdl": pdl, "num_warps": version.warps,
+    }  # fmt: skip
+    operands = (x, index_at, norm_at, weight.view(torch.uint8) if scaled else weight, scale, bias)
+    if version.kind is Kind.GEMV:
+        gemv[(cdiv(columns, version.columns),)](
+            *operands, out, best_value, best_at, eps,
+            K=depth, N=columns, BLOCK_N=version.columns, BLOCK_K=next_power_of_2(depth), **flags,
+        )  # fmt: skip
+    else:
+        stream[(cdiv(columns, version.columns), version.splits)](
+            *operands, out, best_value, best_at, workspace.partials, workspace.semaphores, eps,
+            out.shape[0], depth, columns,
+            BLOCK_M=version.rows, BLOCK_N=version.columns, BLOCK_K=version.depth, SPLITS=version.splits,
+            EVEN_K=depth % (version.depth * version.splits) == 0, EVEN_N=columns % version.columns == 0,
+            num_stages=version.stages, **flags,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -210,13 +387,12 @@ def _chunks(length, WINDOW: tl.constexpr, SPLITS: tl.constexpr, MIN_CHUNK: tl.co
 @triton.jit(do_not_specialize=["num_seqs"])
 def attention(
     qkv, positions, slots, rope, q_norm, k_norm, keys, values, block_table, rows, seq_lens,
-    workspace, semaphores, out, ahead, eps, scale, num_seqs,
+    workspace, semaphores, out, eps, scale, num_seqs,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, WINDOW: tl.constexpr,
     TABLE_WIDTH: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     SPLITS: tl.constexpr, MIN_CHUNK: tl.constexpr,
     SEQS_PAD: tl.constexpr, GROUP_PAD: tl.constexpr, HALF_PAD: tl.constexpr, DIM_PAD: tl.constexpr,
-    BLOCK_N: tl.constexpr, NORM: tl.constexpr,
-    AHEAD: tl.constexpr, THREADS: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_N: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Head norm, rotary embedding, KV write and attention for one token of each row.
 
@@ -231,8 +407,6 @@ def attention(
     """
     if PDL:
         gdc_launch_dependents()
-        if AHEAD > 0:
-            _prefetch(ahead, AHEAD, THREADS)
         gdc_wait()
     GROUP: tl.constexpr = HEADS // KV_HEADS
     DIM: tl.constexpr = 2 * HALF

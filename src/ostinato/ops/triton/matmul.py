@@ -18,6 +18,7 @@ import triton.language as tl
 from triton import cdiv
 
 from .. import Linear
+from .pointwise import enter
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,9 @@ def config(rows: int, columns: int, depth: int, dtype: torch.dtype) -> Config:
     return Config(tile, width, min(deep, max(32, triton.next_power_of_2(depth))), warps, stages)
 
 
-def matmul_scaled(x: torch.Tensor, linear: Linear, out: torch.Tensor, *, add: bool = False) -> None:
+def matmul_scaled(
+    x: torch.Tensor, linear: Linear, out: torch.Tensor, *, add: bool = False, pdl: bool = False
+) -> None:
     """out = linear(x), or out += linear(x) with `add`; sums in float32, rounded once.
 
     Args:
@@ -65,6 +68,7 @@ def matmul_scaled(x: torch.Tensor, linear: Linear, out: torch.Tensor, *, add: bo
         linear: E4M3 weights with a scale, all finite.
         out: [T, out] of any floating point type.
         add: onto what `out` holds.
+        pdl: launch dependently.
     """
     (rows, depth), columns = x.shape, linear.out_features
     c = config(rows, columns, depth, x.dtype)
@@ -73,8 +77,9 @@ def matmul_scaled(x: torch.Tensor, linear: Linear, out: torch.Tensor, *, add: bo
         x, linear.weight.view(torch.uint8), linear.scale,
         linear.scale if linear.bias is None else linear.bias, out, rows, columns,
         DEPTH=depth, BIAS=linear.bias is not None, ADD=add,
-        PACKED=_COMPILED and x.dtype is not torch.float32,
+        PACKED=COMPILED and x.dtype is not torch.float32,
         BLOCK_M=c.rows, BLOCK_N=c.columns, BLOCK_K=c.depth, num_warps=c.warps, num_stages=c.stages,
+        PDL=pdl, launch_pdl=pdl,
     )  # fmt: skip
 
 
@@ -82,9 +87,10 @@ def matmul_scaled(x: torch.Tensor, linear: Linear, out: torch.Tensor, *, add: bo
 def _matmul_scaled(
     x, weight, scale, bias, out, num_rows, columns,
     DEPTH: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr, PACKED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid: (rows, columns) / BLOCK; blocks that share weights are neighbours."""
+    enter(PDL)
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
@@ -114,7 +120,7 @@ def _matmul_scaled(
     tl.store(place, total.to(out.dtype.element_ty), mask=inside)
 
 
-_COMPILED = isinstance(_matmul_scaled, triton.JITFunction)
+COMPILED = isinstance(_matmul_scaled, triton.JITFunction)
 """Triton's interpreter knows no assembly."""
 
 _ASSEMBLY = """{

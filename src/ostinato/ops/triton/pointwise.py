@@ -10,6 +10,15 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@triton.jit
+def enter(PDL: tl.constexpr):
+    """First line of every kernel: let the next one be launched, wait for the one before."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
 
 
 @triton.jit(do_not_specialize=["num_seqs"])
@@ -18,8 +27,10 @@ def prepare_decode(
     ids, positions, slots, seq_lens, last_index,
     num_seqs,
     TABLE_WIDTH: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """One token for each sequence, from the state of its row. Grid: (S / BLOCK)."""
+    enter(PDL)
     s = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = s < num_seqs
     row = tl.load(rows + s, mask=inside, other=-1)
@@ -55,8 +66,10 @@ def prepare_mixed(
     ids, positions, slots, seq_lens, last_index,
     num_tokens, num_seqs,
     TABLE_WIDTH: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Tokens and sequences as the host laid them out. Grid: (max(T, S) / BLOCK)."""
+    enter(PDL)
     t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = t < num_tokens
     live, token, row = _token_live(t, inside, tokens, token_rows, enabled, active)
@@ -79,8 +92,9 @@ def prepare_mixed(
 
 
 @triton.jit
-def embed(ids, table, out, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def embed(ids, table, out, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """out[t] = table[ids[t]]. Grid: (T, WIDTH / BLOCK)."""
+    enter(PDL)
     t = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     token = tl.load(ids + t).to(tl.int64)
@@ -88,8 +102,19 @@ def embed(ids, table, out, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def rms_norm(x, index, weight, out, eps, WIDTH: tl.constexpr, GATHER: tl.constexpr, BLOCK: tl.constexpr):
+def rms_norm(
+    x,
+    index,
+    weight,
+    out,
+    eps,
+    WIDTH: tl.constexpr,
+    GATHER: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
     """out[r] = weight * norm(x[r]), or of x[index[r]] with GATHER. Grid: (rows). BLOCK >= WIDTH."""
+    enter(PDL)
     r = tl.program_id(0).to(tl.int64)
     source = tl.load(index + r).to(tl.int64) if GATHER else r
     i = tl.arange(0, BLOCK)
@@ -102,8 +127,9 @@ def rms_norm(x, index, weight, out, eps, WIDTH: tl.constexpr, GATHER: tl.constex
 
 
 @triton.jit
-def add_bias(out, bias, WIDTH: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr):
+def add_bias(out, bias, WIDTH: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """out[t] = bias, or out[t] += bias with ADD. Grid: (T, WIDTH / BLOCK)."""
+    enter(PDL)
     t = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(bias + i, mask=i < WIDTH, other=0.0).to(tl.float32)
@@ -113,8 +139,9 @@ def add_bias(out, bias, WIDTH: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.conste
 
 
 @triton.jit
-def silu_mul(gate_up, out, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def silu_mul(gate_up, out, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """out[t] = silu(gate_up[t, :WIDTH]) * gate_up[t, WIDTH:]. Grid: (T, WIDTH / BLOCK)."""
+    enter(PDL)
     t = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     row = gate_up + t * 2 * WIDTH
@@ -140,13 +167,14 @@ def _norm_heads(low, high, weight, i, inside, eps, dtype: tl.constexpr, HALF: tl
 def rope_kv_write(
     qkv, positions, slots, rope, q_norm, k_norm, keys, values, out, eps,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr,
-    GROUP_PAD: tl.constexpr, HALF_PAD: tl.constexpr,
+    GROUP_PAD: tl.constexpr, HALF_PAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Norm and rotate q in place and k into the cache, v into the cache. Grid: (T, KV_HEADS).
 
     A token that is not live writes no KV: it zeroes its rows of `out`, which attention leaves
     alone.
     """
+    enter(PDL)
     t = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1)
     GROUP: tl.constexpr = HEADS // KV_HEADS
@@ -198,9 +226,10 @@ def advance(
     stop_ids, num_stop_ids, min_position, last_position, flags,
     num_seqs,
     DECODE: tl.constexpr, VOCAB: tl.constexpr, STOP_IDS: tl.constexpr, COUNT_FLAG: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Make sampled tokens the next inputs; see `OpSet.advance`. Grid: (S / BLOCK)."""
+    enter(PDL)
     s = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = s < num_seqs
     at = tl.load(seq_lens + s, mask=inside, other=0)  # the new token stands right after the context

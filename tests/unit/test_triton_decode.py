@@ -1,0 +1,466 @@
+"""The fused kernels of a small step: in Triton's interpreter against float64, and compiled for an H100.
+
+The choice of versions is tested without a GPU too: its rules, and what it keeps on disk.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+pytest.importorskip("triton")
+sys.path.append(str(Path(__file__).parent))
+from test_triton_ops import DECODE, SMOLLM, Seq, _interpreter_loops, make_world  # noqa: F401 (a fixture)
+
+from ostinato.models.quantize import FP8, Quantizer
+from ostinato.ops import AttentionShape, Linear
+from ostinato.ops.triton import TritonOps, tune
+from ostinato.ops.triton.decode import Workspace, multiply
+from ostinato.ops.triton.tune import LIBRARY, Kind, Problem, Store, Table, Timing, Version
+from ostinato.types import StepKind
+
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu covers this on a GPU")
+CPU = torch.device("cpu")
+EPS = 1e-5
+NAN = float("nan")
+
+
+@pytest.fixture(autouse=True)
+def seed() -> int:
+    value = int(os.environ.get("OSTINATO_TEST_SEED", random.SystemRandom().randrange(2**31)))
+    torch.manual_seed(value)
+    return value  # in every failing assertion's locals
+
+
+def make_linear(
+    columns: int, depth: int, dtype: torch.dtype, *, bias: bool, fp8: bool, device: torch.device = CPU
+) -> Linear:
+    weight = torch.randn(columns, depth, device=device) / depth**0.5
+    own = torch.randn(columns, device=device).to(dtype) if bias else None
+    return Quantizer(device).linear("w", weight, own) if fp8 else Linear(weight.to(dtype), own)
+
+
+def exact(x: torch.Tensor, linear: Linear, norm: torch.Tensor | None, gate: bool) -> torch.Tensor:
+    """The product in float64."""
+    x, weight = x.double(), linear.weight.double()
+    if linear.scale is not None:
+        weight = weight * linear.scale.double()[:, None]
+    if norm is not None:
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS) * norm.double()
+    out = x @ weight.t()
+    if linear.bias is not None:
+        out = out + linear.bias.double()
+    if gate:
+        g, u = out.chunk(2, -1)
+        out = torch.nn.functional.silu(g) * u
+    return out
+
+
+def poisoned_workspace(device: torch.device = CPU) -> Workspace:
+    workspace = Workspace.on(device)
+    workspace.partials.fill_(NAN)
+    return workspace
+
+
+def check(
+    version: Version,
+    rows: int,
+    columns: int,
+    depth: int,
+    dtype: torch.dtype,
+    *,
+    fp8: bool,
+    device: torch.device = CPU,
+    tolerance: float,
+    pdl: bool = False,
+) -> None:
+    """Every op that a version serves, with NaN around all that it may read and write."""
+
+    def near(actual: torch.Tensor, expected: torch.Tensor) -> None:
+        error = actual.double() - expected
+        assert error.norm() <= tolerance * expected.norm()
+        assert error.abs().max() <= 5 * tolerance * expected.abs().max()
+
+    def poison(*size: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.full(size, NAN, dtype=dtype, device=device)
+
+    def run(linear: Linear, out: torch.Tensor, **more: Any) -> None:
+        multiply(version, x, linear, out, workspace, eps=EPS, pdl=pdl, **more)
+        assert not workspace.semaphores.any()
+
+    workspace = poisoned_workspace(device)
+    room = poison(rows + 3, depth)
+    x = room[:rows].copy_(torch.randn(rows, depth, device=device) * 3)
+    norm = (1 + torch.randn(depth, device=device) / 4).to(dtype)
+    fused = norm if version.norms else None
+    for bias in (False, True):
+        linear = make_linear(columns, depth, dtype, bias=bias, fp8=fp8, device=device)
+        whole = poison(rows + 2, columns)
+        run(linear, whole[:rows], norm=fused)
+        near(whole[:rows], exact(x, linear, fused, False))
+        assert whole[rows:].isnan().all()
+        residual = torch.randn(rows, columns, device=device).to(dtype)
+        before = residual.double()
+        run(linear, residual, add=True)
+        near(residual, exact(x, linear, None, False) + before)
+
+    pair = make_linear(2 * columns, depth, dtype, bias=False, fp8=fp8, device=device)
+    whole = poison(rows + 2, columns)
+    run(pair, whole[:rows], norm=fused, gate=True)
+    near(whole[:rows], exact(x, pair, fused, True))
+    assert whole[rows:].isnan().all()
+
+    linear = make_linear(columns, depth, dtype, bias=False, fp8=fp8, device=device)
+    index = torch.randperm(rows, device=device).int()
+    logits, again = (poison(rows, columns, dtype=torch.float32) for _ in range(2))
+    run(linear, logits, norm=fused, index=index)
+    near(logits, exact(x[index.long()], linear, fused, False))
+    run(linear, again, norm=fused, index=index)
+    assert torch.equal(logits, again)
+
+    blocks = -(-columns // version.columns)
+    values = torch.full((rows, blocks), NAN, device=device)
+    indices = torch.full((rows, blocks), -1, dtype=torch.int32, device=device)
+    run(linear, again.fill_(NAN), norm=fused, index=index, best=(values, indices), store=False)
+    assert again.isnan().all()
+    padded = torch.nn.functional.pad(logits, (0, blocks * version.columns - columns), value=float("-inf"))
+    value, at = padded.view(rows, blocks, version.columns).max(-1)
+    assert torch.equal(values, value)
+    first = torch.arange(blocks, device=device) * version.columns
+    assert torch.equal(indices, (at + first).int())
+
+
+GEMV = Version(Kind.GEMV, True, 1, 4)
+STREAM = Version(Kind.STREAM, True, 16, 16, 32, warps=4, stages=3)
+
+
+@interpreted
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    ("version", "rows", "columns", "depth"),
+    [
+        (GEMV, 1, 30, 64),
+        (replace(GEMV, columns=8), 1, 17, 97),
+        (replace(GEMV, columns=1), 1, 7, 576),
+        (STREAM, 2, 48, 128),
+        (STREAM, 16, 37, 72),
+        (replace(STREAM, norms=False), 5, 33, 32),
+        (replace(STREAM, splits=2), 3, 40, 576),
+        (replace(STREAM, splits=4, rows=32), 17, 20, 97),  # one part has no input at all
+        (replace(STREAM, splits=3, rows=64, columns=32, depth=64), 33, 70, 576),
+    ],
+    ids=str,
+)
+def test_products_against_float64(
+    version: Version, rows: int, columns: int, depth: int, dtype: torch.dtype, fp8: bool
+) -> None:
+    tolerance = 1e-5 if dtype is torch.float32 else 4e-3
+    check(version, rows, columns, depth, dtype, fp8=fp8, tolerance=tolerance)
+
+
+@interpreted
+def test_a_row_that_is_nan_spoils_no_other() -> None:
+    linear = make_linear(40, 96, torch.float32, bias=False, fp8=False)
+    x, norm = torch.randn(9, 96), torch.ones(96)
+    clean, spoilt = torch.empty(9, 40), torch.empty(9, 40)
+    version = replace(STREAM, splits=2)
+    multiply(version, x, linear, clean, poisoned_workspace(), norm=norm, eps=EPS)
+    x[4] = NAN
+    multiply(version, x, linear, spoilt, poisoned_workspace(), norm=norm, eps=EPS)
+    others = [i for i in range(9) if i != 4]
+    assert torch.equal(clean[others], spoilt[others])
+    assert spoilt[4].isnan().all()
+
+
+@interpreted
+def test_nan_is_never_the_best() -> None:
+    linear = make_linear(20, 32, torch.float32, bias=False, fp8=False)
+    linear.weight[3] = NAN
+    for version, rows in ((GEMV, 1), (STREAM, 4)):
+        x, blocks = torch.randn(rows, 32), -(-20 // version.columns)
+        values, indices = torch.empty(rows, blocks), torch.empty(rows, blocks, dtype=torch.int32)
+        multiply(version, x, linear, torch.empty(rows, 20), poisoned_workspace(), best=(values, indices))
+        assert not values.isnan().any()
+        assert not (indices == 3).any()
+
+
+@interpreted
+@pytest.mark.parametrize("shape", [SMOLLM, AttentionShape(4, 2, 24, sliding_window=100)])
+def test_attention_does_not_depend_on_the_grid(seed: int, shape: AttentionShape) -> None:
+    """However many programs share the work, each row has the same bits, and no count is left over."""
+    seqs = [*DECODE, Seq(700), Seq(2)]
+    results = []
+    for programs in (1, 7, 1000):
+        ops = TritonOps()
+        ops._programs = programs
+        world = make_world(seed, shape, seqs, StepKind.DECODE, pad_seqs=9)
+        results.append(world.attend(ops).clone())
+        assert not ops._workspace(CPU).semaphores.any()
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+@interpreted
+def test_reset_puts_semaphores_right(seed: int) -> None:
+    ops = TritonOps()
+    shape = AttentionShape(2, 1, 16)
+    expected = make_world(seed, shape, [Seq(90)], StepKind.DECODE).attend(ops).clone()
+    ops._workspace(CPU).semaphores.fill_(3)  # as a step that was cut off would
+    ops.reset()
+    assert torch.equal(make_world(seed, shape, [Seq(90)], StepKind.DECODE).attend(ops), expected)
+
+
+# --- which version serves which shape ------------------------------------------------------
+
+MODELS = {
+    "smollm2-135m": (576, 960, 576, 1536, 49152),
+    "llama-3.2-1b": (2048, 3072, 2048, 8192, 128256),
+    "qwen3-0.6b": (1024, 4096, 2048, 3072, 151936),
+    "llama-3.1-8b": (4096, 6144, 4096, 14336, 128256),
+    "wide": (16384, 18432, 16384, 53248, 128256),
+    "tiny": (40, 72, 40, 56, 130),
+}
+"""hidden, QKV outputs, query size, intermediate, vocabulary"""
+
+
+def problems(dtype: torch.dtype, fp8: bool) -> list[Problem]:
+    found = []
+    for hidden, qkv, queries, inner, vocab in MODELS.values():
+        shapes = (
+            ("norm_linear", qkv, hidden),
+            ("linear_add", hidden, queries),
+            ("norm_gate_up", inner, hidden),
+            ("linear_add", hidden, inner),
+            ("norm_head", vocab, hidden),
+        )
+        found += [Problem(*shape, rows, dtype, fp8) for shape in shapes for rows in tune.BUCKETS]
+    return found
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_every_candidate_fits(dtype: torch.dtype, fp8: bool) -> None:
+    for problem in problems(dtype, fp8):
+        versions = tune.candidates(problem)
+        assert tune.default(problem) in versions
+        assert LIBRARY in versions
+        assert len(versions) <= 8
+        for v in versions:
+            if v.kind is Kind.LIBRARY:
+                continue
+            assert v.rows == problem.rows
+            assert not (v.norms and not problem.has_norm)
+            if v.kind is Kind.STREAM:
+                assert dtype is not torch.float16 or not v.norms
+                blocks = -(-problem.columns // v.columns)
+                width = v.columns * (2 if problem.gate else 1)
+                stage = v.depth * (width * (1 if fp8 else dtype.itemsize) + v.rows * dtype.itemsize)
+                assert v.stages * stage <= 160 << 10
+                assert v.depth >= 32
+                if v.splits > 1:
+                    assert blocks <= tune.SEMAPHORES
+                    assert blocks * v.splits * v.rows * (width + 1) <= tune.PARTIALS
+
+
+def test_rules_keep_a_large_gpu_busy() -> None:
+    for problem in problems(torch.bfloat16, False):
+        v = tune.default(problem)
+        if problem.depth >= 512:
+            assert v.kind is not Kind.LIBRARY or problem.depth > 32768
+        if v.kind is Kind.STREAM and problem.depth >= 1024:
+            assert tune._programs(problem, v) >= 60, (problem, v)
+
+
+def test_more_rows_than_the_largest_bucket_are_the_librarys() -> None:
+    linear = Linear(torch.zeros(3072, 2048, dtype=torch.bfloat16))
+    table = Table()
+    assert table("norm_linear", linear, 1, torch.bfloat16).kind is Kind.GEMV
+    for rows in (2, 16, 17, 64):
+        version = table("norm_linear", linear, rows, torch.bfloat16)
+        assert version.kind is Kind.STREAM
+        assert version.rows >= rows
+    assert table("norm_linear", linear, 65, torch.bfloat16) is LIBRARY
+    assert [line.rows for line in table.lines()] == [1, 16, 32, 64]
+    assert not any(line.measured for line in table.lines())
+
+
+def test_what_was_measured_overrules() -> None:
+    linear = Linear(torch.zeros(3072, 2048, dtype=torch.bfloat16))
+    problem = tune.problem_of("norm_linear", linear, 16, torch.bfloat16)
+    table = Table({problem: LIBRARY})
+    assert table("norm_linear", linear, 9, torch.bfloat16) is LIBRARY
+    assert table("norm_linear", linear, 17, torch.bfloat16) is not LIBRARY
+    assert [line.measured for line in table.lines()] == [True, False]
+
+
+def timings() -> list[Timing]:
+    found = []
+    for problem in problems(torch.bfloat16, True)[:9]:
+        found.append(Timing(problem, {v: 1.0 + i for i, v in enumerate(tune.candidates(problem))}))
+    return found
+
+
+def test_choices_survive_on_disk(tmp_path: Path) -> None:
+    store = Store(tmp_path / "new", {"gpu": "a"})
+    assert store.load() == {}
+    some = timings()
+    store.save(some[:4])
+    store.save(some[4:])
+    assert Store(tmp_path / "new", {"gpu": "a"}).load() == {t.problem: t.best for t in some}
+    assert Store(tmp_path / "new", {"gpu": "b"}).load() == {}
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"versions": [{"problem": 3}]}', '{"versions": [{}]}', "\xff"])
+def test_a_file_that_cannot_be_read_is_ignored(tmp_path: Path, text: str) -> None:
+    store = Store(tmp_path, {"gpu": "a"})
+    store.path.write_text(text, encoding="latin-1")
+    assert store.load() == {}
+    store.save(timings()[:1])
+    assert len(store.load()) == 1
+    assert json.loads(store.path.read_text())["identity"] == {"gpu": "a"}
+
+
+def test_nothing_is_measured_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Problem] = []
+    some = timings()
+
+    def measure(work: dict[Problem, Any], launcher: Callable[..., Any]) -> list[Timing]:
+        asked.extend(work)
+        return [t for t in some if t.problem in work][:2]  # stopped after two
+
+    monkeypatch.setattr(tune, "measure", measure)
+    work = {t.problem: [] for t in some[:4]}
+    first = tune.choose(work, lambda problem: pytest.fail("measured"), Store(tmp_path, {}))
+    assert list(first) == [t.problem for t in some[:2]]
+    second = tune.choose(work, lambda problem: pytest.fail("measured"), Store(tmp_path, {}))
+    assert asked == [t.problem for t in (*some[:4], *some[2:4])]
+    assert second == {t.problem: t.best for t in some[:4]}
+
+
+# --- compiled for an H100 ------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_kernels_compile_for_an_h100(tmp_path: Path) -> None:
+    """No register spills; weights are asked for before the wait, and nothing is stored there."""
+    from triton import knobs
+
+    try:
+        ptxas = knobs.nvidia.ptxas.path
+    except RuntimeError as error:
+        pytest.skip(f"Triton finds no ptxas: {error}")
+    env = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, __file__, ptxas], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    print(done.stdout)
+    assert len(done.stdout.splitlines()) > 20, done.stdout
+
+
+def compile_kernels(ptxas: str) -> None:
+    """Replace launches by compilation; print what became of each kernel."""
+    import tempfile
+
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.runtime.jit import JITFunction, mangle_type
+
+    seen = set()
+
+    def build(self: JITFunction, *args: object, grid: object, warmup: bool, **options: object) -> None:
+        named = dict(zip(self.arg_names, args, strict=False))
+        named |= {k: options.pop(k) for k in list(options) if k in self.arg_names}
+        constant = {p.name for p in self.params if p.is_constexpr}
+        signature = {n: "constexpr" if n in constant else mangle_type(named[n]) for n in self.arg_names}
+        constexprs = {n: named[n] for n in constant}
+        even = [n for n in ("width", "columns") if isinstance(v := named.get(n), int) and v % 16 == 0]
+        divisible = [n for n in signature if signature[n][0] == "*" or n in even]
+        aligned = {(self.arg_names.index(n),): [["tt.divisibility", 16]] for n in divisible}
+        key = (self.__name__, *signature.items(), *sorted(constexprs.items()), *sorted(options.items()))
+        if key in seen:
+            return
+        seen.add(key)
+        source = ASTSource(self, signature, constexprs, aligned)
+        kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+        ptx = kernel.asm["ptx"]
+        with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+            file.write(ptx)
+            file.flush()
+            command = [ptxas, "-v", "-arch=sm_90a", file.name, "-o", os.devnull]
+            said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        (registers,) = re.findall(r"Used (\d+) registers", said)
+        spills = [int(size) for size in re.findall(r"(\d+) bytes spill", said)]
+        before, wait, after = ptx.partition("griddepcontrol.wait")
+        sizes = {n: v for n, v in constexprs.items() if isinstance(v, int) and not isinstance(v, bool)}
+        flags = [n for n, v in constexprs.items() if v is True]
+        print(self.__name__, sizes, flags, options, registers, kernel.metadata.shared, spills, flush=True)
+        assert wait
+        assert "griddepcontrol.launch_dependents" in before
+        assert "griddepcontrol.wait" not in after
+        assert "st.global" not in before
+        assert "atom" not in before
+        assert not any(spills), said
+        assert kernel.metadata.shared <= 160 << 10
+        if self.__name__ in ("gemv", "stream"):
+            assert "ld.global" in before
+            assert constexprs["NORM"] or self.__name__ != "gemv" or before.count("ld.global") >= 1
+            if self.__name__ == "stream":
+                assert "cp.async.cg" in after, "weights are not streamed"
+                assert "mma" in after
+                assert "e4m3" not in ptx, "the slow conversion"
+        else:
+            assert "ld.global" not in before
+
+    JITFunction.run = build
+    bf16, workspace = torch.bfloat16, Workspace(torch.zeros(1).int(), torch.zeros(1))
+    shapes = (
+        ("norm_linear", 3072, 2048), ("linear_add", 2048, 2048), ("norm_gate_up", 8192, 2048),
+        ("linear_add", 2048, 8192), ("norm_head", 128256, 2048), ("linear_add", 576, 1536),
+    )  # fmt: skip
+    for fp8 in (False, True):
+        for op, columns, depth in shapes:
+            outputs = columns * (2 if op == "norm_gate_up" else 1)
+            weight = torch.zeros(1, dtype=FP8 if fp8 else bf16).expand(outputs, depth)
+            linear = Linear(weight, None, torch.zeros(1) if fp8 else None)
+            for rows in tune.BUCKETS:
+                problem = Problem(op, columns, depth, rows, bf16, fp8)
+                for version in tune.candidates(problem):
+                    if version.kind is Kind.LIBRARY:
+                        continue
+                    x = torch.zeros(1, dtype=bf16).expand(rows, depth)
+                    out = torch.zeros(1, dtype=torch.float32 if op == "norm_head" else bf16)
+                    multiply(
+                        version, x, linear, out.expand(rows, columns), workspace,
+                        norm=x if version.norms else None, eps=EPS, gate=problem.gate,
+                        index=torch.zeros(1).int() if op == "norm_head" else None,
+                        add=op == "linear_add", pdl=True,
+                    )  # fmt: skip
+    for shape, dtype in (
+        (AttentionShape(32, 8, 64), bf16),
+        (AttentionShape(16, 8, 128), bf16),
+        (AttentionShape(8, 4, 256, sliding_window=512), bf16),
+        (AttentionShape(9, 3, 64), torch.float32),
+    ):
+        ops = TritonOps()
+        ops._pdl, ops._launch = True, {"PDL": True, "launch_pdl": True}
+        for count in (1, 33):
+            world = make_world(0, shape, [Seq(40)] * count, StepKind.DECODE, dtype=dtype)
+            world.attend(ops, norm=True)
+
+
+if __name__ == "__main__":
+    compile_kernels(sys.argv[1])
