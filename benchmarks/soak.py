@@ -219,6 +219,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", default="smollm2-135m")
     parser.add_argument("--replays", type=int, default=100_000)
+    parser.add_argument("--verify-every", type=int, default=40, help="one replay in so many is checked")
     parser.add_argument("--seconds", type=float, default=300.0, help="of traffic, in this call")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--part", type=part_of, default=(1, 1), metavar="I/N")
