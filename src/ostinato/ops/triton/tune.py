@@ -317,7 +317,10 @@ def measure(
         times = {}
         for version in candidates(problem):
             if _try(launchers[problem], version, linears[0]):
-                times[version] = _time(launchers[problem], version, linears[:enough], repeats)
+                try:
+                    times[version] = time_launches(launchers[problem], version, linears[:enough], repeats)
+                except RuntimeError as error:
+                    logger.warning("%s: %s cannot be captured and is left out: %r", problem, version, error)
         ordered = dict(sorted(times.items(), key=lambda item: item[1]))
         if ordered:
             found.append(Timing(problem, ordered))
@@ -335,7 +338,7 @@ def _try(launch: Launch, version: Version, linear: Linear) -> bool:
     return True
 
 
-def _time(launch: Launch, version: Version, linears: Sequence[Linear], repeats: int) -> float:
+def time_launches(launch: Launch, version: Version, linears: Sequence[Linear], repeats: int) -> float:
     """Microseconds a launch, the least of `repeats` replays."""
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
