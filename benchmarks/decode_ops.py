@@ -53,7 +53,7 @@ def products(name: str, rows: list[int], fp8: bool) -> list[dict[str, Any]]:
         ("norm_head", spec.vocab_size, hidden),
     ):
         outputs = columns * (2 if op == "norm_gate_up" else 1)
-        copies = max(2, COLD_BYTES // (outputs * depth * (1 if fp8 else 2)))
+        copies = max(4, COLD_BYTES // (outputs * depth * (1 if fp8 else 2)))
         weights = [
             torch.randn(outputs, depth, device=device, dtype=torch.bfloat16).mul_(0.02)
             for _ in range(1 if op == "norm_head" else copies)

@@ -313,7 +313,7 @@ def measure(
         if time.perf_counter() - begun > seconds:
             logger.warning("choosing kernels was stopped after %.0f s; the rest keep their defaults", seconds)
             break
-        enough = max(2, _WARMTH_BYTES // problem.weight_bytes)
+        enough = max(8, _WARMTH_BYTES // problem.weight_bytes)
         times = {}
         for version in candidates(problem):
             if _try(launchers[problem], version, linears[0]):
