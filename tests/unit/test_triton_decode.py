@@ -12,8 +12,10 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -349,6 +351,39 @@ def test_nothing_is_measured_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     second = tune.choose(work, lambda problem: pytest.fail("measured"), Store(tmp_path, {}))
     assert asked == [t.problem for t in (*some[:4], *some[2:4])]
     assert second == {t.problem: t.best for t in some[:4]}
+
+
+def test_measuring_leaves_out_what_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fastest of what can be launched and captured; the rest of the problems when time is up keep rules."""
+    first, second, third = (t.problem for t in timings()[:3])
+    linears = [Linear(torch.zeros(1))] * 5
+    launched: list[Version] = []
+
+    def launcher(problem: Problem) -> Callable[[Version, Linear], None]:
+        def launch(version: Version, linear: Linear) -> None:
+            launched.append(version)
+            if problem is first and version == tune.default(first):
+                raise RuntimeError("out of shared memory")
+
+        return launch
+
+    def time_launches(launch: Any, version: Version, some: list[Linear], repeats: int) -> float:
+        if version is LIBRARY:
+            raise RuntimeError("no capture")
+        clock.now += 4
+        return 100.0 - tune.candidates(first).index(version) if version in tune.candidates(first) else 1.0
+
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(tune, "time_launches", time_launches)
+    monkeypatch.setattr(tune, "compile_ahead", nullcontext)
+    monkeypatch.setattr(tune.time, "perf_counter", lambda: clock.now)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    found = tune.measure({first: linears, second: linears, third: linears}, launcher, seconds=10)
+    assert tune.default(first) in launched
+    assert found[0].problem is first
+    assert found[0].best == tune.candidates(first)[-1]
+    assert not {LIBRARY, tune.default(first)} & set(found[0].times)
+    assert third not in [timing.problem for timing in found]
 
 
 # --- compiled for an H100 ------------------------------------------------------------------

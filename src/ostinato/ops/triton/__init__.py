@@ -134,9 +134,12 @@ class TritonOps:
         for workspace in self._workspaces.values():
             workspace.semaphores.zero_()
 
-    def launcher(self, problem: Problem) -> Launch:
-        """What launches any version of a problem, on operands of its own: for measuring."""
-        device, rows, dtype = torch.device("cuda"), problem.rows, problem.dtype
+    def launcher(self, problem: Problem, rows: int | None = None) -> Launch:
+        """What launches any version of a problem, on operands of its own: for measuring.
+
+        `rows`: other than the most that the problem's versions serve.
+        """
+        device, rows, dtype = torch.device("cuda"), rows or problem.rows, problem.dtype
 
         def make(*size: int, dtype: torch.dtype = dtype) -> torch.Tensor:
             return torch.randn(size, device=device).to(dtype)

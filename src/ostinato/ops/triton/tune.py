@@ -299,29 +299,37 @@ def measure(
     """Time the candidates of each problem, on the current stream, which must not be the default one.
 
     Each candidate is captured over several layers' weights, so that they come from memory. One that
-    cannot be compiled or launched here is left out. Stops when `seconds` have passed.
+    cannot be compiled or launched here is left out. Stops `seconds` after all are compiled.
     """
-    begun = time.perf_counter()
+    compiling = time.perf_counter()
     launchers = {problem: launcher(problem) for problem in work}
     with compile_ahead():
         for problem, linears in work.items():
             for version in candidates(problem):
                 _try(launchers[problem], version, linears[0])
     torch.cuda.synchronize()
-    found = []
+    begun, found = time.perf_counter(), []
     for problem, linears in work.items():
         if time.perf_counter() - begun > seconds:
             logger.warning("choosing kernels was stopped after %.0f s; the rest keep their defaults", seconds)
             break
-        enough = max(2, _WARMTH_BYTES // problem.weight_bytes)
+        enough = max(8, _WARMTH_BYTES // problem.weight_bytes)
         times = {}
         for version in candidates(problem):
             if _try(launchers[problem], version, linears[0]):
-                times[version] = _time(launchers[problem], version, linears[:enough], repeats)
+                try:
+                    times[version] = time_launches(launchers[problem], version, linears[:enough], repeats)
+                except RuntimeError as error:
+                    logger.warning("%s: %s cannot be captured and is left out: %r", problem, version, error)
         ordered = dict(sorted(times.items(), key=lambda item: item[1]))
         if ordered:
             found.append(Timing(problem, ordered))
-    logger.info("%d kernels chosen in %.1f s", len(found), time.perf_counter() - begun)
+    logger.info(
+        "%d kernels chosen: %.1f s to compile candidates, %.1f s to time them",
+        len(found),
+        begun - compiling,
+        time.perf_counter() - begun,
+    )
     return found
 
 
@@ -335,7 +343,7 @@ def _try(launch: Launch, version: Version, linear: Linear) -> bool:
     return True
 
 
-def _time(launch: Launch, version: Version, linears: Sequence[Linear], repeats: int) -> float:
+def time_launches(launch: Launch, version: Version, linears: Sequence[Linear], repeats: int) -> float:
     """Microseconds a launch, the least of `repeats` replays."""
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
