@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +18,8 @@ from ostinato.graphs.keys import KeyState
 from ostinato.graphs.profile import Profile
 from ostinato.graphs.scratch import ScratchChecker
 from ostinato.kv_cache import GUARD_BLOCK
+from ostinato.models.decoder import Decoder
+from ostinato.ops.reference import ReferenceOps
 from ostinato.types import GraphKey, Route, SamplerVariant, StepKind
 from tests.fakes import FakeBackend, FakeGraph, fake_engine
 
@@ -381,3 +385,47 @@ def test_released_graphs_are_captured_again(tiny: Tiny, wanted: list[list[int]])
     assert backend.live == []
     assert traffic(llm, 2) == [wanted] * 2
     assert backend.live
+
+
+class Fused(ReferenceOps):
+    """Does greedy decode steps of one sequence in one go, and leaves no logits: as the one kernel does."""
+
+    steps = 0
+
+    def fuses(self, stack: Any, seqs: int) -> bool:
+        return seqs == 1
+
+    def fused(self, stack: Any, view: Any, caches: Any, scratch: Any, *, greedy: bool) -> None:
+        Fused.steps += 1
+        own = dataclasses.replace(
+            scratch, logits=torch.empty_like(scratch.logits) if greedy else scratch.logits
+        )
+        cache = SimpleNamespace(layer=lambda index: caches[index])
+        Decoder.forward(stack, view, cache, own, self)
+        if greedy:
+            scratch.tokens.copy_(own.logits.argmax(1))
+
+
+def test_a_fused_step_without_logits_is_checked_by_its_tokens(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What an earlier step left where logits would be is no difference."""
+    prompts, params = [[3, 5, 8], [4] * 20], SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+
+    def run() -> tuple[list[list[int]], Any]:
+        llm = fake_engine(tiny("llama3")[0], FakeBackend(), cudagraph_verify_every=2)
+        alone = [
+            llm.generate([p], params, use_tqdm=False)[0].outputs[0].token_ids for p in prompts for _ in "ab"
+        ]
+        return alone, llm.engine
+
+    plain, _ = run()
+    monkeypatch.setattr("ostinato.engine.select", lambda device: Fused())
+    fused, engine = run()
+    assert fused == plain
+    assert Fused.steps > 20
+    assert engine.runner.num_live_checks > 3
+    assert not any(r.mismatches for r in engine.plan.book.records())
+    assert any(
+        r.key.num_seqs == 1 and r.key.sampler is SamplerVariant.GREEDY for r in engine.plan.book.captured
+    )

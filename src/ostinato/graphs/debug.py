@@ -32,7 +32,7 @@ class DebugOps:
         """This object, as the type that steps take."""
         return cast(OpSet, self)
 
-    def fused(self, *args: Any, **kwargs: Any) -> bool:
+    def fuses(self, *args: Any) -> bool:
         """Never: what is to be looked at is each op by itself."""
         return False
 

@@ -20,7 +20,7 @@ from ..inputs import Batch, PromptLogprobsJob, StepBuffers
 from ..kv_cache import KVCache
 from ..models.decoder import Decoder
 from ..ops import AttentionShape, OpSet, Scratch
-from ..types import GraphKey, Logprob, SamplerVariant, StepResult, TokenLogprobs
+from ..types import GraphKey, Logprob, SamplerVariant, StepKind, StepResult, TokenLogprobs
 
 
 class Arena:
@@ -114,13 +114,13 @@ class StepProgram:
         """Run a batch. Results land in `batch.state`; on a GPU nothing is allocated or awaited."""
         ops, scratch = self.ops, self.arena.view(batch.num_tokens, batch.num_seqs)
         view = ops.prepare(batch, scratch)
-        greedy = batch.key.sampler is SamplerVariant.GREEDY
-        caches = [self.cache.layer(index) for index in range(len(self.model.layers))]
-        fused = view.decode and ops.fused(self.model, view, caches, scratch, greedy=greedy)
-        if not fused:
+        if self.fuses(batch.key):
+            caches = [self.cache.layer(index) for index in range(len(self.model.layers))]
+            ops.fused(self.model, view, caches, scratch, greedy=not self.keeps_logits(batch.key))
+        else:
             self.model.forward(view, self.cache, scratch, ops)
         # A sampled token stands right after its context, so its position is the context's length.
-        if not (fused and greedy):
+        if self.keeps_logits(batch.key):
             ops.sample(
                 scratch.logits,
                 view.rows,
@@ -132,6 +132,14 @@ class StepProgram:
                 out=scratch.tokens,
             )
         ops.advance(batch, view, scratch.tokens)
+
+    def fuses(self, key: GraphKey) -> bool:
+        """Whether the op set does this step's model in one go."""
+        return key.kind is StepKind.DECODE and self.ops.fuses(self.model, key.num_seqs)
+
+    def keeps_logits(self, key: GraphKey) -> bool:
+        """Whether a step leaves logits in the arena: one that is fused and greedy finds the best token without."""
+        return key.sampler is not SamplerVariant.GREEDY or not self.fuses(key)
 
     def prompt_logprobs(self, batch: Batch) -> dict[int, list[TokenLogprobs]]:
         """Candidates at prompt positions, from the hidden states that the step left in the arena.

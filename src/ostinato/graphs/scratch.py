@@ -294,7 +294,6 @@ def observe_step(program: StepProgram, batch: Batch, kv: torch.Tensor) -> dict[s
     live = scratch.seq_lens[:n] > 0
     found = {
         # Padded rows compute on whatever they find: only live ones are anybody's business.
-        "logits": torch.where(live.unsqueeze(1), scratch.logits[:n], 0.0),
         "tokens": torch.where(live, scratch.tokens[:n], 0),
         "emitted": state.emitted[:n].clone(),
         "active": state.active.clone(),
@@ -303,6 +302,8 @@ def observe_step(program: StepProgram, batch: Batch, kv: torch.Tensor) -> dict[s
         "KV writes": kv.clone(),
         "guard block": program.cache.data[:, :, GUARD_BLOCK].clone(),
     }
+    if program.keeps_logits(batch.key):  # else whatever an earlier step left there
+        found = {"logits": torch.where(live.unsqueeze(1), scratch.logits[:n], 0.0), **found}
     if batch.key.sampler is SamplerVariant.FULL:
         found["penalty counts"] = state.output_counts[batch.rows.clamp(min=0).long()]
         found["logprobs"] = state.logprob_values[:n].clone()

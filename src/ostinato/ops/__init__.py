@@ -227,6 +227,10 @@ class OpSet(Protocol):
         """Work out ids, positions, slots and lengths from the static buffers."""
         ...
 
+    def fuses(self, stack: Stack, seqs: int) -> bool:
+        """Whether decode steps of `seqs` sequences, padding included, are done by `fused`."""
+        ...
+
     def fused(
         self,
         stack: Stack,
@@ -235,11 +239,11 @@ class OpSet(Protocol):
         scratch: Scratch,
         *,
         greedy: bool,
-    ) -> bool:
-        """The whole model in one go, where this op set has a kernel for such a step.
+    ) -> None:
+        """The whole model in one go, for a decode step that it `fuses`.
 
-        True: float32 logits are in `scratch.logits` or, greedy, the best tokens in
-        `scratch.tokens`. False: nothing was done, and the ops below are to be used.
+        Leaves float32 logits in `scratch.logits` or, greedy, only the best tokens in
+        `scratch.tokens`.
         """
         ...
 

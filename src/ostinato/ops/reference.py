@@ -136,6 +136,9 @@ class ReferenceOps:
             ),
         )
 
+    def fuses(self, stack: Stack, seqs: int) -> bool:
+        return False
+
     def fused(
         self,
         stack: Stack,
@@ -144,8 +147,8 @@ class ReferenceOps:
         scratch: Scratch,
         *,
         greedy: bool,
-    ) -> bool:
-        return False
+    ) -> None:
+        raise NotImplementedError("no step is fused in plain torch")
 
     def embed(self, ids: torch.Tensor, table: torch.Tensor, out: torch.Tensor) -> None:
         torch.index_select(table, 0, ids, out=out)

@@ -99,6 +99,7 @@ class TritonOps:
         """With `table` in place of the rules for which version serves which shape."""
         gpu = torch.cuda.is_available()
         self._fused = FusedDecode(torch.device("cuda")) if _has_fused() else None
+        self._whole: dict[int, bool] = {}
         self._wide_mm = gpu and _mm_widens()
         self._pdl = gpu and torch.cuda.get_device_capability() >= (9, 0)
         # Few in the interpreter, so that programs have several pieces of work there too.
@@ -133,6 +134,8 @@ class TritonOps:
     def reset(self) -> None:
         for workspace in self._workspaces.values():
             workspace.semaphores.zero_()
+        if self._fused is not None:
+            self._fused.reset()
 
     def launcher(self, problem: Problem, rows: int | None = None) -> Launch:
         """What launches any version of a problem, on operands of its own: for measuring.
@@ -208,6 +211,14 @@ class TritonOps:
             decode=batch.decode,
         )
 
+    def fuses(self, stack: Stack, seqs: int) -> bool:
+        if self._fused is None or seqs > MOST_TOKENS:
+            return False
+        found = self._whole.get(id(stack))
+        if found is None:
+            found = self._whole[id(stack)] = unsupported(stack) is None
+        return found
+
     def fused(
         self,
         stack: Stack,
@@ -216,11 +227,9 @@ class TritonOps:
         scratch: Scratch,
         *,
         greedy: bool,
-    ) -> bool:
-        if self._fused is None or not view.decode or len(view.rows) > MOST_TOKENS or unsupported(stack):
-            return False
+    ) -> None:
+        assert self._fused is not None
         self._fused.run(stack, view, caches, scratch, greedy=greedy)
-        return True
 
     def embed(self, ids: torch.Tensor, table: torch.Tensor, out: torch.Tensor) -> None:
         tokens, width = out.shape
