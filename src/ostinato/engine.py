@@ -506,7 +506,8 @@ def build(options: EngineOptions, backend: GraphBackend | None = None) -> Engine
                 ops.tune(model, config.max_num_seqs)
                 stages.done("kernel versions")
                 _warm_up(program_over(1), buffers)
-            addresses.observe("library workspace")  # what warm-up left behind is the libraries'
+            addresses.observe("library workspace")  # what warm-up left behind is the libraries' and the ops'
+            memory.append(MemoryLine("workspaces of kernels", ops.workspace_bytes()))
         stages.done("warm-up")
         graphs = config.cudagraph_mode is not CudaGraphMode.NONE
         predicted = None

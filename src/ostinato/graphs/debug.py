@@ -38,7 +38,11 @@ class DebugOps:
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._inner, name)
-        if not callable(found) or name.endswith("_words"):
+        if (
+            not callable(found)
+            or name.endswith(("_words", "_bytes"))
+            or name in ("tune", "versions", "reset")
+        ):
             return found
 
         def op(*args: Any, **kwargs: Any) -> Any:

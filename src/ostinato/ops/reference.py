@@ -54,6 +54,9 @@ class ReferenceOps:
     def reset(self) -> None:
         pass
 
+    def workspace_bytes(self) -> int:
+        return 0
+
     def attention_words(self, shape: AttentionShape, max_seqs: int) -> int:
         return 0
 

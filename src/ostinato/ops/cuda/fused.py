@@ -98,11 +98,18 @@ class FusedDecode:
         bound.decode.launch(_pack(pointers) + struct.pack("<ffi4x", stack.norm_eps, a.scale * LOG2_E, seqs))
         bound.finish.launch(_pack(results) + struct.pack("<i4x", seqs))
 
+    def workspace(self) -> list[torch.Tensor]:
+        """All that it keeps on the device."""
+        return [cells for bound in self._bound.values() for cells in bound.cells.values()]
+
+    def models(self) -> list[tuple[int, int]]:
+        """(vocabulary, hidden size) of each model that has run."""
+        return [(numbers["VOCAB"], numbers["HID"]) for numbers in map(dict, self._bound)]
+
     def reset(self) -> None:
         """Forget what a failed step left: its tags must not be taken for the next step's."""
-        for bound in self._bound.values():
-            for cells in bound.cells.values():
-                cells.zero_()
+        for cells in self.workspace():
+            cells.zero_()
 
     def _macros(self, stack: Stack, block_size: int, table_width: int) -> dict[str, int]:
         a, first = stack.attention, stack.layers[0]

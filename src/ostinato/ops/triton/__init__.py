@@ -129,7 +129,13 @@ class TritonOps:
         torch.cuda.empty_cache()  # what is cached would be missing from the KV cache
 
     def versions(self) -> list[VersionLine]:
-        return self._table.lines()
+        lines = self._table.lines()
+        if self._fused is not None:
+            lines += [
+                VersionLine("fused", columns, depth, MOST_TOKENS, "the whole model in one kernel", False)
+                for columns, depth in self._fused.models()
+            ]
+        return lines
 
     def reset(self) -> None:
         for workspace in self._workspaces.values():
@@ -169,6 +175,11 @@ class TritonOps:
         if found is None:
             found = self._workspaces[device] = decode.Workspace.on(device)
         return found
+
+    def workspace_bytes(self) -> int:
+        own = [t for w in self._workspaces.values() for t in (w.semaphores, w.partials)]
+        own += self._fused.workspace() if self._fused is not None else []
+        return sum(t.numel() * t.element_size() for t in own)
 
     def attention_words(self, shape: AttentionShape, max_seqs: int) -> int:
         return max_seqs * shape.heads * SPLITS * (shape.head_dim + 2)
@@ -469,6 +480,8 @@ class TritonOps:
 
 def _has_fused() -> bool:
     """Whether the one-kernel decode step runs here: Hopper's bulk copies, and NVRTC to compile it."""
+    if os.environ.get("OSTINATO_FUSED") == "0":
+        return False
     if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
         return False
     return importlib.util.find_spec("cuda.bindings") is not None
