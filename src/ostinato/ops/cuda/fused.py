@@ -6,15 +6,21 @@ weights arrive. The op set's own kernels define what it must compute; see `decod
 
 from __future__ import annotations
 
+import gc
+import logging
 import struct
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
 from .. import Linear, Scratch, Stack, StepView
 from .program import Kernel, build
+
+logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("decode.cu")
 MOST_TOKENS = 1
@@ -52,7 +58,26 @@ class FusedDecode:
     not be overwritten by anyone else: a tag that somebody forges would be believed.
     """
 
+    _alive: ClassVar[weakref.WeakSet[FusedDecode]] = weakref.WeakSet()
+
+    @classmethod
+    def claim(cls, device: torch.device) -> FusedDecode | None:
+        """One for this device, or None while another lives there.
+
+        Its blocks wait for each other, so all of them must fit at once. Two such kernels on two streams
+        could each hold some multiprocessors and wait for the rest for ever.
+        """
+        if any(other._device == device for other in cls._alive):
+            gc.collect()  # an engine that nobody holds any more may still be there
+        if any(other._device == device for other in cls._alive):
+            logger.info(
+                "another engine on %s runs the one-kernel decode step: this one goes op by op", device
+            )
+            return None
+        return cls(device)
+
     def __init__(self, device: torch.device) -> None:
+        self._alive.add(self)
         self._device = device
         self._grid = torch.cuda.get_device_properties(device).multi_processor_count
         self._bound: dict[tuple[tuple[str, int], ...], _Bound] = {}

@@ -98,7 +98,7 @@ class TritonOps:
     def __init__(self, table: Table | None = None) -> None:
         """With `table` in place of the rules for which version serves which shape."""
         gpu = torch.cuda.is_available()
-        self._fused = FusedDecode(torch.device("cuda")) if _has_fused() else None
+        self._fused = FusedDecode.claim(torch.device("cuda")) if _has_fused() else None
         self._whole: dict[int, bool] = {}
         self._wide_mm = gpu and _mm_widens()
         self._pdl = gpu and torch.cuda.get_device_capability() >= (9, 0)
