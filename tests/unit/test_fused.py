@@ -96,3 +96,20 @@ def test_pointers_come_in_the_order_of_the_struct() -> None:
     assert list(expected) == declared
     for name, pointer in zip(declared, pointers, strict=False):
         assert pointer is expected[name], name
+
+
+def test_blocks_without_a_tile_of_the_head_never_have_the_best_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small vocabulary leaves some none: a zero from them would beat logits that are all negative."""
+    properties = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(fused, "build", lambda *args, **more: None)
+    ops, m = FusedDecode(torch.device("cpu")), model()
+    macros = ops._macros(m, 16, 4)
+    bound = ops._bound[tuple(macros.items())] = ops._bind(m, macros)
+    best = bound.cells["best"]
+    assert torch.equal(best, torch.full_like(best, -torch.inf))
+    best.fill_(1.0)
+    bound.cells["steps"].fill_(7)
+    ops.reset()
+    assert torch.equal(best, torch.full_like(best, -torch.inf))
+    assert not bound.cells["steps"].any()

@@ -133,8 +133,10 @@ class FusedDecode:
 
     def reset(self) -> None:
         """Forget what a failed step left: its tags must not be taken for the next step's."""
-        for cells in self.workspace():
-            cells.zero_()
+        for bound in self._bound.values():
+            for cells in bound.cells.values():
+                cells.zero_()
+            bound.cells["best"].fill_(-torch.inf)
 
     def _macros(self, stack: Stack, block_size: int, table_width: int) -> dict[str, int]:
         a, first = stack.attention, stack.layers[0]
@@ -161,7 +163,8 @@ class FusedDecode:
             "parts": zeros(n, a.heads, SPLITS, a.head_dim + 2),
             "semaphores": zeros(n, a.heads, dtype=torch.int32),
             "steps": zeros(1, dtype=torch.int32),
-            "best": zeros(n, self._grid, dtype=torch.float32),
+            # Blocks without a tile of the head never write theirs.
+            "best": zeros(n, self._grid, dtype=torch.float32).fill_(-torch.inf),
             "best_at": zeros(n, self._grid, dtype=torch.int32),
         }
         numbers = {name: int(value) for name, value in macros.items()}
