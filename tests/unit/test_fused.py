@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -113,3 +115,15 @@ def test_blocks_without_a_tile_of_the_head_never_have_the_best_token(monkeypatch
     ops.reset()
     assert torch.equal(best, torch.full_like(best, -torch.inf))
     assert not bound.cells["steps"].any()
+
+
+def test_a_hopper_gpu_without_cuda_python_goes_op_by_op(monkeypatch: pytest.MonkeyPatch) -> None:
+    triton_ops = pytest.importorskip("ostinato.ops.triton")
+    monkeypatch.delenv("OSTINATO_FUSED", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    for name in [name for name in sys.modules if name.split(".")[0] == "cuda"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "path", [])
+    importlib.invalidate_caches()
+    assert not triton_ops._has_fused()

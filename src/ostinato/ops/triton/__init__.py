@@ -484,7 +484,10 @@ def _has_fused() -> bool:
         return False
     if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
         return False
-    return importlib.util.find_spec("cuda.bindings") is not None
+    # Looking for a module inside a package that is not there is an error.
+    return (
+        importlib.util.find_spec("cuda") is not None and importlib.util.find_spec("cuda.bindings") is not None
+    )
 
 
 def _mm_widens() -> bool:
