@@ -916,7 +916,8 @@ extern "C" __global__ void __launch_bounds__(NT + PW * 32, 1) decode(const __gri
     asm volatile("griddepcontrol.wait;" ::: "memory");
     Share share = {0};
     remember(p, sh);
-    u32 tag = *(volatile u32 *)p.steps * (2 * NL), last = 0;   // two versions of x a layer, one of all else
+    // Two versions of x a layer, one of all else. Starts again before it wraps: zero means the embedding.
+    u32 tag = *(volatile u32 *)p.steps % (0xffffffffu / (2 * NL)) * (2 * NL), last = 0;
     for (int l = 0; l < NL; ++l) {
         const Layer &w = p.layer[l];
         const u32 one = tag + 1, two = tag + 2;
