@@ -19,7 +19,9 @@ from ...paths import cache_dir
 class Kernel:
     """A function of a compiled program, ready to be launched on torch's current stream."""
 
-    def __init__(self, function: Any, *, grid: int, block: int, shared_bytes: int, pdl: bool) -> None:
+    def __init__(
+        self, function: Any, *, grid: int, block: int, shared_bytes: int, pdl: bool, cluster: int
+    ) -> None:
         from cuda.bindings import driver
 
         self._function, self._driver = function, driver
@@ -29,11 +31,19 @@ class Kernel:
         config.gridDimX, config.gridDimY, config.gridDimZ = grid, 1, 1
         config.blockDimX, config.blockDimY, config.blockDimZ = block, 1, 1
         config.sharedMemBytes = shared_bytes
+        attributes = []
         if pdl:
             early = driver.CUlaunchAttribute()
             early.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
             early.value.programmaticStreamSerializationAllowed = 1
-            config.attrs, config.numAttrs = [early], 1
+            attributes.append(early)
+        if cluster > 1:
+            together = driver.CUlaunchAttribute()
+            together.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+            together.value.clusterDim.x = cluster
+            together.value.clusterDim.y = together.value.clusterDim.z = 1
+            attributes.append(together)
+        config.attrs, config.numAttrs = attributes, len(attributes)
         self._config = config
 
     @property
@@ -41,8 +51,10 @@ class Kernel:
         """The driver's handle of the function, as captured nodes name it."""
         return int(self._function)
 
-    def launch(self, params: bytes) -> None:
-        """Launch with one parameter, a struct passed by value."""
+    def launch(self, params: bytes, grid: int | None = None) -> None:
+        """Launch with one parameter, a struct passed by value; `grid`: other than it was built with."""
+        if grid is not None:
+            self._config.gridDimX = grid
         held = ctypes.create_string_buffer(params, len(params))
         slots = (ctypes.c_void_p * 1)(ctypes.addressof(held))
         self._config.hStream = torch.cuda.current_stream().cuda_stream
@@ -59,6 +71,7 @@ def build(
     shared_bytes: int,
     grid: int,
     pdl: bool = True,
+    cluster: int = 1,
 ) -> Kernel:
     """Compile a source file for the current GPU, or take the binary from the cache.
 
@@ -70,6 +83,7 @@ def build(
         shared_bytes: of dynamic shared memory.
         grid: blocks.
         pdl: launch before the kernel in front has ended (programmatic dependent launch).
+        cluster: blocks that run together and see each other's shared memory.
 
     Raises:
         KernelError: it does not compile or load; the compiler's log is in the message.
@@ -80,7 +94,7 @@ def build(
     torch.cuda.current_stream()  # there is a context
     module = _check(driver.cuModuleLoadData(binary), f"loading {source.name}")
     function = _check(driver.cuModuleGetFunction(module, name.encode()), name)
-    return Kernel(function, grid=grid, block=block, shared_bytes=shared_bytes, pdl=pdl)
+    return Kernel(function, grid=grid, block=block, shared_bytes=shared_bytes, pdl=pdl, cluster=cluster)
 
 
 @lru_cache

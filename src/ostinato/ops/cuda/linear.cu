@@ -1,0 +1,384 @@
+// One product of a small step, out = x W^T, with what stands around it: at most 128 rows of x.
+//
+// The rows of weights are the large operand of Hopper's warp-group products (m64), the rows of x the
+// small one (n8 to n128). One thread copies tiles of both into a ring in shared memory (TMA, 128-byte
+// swizzle). Weights depend on nothing that a step computes: with dependent launch the ring is full before
+// the kernel in front has ended. Half of a multiprocessor's shared memory at most, so that the next
+// product's blocks find room and fill theirs.
+//
+// While the kernel in front still runs they are asked for at the pace of memory, into the L2 cache when the
+// ring is full, and afterwards only FLIGHT stages at a time: a long queue in front of memory would delay
+// the few bytes that a step waits for.
+//
+// A narrow output has too few tiles for the multiprocessors. Then the blocks of a cluster share a tile's
+// inner dimension. Each finishes some of the tokens: the others send it their parts through distributed
+// shared memory, and it adds them in order.
+//
+// RMS norm in two halves: whoever writes the residual stream x also writes x times the next norm's weight
+// (`y`) and each token's sum of squares over its 64 columns; the product with y is multiplied by
+// the norm's factor at the end. Squares: [width / 64, rows] float32.
+//
+// Macros: KIND (0 store, 1 add to the residual, 2 gate and up with SiLU, 3 float32), TOK (8, 16, 32, 64, 128: rows of x
+// at most), MW (warp groups: 64 rows of weights each), SPLIT (blocks of a cluster), KA (64 inner indices each,
+// of a stage), STAGES, FLIGHT, PACE (cycles a stage), AHEAD (stages in the L2 cache beyond the ring).
+
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+enum { STORE, ADD, ACT, WIDE };
+constexpr int ROWS = 64 * MW;               // of weights in a tile
+constexpr int W_BYTES = ROWS * 128;         // of 64 inner indices
+constexpr int X_BYTES = TOK * 128;
+constexpr int STAGE = KA * (W_BYTES + X_BYTES);
+constexpr int CONSUMERS = MW * 128;         // threads; then a warp that copies, and one for the norm's factors
+constexpr bool GATHERED = KIND == STORE || KIND == ADD;   // parts go through shared memory; one tile a cluster
+constexpr int APART = ROWS + 4;             // floats from token to token there
+constexpr int OWN = TOK / SPLIT;            // tokens that a block finishes
+constexpr int NI = TOK < 64 ? TOK : 64;     // tokens of one instruction
+static_assert(TOK % SPLIT == 0, "tokens are shared out evenly");
+static_assert(GATHERED || SPLIT == 1, "gate and up, and the head, have tiles enough");
+
+struct __align__(64) Map { u64 words[16]; };
+struct Params {
+    const u16 *weight, *x;      // as in the maps
+    void *out;                  // [rows, n] bfloat16, float32 for WIDE; ADD: the residual stream
+    const u16 *bias;            // [n] or null
+    const float *squares;       // [k / 64, rows] or null: x is y, times the factor of this norm
+    const u16 *gain;            // ADD: [n], the next norm's weight, or null
+    u16 *y;                     // [rows, n] with gain
+    float *next_squares;        // [n / 64, rows] with gain
+    int rows, n, k, tiles, chunks, unused;
+    float eps, unused_too;
+    Map weight_map, x_map;
+};
+
+__device__ __forceinline__ float lo(u32 v) { return __uint_as_float(v << 16); }
+__device__ __forceinline__ float hi(u32 v) { return __uint_as_float(v & 0xffff0000u); }
+__device__ __forceinline__ u32 pack(float a, float b) {
+    u32 r;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(b), "f"(a));
+    return r;
+}
+__device__ __forceinline__ float rounded(float a) { return lo(pack(a, 0.f)); }
+__device__ __forceinline__ float exp2_(float v) {
+    float r;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
+    return r;
+}
+__device__ __forceinline__ u32 shared_at(const void *p) { return (u32)__cvta_generic_to_shared(p); }
+__device__ __forceinline__ void mbar_init(u32 bar, u32 count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(count) : "memory");
+}
+__device__ __forceinline__ void mbar_arrive(u32 bar) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
+}
+__device__ __forceinline__ void mbar_expect(u32 bar, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void mbar_wait(u32 bar, u32 parity) {
+    asm volatile(
+        "{\n.reg .pred p;\nagain:\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
+        "@p bra done;\nbra again;\ndone:\n}" ::"r"(bar), "r"(parity) : "memory");
+}
+__device__ __forceinline__ u64 policy(bool first) {
+    u64 p;
+    if (first) asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(p));
+    else asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(p));
+    return p;
+}
+__device__ __forceinline__ void copy2(u32 to, const Map *map, int a, int b, u32 bar, u64 hint) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint"
+        " [%0], [%1, {%3, %4}], [%2], %5;"
+        ::"r"(to), "l"(map), "r"(bar), "r"(a), "r"(b), "l"(hint) : "memory");
+}
+__device__ __forceinline__ void prefetch2(const Map *map, int a, int b) {
+    asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];" ::"l"(map), "r"(a), "r"(b) : "memory");
+}
+__device__ __forceinline__ void prefetch4(const Map *map, int a, int d) {
+    asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global.tile [%0, {%1, %2, %2, %3}];" ::"l"(map), "r"(a), "r"(0), "r"(d) : "memory");
+}
+__device__ __forceinline__ void copy4(u32 to, const Map *map, int a, int d, u32 bar, u64 hint) {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint"
+        " [%0], [%1, {%3, %4, %4, %5}], [%2], %6;"
+        ::"r"(to), "l"(map), "r"(bar), "r"(a), "r"(0), "r"(d), "l"(hint) : "memory");
+}
+
+// Shared-memory operand of a warp-group product: rows of 128 bytes, swizzled, eight rows a kilobyte.
+__device__ __forceinline__ u64 operand(u32 at) {
+    return (u64)(at >> 4 & 0x3fff) | (u64)1 << 16 | (u64)64 << 32 | (u64)1 << 62;
+}
+#define F4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define F16(i) F4(i), F4(i + 4), F4(i + 8), F4(i + 12)
+// d (+)= A B^T over 16 inner indices; `more`: added to what d holds.
+__device__ __forceinline__ void multiply(float *d, u64 a, u64 b, u32 more) {
+    if (NI == 8)
+        asm volatile(
+            "{\n.reg .pred p;\nsetp.ne.b32 p, %6, 0;\n"
+            "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%0,%1,%2,%3}, %4, %5, p, 1, 1, 0, 0;\n}"
+            : F4(0) : "l"(a), "l"(b), "r"(more));
+    if (NI == 16)
+        asm volatile(
+            "{\n.reg .pred p;\nsetp.ne.b32 p, %10, 0;\n"
+            "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {%0,%1,%2,%3,%4,%5,%6,%7}, %8, %9, p, 1, 1, 0, 0;\n}"
+            : F4(0), F4(4) : "l"(a), "l"(b), "r"(more));
+    if (NI == 32)
+        asm volatile(
+            "{\n.reg .pred p;\nsetp.ne.b32 p, %18, 0;\n"
+            "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15},"
+            " %16, %17, p, 1, 1, 0, 0;\n}"
+            : F16(0) : "l"(a), "l"(b), "r"(more));
+    if (NI == 64)
+        asm volatile(
+            "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
+            "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+            "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, %32, %33, p, 1, 1, 0, 0;\n}"
+            : F16(0), F16(16) : "l"(a), "l"(b), "r"(more));
+}
+__device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int PENDING>
+__device__ __forceinline__ void await_products(float *d) {
+#pragma unroll
+    for (int i = 0; i < TOK / 2; ++i) asm volatile("" : "+f"(d[i])::"memory");
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+#pragma unroll
+    for (int i = 0; i < TOK / 2; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+
+// Sends a number to another block of the cluster, which waits for its bytes.
+__device__ __forceinline__ void send(u32 to, u32 bar, float v) {
+    if (SPLIT == 1) asm volatile("st.shared.f32 [%0], %1;" ::"r"(to), "f"(v) : "memory");   // no cluster was launched
+    else asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];"
+                 ::"r"(to), "r"(__float_as_uint(v)), "r"(bar) : "memory");
+}
+__device__ __forceinline__ u32 there(u32 at, int block) {
+    if (SPLIT == 1) return at;
+    u32 r;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(r) : "r"(at), "r"(block));
+    return r;
+}
+__device__ __forceinline__ bool come(u32 bar) {
+    u32 yes;
+    asm volatile("{\n.reg .pred p;\nmbarrier.test_wait.parity.shared::cta.b64 p, [%1], 0;\nselp.u32 %0, 1, 0, p;\n}"
+                 : "=r"(yes) : "r"(bar) : "memory");
+    return yes;
+}
+
+extern "C" __global__ void __launch_bounds__(CONSUMERS + 64) linear(const __grid_constant__ Params p) {
+    extern __shared__ __align__(1024) unsigned char memory[];
+    __shared__ __align__(8) u64 bars[2 * STAGES + 3];
+    __shared__ float factors[TOK];
+    const int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31;
+    const u32 data = (shared_at(memory) + 1023) & ~1023u, parts = data + STAGES * STAGE;
+    const u32 full = shared_at(bars), empty = full + STAGES * 8, go = empty + STAGES * 8, normed = go + 8, sent = normed + 8;
+    const int split = SPLIT > 1 ? blockIdx.x % SPLIT : 0, first = blockIdx.x / SPLIT, step = gridDim.x / SPLIT;
+    const int begin = p.chunks * split / SPLIT, end = p.chunks * (split + 1) / SPLIT;
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+    if (tid == 0) {
+        for (int i = 0; i < STAGES; ++i) {
+            mbar_init(full + i * 8, 1);
+            mbar_init(empty + i * 8, MW * 4);
+        }
+        mbar_init(go, 1);
+        mbar_init(normed, 1);
+        mbar_init(sent, 1);
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        if (GATHERED) mbar_expect(sent, TOK * ROWS * 4);
+    }
+    __syncwarp();
+    if (SPLIT > 1) asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+    else __syncthreads();
+
+    if (warp == CONSUMERS / 32) {
+        if (lane) return;
+        const u64 once = policy(true), often = policy(false);
+        // Blocks begin at different inner indices: rows of weights lie a power of two apart, and the same
+        // index of all of them would meet in few channels of memory.
+        auto turned = [&](int tile, int chunk) {
+            const int at = chunk + (ROTATE ? tile * ROTATE % (end - begin) : 0);
+            return at < end ? at : at - (end - begin);
+        };
+        auto weights = [&](int stage, int tile, int in_turn) {
+            const int chunk = turned(tile, in_turn);
+            u32 to = data + stage * STAGE;
+#pragma unroll
+            for (int a = 0; a < KA; ++a) {
+                if (KIND == ACT) copy4(to + a * W_BYTES, &p.weight_map, (chunk * KA + a) * 64, tile * (ROWS / 16), full + stage * 8, once);
+                else copy2(to + a * W_BYTES, &p.weight_map, (chunk * KA + a) * 64, tile * ROWS, full + stage * 8, once);
+            }
+        };
+        auto tokens = [&](int stage, int tile, int in_turn) {
+            const int chunk = turned(tile, in_turn);
+            u32 to = data + stage * STAGE + KA * W_BYTES;
+#pragma unroll
+            for (int a = 0; a < KA; ++a) copy2(to + a * X_BYTES, &p.x_map, (chunk * KA + a) * 64, 0, full + stage * 8, often);
+        };
+        int tile = first, chunk = begin, filled = 0;
+        {
+            int next_tile = first, next_chunk = begin, ahead = 0;
+            long long last = clock64() - PACE;
+            while (next_tile < p.tiles && ahead < STAGES + AHEAD && !come(go)) {
+                if (clock64() - last < PACE) continue;
+                last = clock64();
+                const int turn = turned(next_tile, next_chunk);
+                if (ahead < STAGES) {
+                    mbar_expect(full + ahead * 8, STAGE);
+                    weights(ahead, next_tile, next_chunk);
+                    ++filled;
+                } else {
+#pragma unroll
+                    for (int a = 0; a < KA; ++a) {
+                        if (KIND == ACT) prefetch4(&p.weight_map, (turn * KA + a) * 64, next_tile * (ROWS / 16));
+                        else prefetch2(&p.weight_map, (turn * KA + a) * 64, next_tile * ROWS);
+                    }
+                }
+                ++ahead;
+                if (++next_chunk == end) { next_chunk = begin; next_tile += step; }
+            }
+        }
+        asm volatile("griddepcontrol.wait;" ::: "memory");
+        for (int i = 0, stage = 0, parity = 1; tile < p.tiles; ++i) {
+            if (i >= STAGES) mbar_wait(empty + stage * 8, parity);
+            if (i >= filled) {
+                if (i >= FLIGHT) {
+                    const int at = stage - FLIGHT;
+                    mbar_wait(full + (at < 0 ? at + STAGES : at) * 8, at < 0 ? parity : parity ^ 1);
+                }
+                mbar_expect(full + stage * 8, STAGE);
+                weights(stage, tile, chunk);
+            }
+            tokens(stage, tile, chunk);
+            if (++stage == STAGES) { stage = 0; parity ^= 1; }
+            if (++chunk == end) { chunk = begin; tile += step; }
+        }
+        return;
+    }
+    if (warp > CONSUMERS / 32) {
+        asm volatile("griddepcontrol.wait;" ::: "memory");
+        if (lane == 0) mbar_arrive(go);
+        constexpr int LANES = TOK < 32 ? 32 / TOK : 1;     // that share a token
+        for (int c = lane % (32 / LANES); c < TOK; c += 32 / LANES) {
+            float sum = 0.f;
+            if (p.squares && c < p.rows) {
+                const int count = p.k / 64;
+#pragma unroll 8
+                for (int i = lane / (32 / LANES); i < count; i += LANES) sum += p.squares[i * p.rows + c];
+            }
+#pragma unroll
+            for (int d = 16; d >= 32 / LANES; d >>= 1) sum += __shfl_xor_sync(~0u, sum, d);
+            if (lane < 32 / LANES) factors[c] = p.squares ? rsqrtf(sum / p.k + p.eps) : 1.f;
+        }
+        __syncwarp();
+        if (lane == 0) mbar_arrive(normed);
+        return;
+    }
+
+    const int group = warp >> 2, g = lane >> 2, t = lane & 3;
+    // Parts: what of the results is this warp's, and what they are added to.
+    constexpr int MOST = (OWN * MW + MW * 4 - 1) / (MW * 4);    // (token, 64 columns) pairs of a warp
+    const int half = warp % MW, column = (first * MW + half) * 64 + lane * 2;
+    u32 old[MOST] = {}, bias = 0, gain = 0;
+    if (GATHERED) {
+        asm volatile("griddepcontrol.wait;" ::: "memory");
+        if (column < p.n) {
+            if (p.bias) bias = *(const u32 *)(p.bias + column);
+            if (KIND == ADD && p.gain) gain = *(const u32 *)(p.gain + column);
+#pragma unroll
+            for (int i = 0; i < MOST; ++i) {
+                const int own = warp / MW + i * 4, c = split * OWN + own;
+                if (KIND == ADD && own < OWN && c < p.rows) old[i] = *(const u32 *)((const u16 *)p.out + (long long)c * p.n + column);
+            }
+        }
+    }
+    float d[TOK / 2];
+    int stage = 0, parity = 0;
+    for (int tile = first; tile < p.tiles; tile += step) {
+        int last = -1;
+        for (int chunk = begin; chunk < end; ++chunk) {
+            mbar_wait(full + stage * 8, parity);
+            const u32 at = data + stage * STAGE + group * 8192, x = data + stage * STAGE + KA * W_BYTES;
+            begin_products();
+#pragma unroll
+            for (int a = 0; a < KA; ++a)
+#pragma unroll
+                for (int k = 0; k < 4; ++k)
+#pragma unroll
+                    for (int n = 0; n < TOK / NI; ++n)
+                        multiply(d + n * 32, operand(at + a * W_BYTES + k * 32), operand(x + a * X_BYTES + n * 8192 + k * 32),
+                                 chunk > begin || a || k);
+            commit_products();
+            await_products<1>(d);
+            if (last >= 0 && lane == 0) mbar_arrive(empty + last * 8);
+            __syncwarp();
+            last = stage;
+            if (++stage == STAGES) { stage = 0; parity ^= 1; }
+        }
+        await_products<0>(d);
+        if (last >= 0 && lane == 0) mbar_arrive(empty + last * 8);
+        if (tile == first) mbar_wait(normed, 0);
+        if (GATHERED) break;
+#pragma unroll
+        for (int j = 0; j < TOK / 8; ++j)
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                const int c = j * 8 + 2 * t + i;
+                if (c >= p.rows) continue;
+                const float v = d[j * 4 + i] * factors[c], u = d[j * 4 + 2 + i] * factors[c];
+                if (KIND == ACT) {
+                    const int n = tile * (ROWS / 2) + warp * 8 + g;
+                    const float gate = rounded(v);
+                    const float r = rounded(gate / (1.f + exp2_(-1.4426950408889634f * gate))) * rounded(u);
+                    if (n < p.n) ((u16 *)p.out)[(long long)c * p.n + n] = (u16)pack(r, 0.f);
+                } else {
+                    const int n = tile * ROWS + warp * 16 + g;
+                    float *row = (float *)p.out + (long long)c * p.n;
+                    if (n < p.n) row[n] = v;
+                    if (n + 8 < p.n) row[n + 8] = u;
+                }
+            }
+    }
+    if (!GATHERED) return;
+#pragma unroll
+    for (int j = 0; j < TOK / 8; ++j)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const int c = j * 8 + 2 * t + i, owner = c / OWN;
+            const u32 to = there(parts + ((split * OWN + c % OWN) * APART + warp * 16 + g) * 4, owner), bar = there(sent, owner);
+            send(to, bar, d[j * 4 + i]);
+            send(to + 32, bar, d[j * 4 + 2 + i]);
+        }
+    if (SPLIT == 1) asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory");
+    else mbar_wait(sent, 0);
+#pragma unroll
+    for (int i = 0; i < MOST; ++i) {
+        const int own = warp / MW + i * 4, c = split * OWN + own;
+        if (own >= OWN || c >= p.rows) break;
+        float a = 0.f, b = 0.f;
+        if (column < p.n) {
+            const float *from = (const float *)__cvta_shared_to_generic(parts) + own * APART + half * 64 + lane * 2;
+#pragma unroll
+            for (int s = 0; s < SPLIT; ++s) {
+                const float2 part = *(const float2 *)(from + s * OWN * APART);
+                a += part.x; b += part.y;
+            }
+            const float factor = factors[c];
+            a = a * factor + lo(bias);
+            b = b * factor + hi(bias);
+            if (KIND == ADD) { a += lo(old[i]); b += hi(old[i]); }
+            const u32 both = pack(a, b);
+            *(u32 *)((u16 *)p.out + (long long)c * p.n + column) = both;
+            a = lo(both); b = hi(both);
+            if (KIND == ADD && p.gain) *(u32 *)(p.y + (long long)c * p.n + column) = pack(a * lo(gain), b * hi(gain));
+        }
+        if (KIND == ADD && p.gain) {
+            float squares = a * a + b * b;
+#pragma unroll
+            for (int s = 16; s; s >>= 1) squares += __shfl_xor_sync(~0u, squares, s);
+            if (lane == 0 && (first * MW + half) * 64 < p.n) p.next_squares[(first * MW + half) * p.rows + c] = squares;
+        }
+    }
+}

@@ -1,0 +1,189 @@
+"""Products of small steps on Hopper: `linear.cu`, its tiles, and how it is launched."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass, replace
+from enum import IntEnum
+from pathlib import Path
+
+import torch
+from triton import cdiv
+
+from .. import Linear
+from .fused import POINTERS
+from .program import Kernel, build
+
+SOURCE = Path(__file__).with_name("linear.cu")
+MOST_ROWS = 128
+SHARED_BYTES = 111 << 10
+"""Two blocks on a multiprocessor: the next product fills its ring while this one works."""
+TUNING = {"FLIGHT": 3, "PACE": 600, "AHEAD": 0, "ROTATE": 1}
+"""Of the stream of weights, see `linear.cu`."""
+SQUARES_COLUMNS = 64
+"""Columns of the residual stream that one sum of squares is of."""
+
+
+class Kind(IntEnum):
+    """What becomes of the product, as `linear.cu` numbers it."""
+
+    STORE = 0
+    ADD = 1
+    GATE = 2
+    WIDE = 3
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a product is cut."""
+
+    rows: int
+    """Of x, at most: 8, 16, 32, 64 or 128"""
+    groups: int
+    """Warp groups of a block, with 64 rows of weights each"""
+    splits: int
+    """Blocks of a cluster that share the inner dimension"""
+    depth: int
+    """Inner indices of a stage, a multiple of 64"""
+    stages: int
+    parts_bytes: int
+    """Of shared memory for parts of sums"""
+
+    @property
+    def threads(self) -> int:
+        return self.groups * 128 + 64
+
+    @property
+    def stage_bytes(self) -> int:
+        return self.depth * 2 * (self.groups * 64 + self.rows)
+
+
+def tile_of(
+    kind: Kind, rows: int, groups: int, splits: int, depth: int, shared: int = SHARED_BYTES
+) -> Tile | None:
+    """The tile with as many stages as fit; None where two do not."""
+    gathered = kind in (Kind.STORE, Kind.ADD)
+    if rows % splits or (splits > 1 and not gathered):
+        return None
+    tile = Tile(rows, groups, splits, depth, 1, rows * (groups * 64 + 4) * 4 if gathered else 0)
+    stages = min(8, (shared - 2048 - tile.parts_bytes) // tile.stage_bytes)
+    return replace(tile, stages=stages) if stages >= 2 else None
+
+
+@dataclass(frozen=True)
+class Norm:
+    """Half a norm that a product of the residual stream leaves behind: x times the weight, and squares."""
+
+    weight: torch.Tensor
+    """[n]"""
+    scaled: torch.Tensor
+    """[rows, n]"""
+    squares: torch.Tensor
+    """[n / 64, rows] float32"""
+
+
+class Products:
+    """Launches `linear.cu`; holds its kernels and the tensor maps of what it has multiplied."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._processors = torch.cuda.get_device_properties(device).multi_processor_count
+        self._kernels: dict[tuple[Kind, Tile], Kernel] = {}
+        self._maps: dict[tuple[int, ...], bytes] = {}
+
+    def run(
+        self,
+        kind: Kind,
+        tile: Tile,
+        x: torch.Tensor,
+        linear: Linear,
+        out: torch.Tensor,
+        *,
+        squares: torch.Tensor | None = None,
+        eps: float = 0.0,
+        then: Norm | None = None,
+    ) -> None:
+        """out = x W^T, or out += x W^T, or silu(gate) * up.
+
+        Args:
+            kind: what becomes of it.
+            tile: of at least `len(x)` rows.
+            x: [rows, k] bfloat16.
+            linear: bfloat16 weights [n, k], for GATE [2 n, k]; bias for STORE and ADD only.
+            out: [rows, n] bfloat16; float32 for WIDE.
+            squares: [k / 64, rows] of a norm whose weight x already has; None: x is as it is.
+            eps: of that norm.
+            then: ADD: what the next norm needs.
+        """
+        (rows, k), n, weight = x.shape, out.shape[1], linear.weight
+        kernel = self._kernel(kind, tile)
+        columns = tile.groups * (32 if kind is Kind.GATE else 64)
+        tiles, chunks = cdiv(n, columns), cdiv(k, tile.depth)
+        pointers = (
+            weight,
+            x,
+            out,
+            linear.bias,
+            squares,
+            *((then.weight, then.scaled, then.squares) if then else (None,) * 3),
+        )
+        params = struct.pack("<8Q", *(0 if t is None else t.data_ptr() for t in pointers))
+        params += struct.pack("<6ifi", rows, n, k, tiles, chunks, 0, eps, 0) + bytes(32)
+        if kind is Kind.GATE:
+            params += self._map(
+                weight, (k, 8, 2, n // 8), (2 * k, 2 * k * n, 16 * k), (64, 8, 2, 4 * tile.groups)
+            )
+        else:
+            params += self._map(weight, (k, n), (2 * k,), (64, 64 * tile.groups))
+        params += self._map(x, (k, rows), (2 * k,), (64, tile.rows))
+        whole = kind in (Kind.STORE, Kind.ADD)
+        grid = tiles * tile.splits if whole else min(tiles, self._processors * (1 if tile.groups > 1 else 2))
+        kernel.launch(params, grid)
+
+    def _kernel(self, kind: Kind, tile: Tile) -> Kernel:
+        found = self._kernels.get((kind, tile))
+        if found is None:
+            macros = {
+                "KIND": int(kind), "TOK": tile.rows, "MW": tile.groups, "SPLIT": tile.splits,
+                "KA": tile.depth // 64, "STAGES": tile.stages, **TUNING, "FLIGHT": min(TUNING["FLIGHT"], tile.stages - 1),
+            }  # fmt: skip
+            found = self._kernels[kind, tile] = build(
+                SOURCE, "linear", macros, grid=1, block=tile.threads,
+                shared_bytes=tile.stages * tile.stage_bytes + tile.parts_bytes + 1024, cluster=tile.splits,
+            )  # fmt: skip
+            POINTERS[found.handle] = 8
+        return found
+
+    def _map(
+        self, t: torch.Tensor, sizes: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]
+    ) -> bytes:
+        """A tensor map of bfloat16, swizzled by 128 bytes; `strides` in bytes, of all dimensions but the first."""
+        key = (t.data_ptr(), *sizes, *strides, *box)
+        found = self._maps.get(key)
+        if found is None:
+            found = self._maps[key] = _encode(t.data_ptr(), sizes, strides, box)
+        return found
+
+
+def _encode(address: int, sizes: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]) -> bytes:
+    from cuda.bindings import driver
+
+    from .program import _check
+
+    made = _check(
+        driver.cuTensorMapEncodeTiled(
+            driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+            len(sizes),
+            address,
+            [driver.cuuint64_t(size) for size in sizes],
+            [driver.cuuint64_t(stride) for stride in strides],
+            [driver.cuuint32_t(size) for size in box],
+            [driver.cuuint32_t(1)] * len(sizes),
+            driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+            driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+            driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        ),
+        "tensor map",
+    )
+    return struct.pack("<16Q", *(int(word) for word in made.opaque))
