@@ -340,7 +340,7 @@ def test_nothing_is_measured_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     asked: list[Problem] = []
     some = timings()
 
-    def measure(work: dict[Problem, Any], launcher: Callable[..., Any]) -> list[Timing]:
+    def measure(work: dict[Problem, Any], launcher: Callable[..., Any], **_: object) -> list[Timing]:
         asked.extend(work)
         return [t for t in some if t.problem in work][:2]  # stopped after two
 

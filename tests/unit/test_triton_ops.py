@@ -24,7 +24,7 @@ if not torch.cuda.is_available():
 pytest.importorskip("triton")
 
 from ostinato.inputs import FLAG_PENALTIES, Batch, BufferShapes, StepBuffers
-from ostinato.ops import AttentionShape, Linear, OpSet, Scratch, StepView
+from ostinato.ops import AttentionShape, Linear, OpSet, Scratch, StepView, squares_words
 from ostinato.ops.reference import ReferenceOps, rms_norm
 from ostinato.ops.triton import TritonOps
 from ostinato.types import GraphKey, Route, SamplerVariant, StepKind
@@ -114,6 +114,7 @@ def make_scratch(
         attn=poison(tokens, shape.q_size),
         gate_up=poison(tokens, 2 * inner),
         act=poison(tokens, inner),
+        squares=poison(squares_words(tokens, hidden), dtype=torch.float32),
         last=poison(seqs, hidden),
         logits=poison(seqs, vocab, dtype=torch.float32),
         attention=poison(TritonOps().attention_words(shape, seqs), dtype=torch.float32),
@@ -359,7 +360,7 @@ def alone(world: World, row: int) -> World:
         tensor[0] = tensor[row].clone()
     key = replace(world.batch.key, num_tokens=1, num_seqs=1)
     views = {"rows": world.batch.rows[:1], "query_start": world.batch.query_start[:2]}
-    workspaces = ("attention", "sampler")
+    workspaces = ("attention", "sampler", "squares")
     scratch = {f.name: getattr(world.scratch, f.name) for f in fields(Scratch)}
     return replace(
         world,

@@ -19,7 +19,7 @@ from ..errors import StrictError
 from ..inputs import Batch, PromptLogprobsJob, StepBuffers
 from ..kv_cache import KVCache
 from ..models.decoder import Decoder
-from ..ops import AttentionShape, OpSet, Scratch
+from ..ops import AttentionShape, OpSet, Scratch, squares_words
 from ..types import GraphKey, Logprob, SamplerVariant, StepKind, StepResult, TokenLogprobs
 
 
@@ -64,6 +64,7 @@ class Arena:
             "last_index": (0, i32),
         }
         flat = {
+            "squares": (squares_words(max_tokens, hidden), f32),
             "attention": (ops.attention_words(attention, max_seqs), f32),
             "sampler": (ops.sampler_words(max_seqs, vocab), i32),
         }
@@ -82,7 +83,7 @@ class Arena:
         for name, (shape, kind) in layout.items():
             self._full[name] = self.data[start : start + sizes[name]].view(kind).view(shape)
             start += (sizes[name] + 255) // 256 * 256
-        self._by_token, self._by_seq = tuple(by_token), tuple(by_seq)
+        self._by_token, self._by_seq, self._flat = tuple(by_token), tuple(by_seq), tuple(flat)
         self._views: dict[tuple[int, int], Scratch] = {}
 
     @property
@@ -96,7 +97,7 @@ class Arena:
             full = self._full
             parts = {name: full[name][:num_tokens] for name in self._by_token}
             parts |= {name: full[name][:num_seqs] for name in self._by_seq}
-            found = Scratch(**parts, attention=full["attention"], sampler=full["sampler"])
+            found = Scratch(**parts, **{name: full[name] for name in self._flat})
             self._views[num_tokens, num_seqs] = found
         return found
 

@@ -13,7 +13,7 @@ import torch
 
 from ..errors import CheckpointError
 from ..kv_cache import KVCache
-from ..ops import AttentionShape, LayerWeights, Linear, OpSet, Scratch, StepView
+from ..ops import AttentionShape, LayerWeights, Linear, NextNorm, OpSet, Scratch, StepView
 from .checkpoint import Checkpoint
 from .quantize import Quantizer, stored_scales
 from .spec import ModelSpec
@@ -72,8 +72,9 @@ class Decoder:
         spec, s = self.spec, scratch
         eps = spec.norm_eps
         ops.embed(view.ids, self.embedding, s.x)
+        begun: NextNorm | None = None
         for index, layer in enumerate(self.layers):
-            ops.norm_linear(s.x, layer.input_norm, eps, layer.qkv, normed=s.normed, out=s.qkv)
+            ops.norm_linear(s.x, layer.input_norm, eps, layer.qkv, normed=s.normed, out=s.qkv, begun=begun)
             ops.rope_paged_attention(
                 s.qkv,
                 view,
@@ -86,12 +87,32 @@ class Decoder:
                 workspace=s.attention,
                 out=s.attn,
             )
-            ops.linear_add(s.attn, layer.output, residual=s.x)
+            then = NextNorm(layer.mlp_norm, s.normed, s.squares)
+            begun = ops.linear_add(s.attn, layer.output, residual=s.x, then=then)
             ops.norm_gate_up(
-                s.x, layer.mlp_norm, eps, layer.gate_up, normed=s.normed, gate_up=s.gate_up, out=s.act
+                s.x,
+                layer.mlp_norm,
+                eps,
+                layer.gate_up,
+                normed=s.normed,
+                gate_up=s.gate_up,
+                out=s.act,
+                begun=begun,
             )
-            ops.linear_add(s.act, layer.down, residual=s.x)
-        ops.norm_head(s.x, view.last_index, self.final_norm, eps, self.head, last=s.last, logits=s.logits)
+            last = index + 1 == len(self.layers)
+            weight = self.final_norm if last else self.layers[index + 1].input_norm
+            then = NextNorm(weight, s.normed, s.squares)
+            begun = ops.linear_add(s.act, layer.down, residual=s.x, then=then)
+        ops.norm_head(
+            s.x,
+            view.last_index,
+            self.final_norm,
+            eps,
+            self.head,
+            last=s.last,
+            logits=s.logits,
+            begun=begun if view.decode else None,
+        )
 
 
 def rope_table(spec: ModelSpec, positions: int, device: torch.device) -> torch.Tensor:

@@ -153,6 +153,8 @@ class Scratch:
     """[T, 2 intermediate]"""
     act: torch.Tensor
     """[T, intermediate]"""
+    squares: torch.Tensor
+    """float32, `squares_words` of T and hidden: what `NextNorm` keeps"""
     last: torch.Tensor
     """[S, hidden]"""
     logits: torch.Tensor
@@ -175,6 +177,27 @@ class Scratch:
     """float32 workspace for `rope_paged_attention`; its size is `OpSet.attention_words`"""
     sampler: torch.Tensor
     """int32 workspace for `sample`; its size is `OpSet.sampler_words`"""
+
+
+@dataclass(frozen=True)
+class NextNorm:
+    """The RMS norm that reads the residual stream next; whoever writes the stream may begin it.
+
+    Begun: `scaled` is the stream times `weight`, and what is missing is each token's factor,
+    which follows from `squares`.
+    """
+
+    weight: torch.Tensor
+    """[hidden]"""
+    scaled: torch.Tensor
+    """[T, hidden]"""
+    squares: torch.Tensor
+    """[hidden / 64, T] float32, flat: sums of squares over 64 columns of the stream"""
+
+
+def squares_words(tokens: int, hidden: int) -> int:
+    """float32 words of `NextNorm.squares`."""
+    return tokens * -(-hidden // 64)
 
 
 @dataclass(frozen=True)
@@ -264,8 +287,9 @@ class OpSet(Protocol):
         *,
         normed: torch.Tensor,
         out: torch.Tensor,
+        begun: NextNorm | None = None,
     ) -> None:
-        """out = linear(rms_norm(x)); x [T, hidden], out [T, n]."""
+        """out = linear(rms_norm(x)); x [T, hidden], out [T, n]. `begun`: this very norm, where it is."""
         ...
 
     def rope_paged_attention(
@@ -291,8 +315,13 @@ class OpSet(Protocol):
         """
         ...
 
-    def linear_add(self, x: torch.Tensor, linear: Linear, *, residual: torch.Tensor) -> None:
-        """residual += linear(x); x [T, k], residual [T, hidden]."""
+    def linear_add(
+        self, x: torch.Tensor, linear: Linear, *, residual: torch.Tensor, then: NextNorm | None = None
+    ) -> NextNorm | None:
+        """residual += linear(x); x [T, k], residual [T, hidden].
+
+        Returns `then` if it has been begun, for the op that needs this norm.
+        """
         ...
 
     def norm_gate_up(
@@ -305,6 +334,7 @@ class OpSet(Protocol):
         normed: torch.Tensor,
         gate_up: torch.Tensor,
         out: torch.Tensor,
+        begun: NextNorm | None = None,
     ) -> None:
         """out = silu(g) * u with [g, u] = linear(rms_norm(x)), without bias; out [T, intermediate]."""
         ...
@@ -319,8 +349,12 @@ class OpSet(Protocol):
         *,
         last: torch.Tensor,
         logits: torch.Tensor,
+        begun: NextNorm | None = None,
     ) -> None:
-        """logits[s] = linear(rms_norm(x[last_index[s]])), float32, without bias; logits [S, vocab]."""
+        """logits[s] = linear(rms_norm(x[last_index[s]])), float32, without bias; logits [S, vocab].
+
+        `begun` only where every token is a sequence's last: `last_index` is then not looked at.
+        """
         ...
 
     def sample(

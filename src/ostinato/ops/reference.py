@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from .. import sampling
 from ..inputs import FLAG_PENALTIES, Batch, StaticInputs, StepState
 from ..types import SamplerVariant
-from . import AttentionShape, Linear, Scratch, Stack, StepView, VersionLine
+from . import AttentionShape, Linear, NextNorm, Scratch, Stack, StepView, VersionLine
 
 
 @dataclass(frozen=True)
@@ -165,6 +165,7 @@ class ReferenceOps:
         *,
         normed: torch.Tensor,
         out: torch.Tensor,
+        begun: NextNorm | None = None,
     ) -> None:
         apply(rms_norm(x, norm, eps), linear, out)
 
@@ -244,7 +245,9 @@ class ReferenceOps:
                 )
             result[start:end] = attended[0].transpose(0, 1)
 
-    def linear_add(self, x: torch.Tensor, linear: Linear, *, residual: torch.Tensor) -> None:
+    def linear_add(
+        self, x: torch.Tensor, linear: Linear, *, residual: torch.Tensor, then: NextNorm | None = None
+    ) -> None:
         residual.add_(linear_product(x, linear))
         if linear.bias is not None:
             residual.add_(linear.bias)
@@ -259,6 +262,7 @@ class ReferenceOps:
         normed: torch.Tensor,
         gate_up: torch.Tensor,
         out: torch.Tensor,
+        begun: NextNorm | None = None,
     ) -> None:
         gate, up = linear_product(rms_norm(x, norm, eps), linear).chunk(2, dim=-1)
         out.copy_(F.silu(gate).mul_(up))
@@ -273,6 +277,7 @@ class ReferenceOps:
         *,
         last: torch.Tensor,
         logits: torch.Tensor,
+        begun: NextNorm | None = None,
     ) -> None:
         torch.index_select(x, 0, last_index, out=last)
         apply(rms_norm(last, norm, eps), linear, logits)

@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import struct
 from dataclasses import dataclass, replace
 from enum import IntEnum
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from triton import cdiv
 
-from .. import Linear
+from ...errors import KernelError
+from .. import Linear, NextNorm
 from .fused import POINTERS
 from .program import Kernel, build
 
+if TYPE_CHECKING:
+    from ..triton.tune import Version
+
+logger = logging.getLogger(__name__)
+
 SOURCE = Path(__file__).with_name("linear.cu")
-MOST_ROWS = 128
+ROWS = (8, 16, 32, 64, 128)
+"""Of x in a tile."""
 SHARED_BYTES = 111 << 10
 """Two blocks on a multiprocessor: the next product fills its ring while this one works."""
 TUNING = {"FLIGHT": 3, "PACE": 600, "AHEAD": 0, "ROTATE": 1}
 """Of the stream of weights, see `linear.cu`."""
-SQUARES_COLUMNS = 64
-"""Columns of the residual stream that one sum of squares is of."""
 
 
-class Kind(IntEnum):
+class Product(IntEnum):
     """What becomes of the product, as `linear.cu` numbers it."""
 
     STORE = 0
@@ -58,11 +67,20 @@ class Tile:
         return self.depth * 2 * (self.groups * 64 + self.rows)
 
 
+@cache
+def _tile(kind: Product, rows: int, version: Version) -> Tile:
+    """Raises: KernelError: it does not fit."""
+    found = tile_of(kind, rows, version.columns // 64, version.splits, version.depth)
+    if found is None:
+        raise KernelError(f"{version} does not fit into shared memory for {rows} rows")
+    return found
+
+
 def tile_of(
-    kind: Kind, rows: int, groups: int, splits: int, depth: int, shared: int = SHARED_BYTES
+    kind: Product, rows: int, groups: int, splits: int, depth: int, shared: int = SHARED_BYTES
 ) -> Tile | None:
     """The tile with as many stages as fit; None where two do not."""
-    gathered = kind in (Kind.STORE, Kind.ADD)
+    gathered = kind in (Product.STORE, Product.ADD)
     if rows % splits or (splits > 1 and not gathered):
         return None
     tile = Tile(rows, groups, splits, depth, 1, rows * (groups * 64 + 4) * 4 if gathered else 0)
@@ -70,44 +88,47 @@ def tile_of(
     return replace(tile, stages=stages) if stages >= 2 else None
 
 
-@dataclass(frozen=True)
-class Norm:
-    """Half a norm that a product of the residual stream leaves behind: x times the weight, and squares."""
-
-    weight: torch.Tensor
-    """[n]"""
-    scaled: torch.Tensor
-    """[rows, n]"""
-    squares: torch.Tensor
-    """[n / 64, rows] float32"""
+SIMPLE = Tile(8, 1, 1, 64, 2, 8 * 68 * 4)
 
 
 class Products:
     """Launches `linear.cu`; holds its kernels and the tensor maps of what it has multiplied."""
 
+    @classmethod
+    def on(cls, device: torch.device) -> Products | None:
+        """None where the GPU, or what compiles for it, cannot do it."""
+        if torch.cuda.get_device_capability(device)[0] != 9 or os.environ.get("OSTINATO_TILES") == "0":
+            return None
+        made = cls(device)
+        try:
+            made._kernel(Product.STORE, SIMPLE)
+        except (ImportError, KernelError, OSError) as error:
+            logger.warning("products of small steps are left to other kernels: %s", error)
+            return None
+        return made
+
     def __init__(self, device: torch.device) -> None:
-        self._device = device
         self._processors = torch.cuda.get_device_properties(device).multi_processor_count
-        self._kernels: dict[tuple[Kind, Tile], Kernel] = {}
+        self._kernels: dict[tuple[Product, Tile], Kernel] = {}
         self._maps: dict[tuple[int, ...], bytes] = {}
 
     def run(
         self,
-        kind: Kind,
-        tile: Tile,
+        kind: Product,
+        version: Version,
         x: torch.Tensor,
         linear: Linear,
         out: torch.Tensor,
         *,
         squares: torch.Tensor | None = None,
         eps: float = 0.0,
-        then: Norm | None = None,
+        then: NextNorm | None = None,
     ) -> None:
         """out = x W^T, or out += x W^T, or silu(gate) * up.
 
         Args:
             kind: what becomes of it.
-            tile: of at least `len(x)` rows.
+            version: how it is cut, for at least `len(x)` rows.
             x: [rows, k] bfloat16.
             linear: bfloat16 weights [n, k], for GATE [2 n, k]; bias for STORE and ADD only.
             out: [rows, n] bfloat16; float32 for WIDE.
@@ -116,8 +137,9 @@ class Products:
             then: ADD: what the next norm needs.
         """
         (rows, k), n, weight = x.shape, out.shape[1], linear.weight
+        tile = _tile(kind, next(size for size in ROWS if rows <= size), version)
         kernel = self._kernel(kind, tile)
-        columns = tile.groups * (32 if kind is Kind.GATE else 64)
+        columns = tile.groups * (32 if kind is Product.GATE else 64)
         tiles, chunks = cdiv(n, columns), cdiv(k, tile.depth)
         pointers = (
             weight,
@@ -129,18 +151,18 @@ class Products:
         )
         params = struct.pack("<8Q", *(0 if t is None else t.data_ptr() for t in pointers))
         params += struct.pack("<6ifi", rows, n, k, tiles, chunks, 0, eps, 0) + bytes(32)
-        if kind is Kind.GATE:
+        if kind is Product.GATE:
             params += self._map(
                 weight, (k, 8, 2, n // 8), (2 * k, 2 * k * n, 16 * k), (64, 8, 2, 4 * tile.groups)
             )
         else:
             params += self._map(weight, (k, n), (2 * k,), (64, 64 * tile.groups))
         params += self._map(x, (k, rows), (2 * k,), (64, tile.rows))
-        whole = kind in (Kind.STORE, Kind.ADD)
+        whole = kind in (Product.STORE, Product.ADD)
         grid = tiles * tile.splits if whole else min(tiles, self._processors * (1 if tile.groups > 1 else 2))
         kernel.launch(params, grid)
 
-    def _kernel(self, kind: Kind, tile: Tile) -> Kernel:
+    def _kernel(self, kind: Product, tile: Tile) -> Kernel:
         found = self._kernels.get((kind, tile))
         if found is None:
             macros = {

@@ -22,8 +22,9 @@ from triton import cdiv, next_power_of_2
 from ...errors import KernelError
 from ...inputs import FLAG_PENALTIES, Batch, StaticInputs, StepState
 from ...types import SamplerVariant
-from .. import AttentionShape, Linear, Scratch, Stack, StepView, VersionLine
+from .. import AttentionShape, Linear, NextNorm, Scratch, Stack, StepView, VersionLine, squares_words
 from ..cuda.fused import MOST_TOKENS, FusedDecode, unsupported
+from ..cuda.linear import Product, Products
 from . import attention, decode, pointwise
 from .matmul import matmul_scaled
 from .tune import BUCKETS, SEMAPHORES, Kind, Launch, Problem, Store, Table, Version, choose, problem_of
@@ -105,7 +106,8 @@ class TritonOps:
         # Few in the interpreter, so that programs have several pieces of work there too.
         self._programs = PROGRAMS * torch.cuda.get_device_properties().multi_processor_count if gpu else 24
         self._launch = {"PDL": self._pdl, "launch_pdl": self._pdl}
-        self._table = table or Table()
+        self._products = Products.on(torch.device("cuda")) if gpu else None
+        self._table = table or Table(tiles=self._products is not None)
         self._workspaces: dict[torch.device, decode.Workspace] = {}
 
     def tune(self, stack: Stack, max_rows: int) -> None:
@@ -125,7 +127,8 @@ class TritonOps:
                 if rows > MOST_TOKENS or not whole or op == "norm_head":
                     problem = problem_of(op, linear, rows, stack.embedding.dtype)
                     work.setdefault(problem, []).append(linear)
-        self._table = Table(choose(work, self.launcher, Store.here()))
+        has_tiles = self._products is not None
+        self._table = Table(choose(work, self.launcher, Store.here(), tiles=has_tiles), tiles=has_tiles)
         torch.cuda.empty_cache()  # what is cached would be missing from the KV cache
 
     def versions(self) -> list[VersionLine]:
@@ -157,15 +160,20 @@ class TritonOps:
         out = make(rows, problem.columns, dtype=torch.float32 if problem.op == "norm_head" else dtype)
         normed, wide = torch.empty_like(x), make(rows, 2 * problem.columns) if problem.gate else None
         index = torch.arange(rows, dtype=torch.int32, device=device) if problem.op == "norm_head" else None
+        # Norms are begun by the product in front, where a version can use that.
+        stream = problem.depth if problem.has_norm else problem.columns
+        then = NextNorm(
+            make(stream), make(rows, stream), torch.ones(squares_words(rows, stream), device=device)
+        )
 
         def launch(version: Version, linear: Linear) -> None:
             if problem.op == "linear_add":
-                self._linear_add(version, x, linear, out)
+                self._linear_add(version, x, linear, out, then)
             elif problem.op == "norm_gate_up":
                 assert wide is not None
-                self._norm_gate_up(version, x, norm, 1e-5, linear, normed, wide, out)
+                self._norm_gate_up(version, x, norm, 1e-5, linear, normed, wide, out, then)
             else:
-                self._norm_linear(version, x, index, norm, 1e-5, linear, normed, out)
+                self._norm_linear(version, x, index, norm, 1e-5, linear, normed, out, then)
 
         return launch
 
@@ -256,9 +264,10 @@ class TritonOps:
         *,
         normed: torch.Tensor,
         out: torch.Tensor,
+        begun: NextNorm | None = None,
     ) -> None:
         version = self._table("norm_linear", linear, len(x), x.dtype)
-        self._norm_linear(version, x, None, norm, eps, linear, normed, out)
+        self._norm_linear(version, x, None, norm, eps, linear, normed, out, begun)
 
     def rope_paged_attention(
         self,
@@ -311,8 +320,11 @@ class TritonOps:
             num_warps=tile.warps, num_stages=2, **self._launch,
         )  # fmt: skip
 
-    def linear_add(self, x: torch.Tensor, linear: Linear, *, residual: torch.Tensor) -> None:
-        self._linear_add(self._table("linear_add", linear, len(x), x.dtype), x, linear, residual)
+    def linear_add(
+        self, x: torch.Tensor, linear: Linear, *, residual: torch.Tensor, then: NextNorm | None = None
+    ) -> NextNorm | None:
+        version = self._table("linear_add", linear, len(x), x.dtype)
+        return self._linear_add(version, x, linear, residual, then)
 
     def norm_gate_up(
         self,
@@ -324,9 +336,10 @@ class TritonOps:
         normed: torch.Tensor,
         gate_up: torch.Tensor,
         out: torch.Tensor,
+        begun: NextNorm | None = None,
     ) -> None:
         version = self._table("norm_gate_up", linear, len(x), x.dtype)
-        self._norm_gate_up(version, x, norm, eps, linear, normed, gate_up, out)
+        self._norm_gate_up(version, x, norm, eps, linear, normed, gate_up, out, begun)
 
     def norm_head(
         self,
@@ -338,9 +351,10 @@ class TritonOps:
         *,
         last: torch.Tensor,
         logits: torch.Tensor,
+        begun: NextNorm | None = None,
     ) -> None:
         version = self._table("norm_head", linear, len(last_index), x.dtype)
-        self._norm_linear(version, x, last_index, norm, eps, linear, last, logits)
+        self._norm_linear(version, x, last_index, norm, eps, linear, last, logits, begun)
 
     def sample(
         self,
@@ -384,8 +398,13 @@ class TritonOps:
         linear: Linear,
         normed: torch.Tensor,
         out: torch.Tensor,
+        begun: NextNorm | None,
     ) -> None:
         """out = linear(rms_norm(x)), or of rows `index` of x; `normed` is what the norm may be written to."""
+        if version.kind is Kind.TILE:
+            kind = Product.WIDE if out.dtype is torch.float32 else Product.STORE
+            self._tile(kind, version, x, index, norm, eps, linear, normed, out, begun)
+            return
         if version.norms:
             workspace = self._workspace(x.device)
             decode.multiply(
@@ -418,8 +437,39 @@ class TritonOps:
             num_warps=4, num_stages=3,
         )  # fmt: skip
 
-    def _linear_add(self, version: Version, x: torch.Tensor, linear: Linear, residual: torch.Tensor) -> None:
+    def _tile(
+        self,
+        kind: Product,
+        version: Version,
+        x: torch.Tensor,
+        index: torch.Tensor | None,
+        norm: torch.Tensor,
+        eps: float,
+        linear: Linear,
+        normed: torch.Tensor,
+        out: torch.Tensor,
+        begun: NextNorm | None,
+    ) -> None:
+        assert self._products is not None
+        if begun is None:
+            self._rms_norm(x, index, norm, eps, normed)
+            self._products.run(kind, version, normed, linear, out)
+        else:
+            self._products.run(kind, version, begun.scaled, linear, out, squares=begun.squares, eps=eps)
+
+    def _linear_add(
+        self,
+        version: Version,
+        x: torch.Tensor,
+        linear: Linear,
+        residual: torch.Tensor,
+        then: NextNorm | None = None,
+    ) -> NextNorm | None:
         """residual += linear(x)."""
+        if version.kind is Kind.TILE:
+            assert self._products is not None
+            self._products.run(Product.ADD, version, x, linear, residual, then=then)
+            return then
         if version.kind is not Kind.LIBRARY:
             decode.multiply(version, x, linear, residual, self._workspace(x.device), add=True, pdl=self._pdl)
         elif linear.scale is not None:
@@ -428,6 +478,7 @@ class TritonOps:
             residual.addmm_(x, linear.weight.t())
             if linear.bias is not None:
                 self._add_bias(residual, linear.bias, add=True)
+        return None
 
     def _norm_gate_up(
         self,
@@ -439,8 +490,12 @@ class TritonOps:
         normed: torch.Tensor,
         gate_up: torch.Tensor,
         out: torch.Tensor,
+        begun: NextNorm | None,
     ) -> None:
         """out = silu(g) * u with [g, u] = linear(rms_norm(x))."""
+        if version.kind is Kind.TILE:
+            self._tile(Product.GATE, version, x, None, norm, eps, linear, normed, out, begun)
+            return
         workspace = self._workspace(x.device)
         if version.norms:
             decode.multiply(version, x, linear, out, workspace, norm=norm, eps=eps, gate=True, pdl=self._pdl)

@@ -14,7 +14,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import Enum
 from functools import cache
 from pathlib import Path
@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 BUCKETS = (1, 16, 32, 64)
 """Rows that a version is chosen for; fewer rows share the choice, more are the library's."""
+MOST_TILES = 136
+"""Blocks of a product whose inner dimension is shared: about one for each multiprocessor."""
 ENOUGH = 120
 """Programs that keep most multiprocessors of a large GPU busy."""
 BUDGET_SECONDS = 10.0
@@ -52,6 +54,8 @@ class Kind(str, Enum):
     """cuBLAS, or tiles for FP8 weights; norm and activation are kernels of their own."""
     GEMV = "gemv"
     STREAM = "stream"
+    TILE = "tile"
+    """CUDA C++ on Hopper; begins and ends norms"""
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,9 @@ class Version:
         if self.kind is Kind.LIBRARY:
             return "library"
         norm = "norm + " if self.norms else ""
+        if self.kind is Kind.TILE:
+            shared = f", {self.splits} blocks share a tile" if self.splits > 1 else ""
+            return f"tile {self.columns}x{self.depth}{shared}"
         if self.kind is Kind.GEMV:
             return f"{norm}gemv, {self.columns} outputs, {self.warps} warps"
         split = f", {self.splits} splits" if self.splits > 1 else ""
@@ -122,8 +129,13 @@ def bucket(rows: int) -> int | None:
 
 
 @cache
-def default(problem: Problem) -> Version:
-    """The version that rules choose: what did best on an H200, scaled to the shape."""
+def default(problem: Problem, tiles: bool = False) -> Version:
+    """The version that rules choose: what did best on an H200, scaled to the shape.
+
+    `tiles`: `Kind.TILE` is to be had.
+    """
+    if tiles and (tile := _tile(problem)):
+        return tile
     if problem.rows == 1:
         return _gemv(problem, _gemv_columns(problem)) or LIBRARY
     if problem.dtype is torch.float32:  # no tensor cores for it that are exact enough
@@ -135,10 +147,17 @@ def default(problem: Problem) -> Version:
     return next(unsplit, None) or next((v for v in reversed(made) if v is not None), LIBRARY)
 
 
-def candidates(problem: Problem) -> list[Version]:
+def candidates(problem: Problem, tiles: bool = False) -> list[Version]:
     """Versions worth a measurement; the default and the library are among them."""
-    found: list[Version | None] = [default(problem), LIBRARY]
-    if problem.rows == 1:
+    found: list[Version | None] = [default(problem, tiles), LIBRARY]
+    if tiles and (tile := _tile(problem)):
+        if problem.op in ("norm_linear", "linear_add"):
+            found += [replace(tile, splits=n) for n in (tile.splits * 2, tile.splits // 2) if 1 <= n <= 8]
+        elif tile.columns == 64:
+            found.append(replace(tile, columns=128, depth=64))
+        else:
+            found.append(replace(tile, columns=64))
+    elif problem.rows == 1:
         best = _gemv_columns(problem)
         found += [
             _gemv(problem, max(best // 2, 1)),
@@ -157,6 +176,23 @@ def candidates(problem: Problem) -> list[Version]:
         if fused:
             found.append(_stream(problem, *shapes[1], False))
     return list(dict.fromkeys(v for v in found if v is not None))
+
+
+def _tile(problem: Problem) -> Version | None:
+    """None where `linear.cu` does not multiply this."""
+    if problem.rows == 1 or problem.dtype is not torch.bfloat16 or problem.fp8:
+        return None
+    if problem.depth % (64 if problem.has_norm else 8) or problem.columns % (8 if problem.has_norm else 64):
+        return None
+    depth = 128 if problem.rows <= 32 else 64
+    if problem.op == "norm_head":
+        return Version(Kind.TILE, False, problem.rows, 128, 64)
+    if problem.gate:
+        return Version(Kind.TILE, False, problem.rows, 64, depth)
+    blocks, splits = cdiv(problem.columns, 64), 1
+    while splits < 8 and blocks * splits * 2 <= MOST_TILES and problem.depth >= 4 * splits * depth:
+        splits *= 2
+    return Version(Kind.TILE, False, problem.rows, 64, depth, splits)
 
 
 def _can_norm(problem: Problem) -> bool:
@@ -219,8 +255,9 @@ def _programs(problem: Problem, version: Version) -> int:
 class Table:
     """The versions in use: what was measured, and rules for the rest."""
 
-    def __init__(self, measured: Mapping[Problem, Version] | None = None) -> None:
-        self._measured = dict(measured or {})
+    def __init__(self, measured: Mapping[Problem, Version] | None = None, *, tiles: bool = False) -> None:
+        """`tiles`: `Kind.TILE` is to be had."""
+        self._measured, self._tiles = dict(measured or {}), tiles
         self._asked: dict[Problem, Version] = {}
 
     def __call__(self, op: str, linear: Linear, rows: int, dtype: torch.dtype) -> Version:
@@ -231,7 +268,7 @@ class Table:
         problem = problem_of(op, linear, size, dtype)
         found = self._asked.get(problem)
         if found is None:
-            found = self._asked[problem] = self._measured.get(problem) or default(problem)
+            found = self._asked[problem] = self._measured.get(problem) or default(problem, self._tiles)
         return found
 
     def lines(self) -> list[VersionLine]:
@@ -272,6 +309,8 @@ def choose(
     work: Mapping[Problem, Sequence[Linear]],
     launcher: Callable[[Problem], Launch],
     store: Store,
+    *,
+    tiles: bool = False,
 ) -> dict[Problem, Version]:
     """The fastest versions, measured unless the store has them.
 
@@ -279,11 +318,12 @@ def choose(
         work: problems, and the weights of every layer that has them.
         launcher: makes the operands of a problem; what it returns launches a version.
         store: where earlier results are.
+        tiles: `Kind.TILE` is to be had.
     """
     known = store.load()
     missing = {problem: linears for problem, linears in work.items() if problem not in known}
     if missing:
-        timings = measure(missing, launcher)
+        timings = measure(missing, launcher, tiles=tiles)
         known |= {timing.problem: timing.best for timing in timings}
         store.save(timings)
     return {problem: known[problem] for problem in work if problem in known}
@@ -293,6 +333,7 @@ def measure(
     work: Mapping[Problem, Sequence[Linear]],
     launcher: Callable[[Problem], Launch],
     *,
+    tiles: bool = False,
     seconds: float = BUDGET_SECONDS,
     repeats: int = 3,
 ) -> list[Timing]:
@@ -305,7 +346,7 @@ def measure(
     launchers = {problem: launcher(problem) for problem in work}
     with compile_ahead():
         for problem, linears in work.items():
-            for version in candidates(problem):
+            for version in candidates(problem, tiles):
                 _try(launchers[problem], version, linears[0])
     torch.cuda.synchronize()
     begun, found = time.perf_counter(), []
@@ -315,7 +356,7 @@ def measure(
             break
         enough = max(8, _WARMTH_BYTES // problem.weight_bytes)
         times = {}
-        for version in candidates(problem):
+        for version in candidates(problem, tiles):
             if _try(launchers[problem], version, linears[0]):
                 try:
                     times[version] = time_launches(launchers[problem], version, linears[:enough], repeats)
@@ -378,9 +419,8 @@ class Store:
     def here(cls) -> Store:
         """For the current GPU, in the cache folder."""
         folder = cache_dir() / "kernels"
-        sources = b"".join(
-            (Path(__file__).parent / name).read_bytes() for name in ("decode.py", "matmul.py", "tune.py")
-        )
+        names = ("decode.py", "matmul.py", "tune.py", "../cuda/linear.cu", "../cuda/linear.py")
+        sources = b"".join((Path(__file__).parent / name).read_bytes() for name in names)
         return cls(
             folder,
             {

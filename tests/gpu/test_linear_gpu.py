@@ -1,0 +1,169 @@
+"""`linear.cu` against float64: every way to cut a product, odd sizes, and what it leaves for the next norm."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from ostinato.ops import Linear, NextNorm, squares_words
+from ostinato.ops.cuda.linear import ROWS, Product, Products, tile_of
+from ostinato.ops.triton import TritonOps
+from ostinato.ops.triton.tune import Kind, Table, Version, candidates, problem_of
+
+pytestmark = pytest.mark.gpu
+CUDA, BF16, EPS = torch.device("cuda"), torch.bfloat16, 1e-5
+COUNTS = (1, 5, 8, 13, 16, 31, 64, 100, 128)
+CASES = [
+    (Product.STORE, 3072, 2048, (1, 2, 128)),
+    (Product.STORE, 960, 576, (1, 1, 128)),
+    (Product.STORE, 200, 136, (1, 4, 64)),
+    (Product.ADD, 2048, 2048, (1, 4, 128)),
+    (Product.ADD, 2048, 8192, (2, 8, 64)),
+    (Product.ADD, 576, 1536, (1, 8, 64)),
+    (Product.GATE, 8192, 2048, (2, 1, 64)),
+    (Product.GATE, 1544, 576, (1, 1, 128)),
+    (Product.WIDE, 12825, 2048, (2, 1, 64)),
+    (Product.WIDE, 1000, 72, (1, 1, 64)),
+]
+"""(what becomes of it, outputs, inputs, (warp groups, splits, depth))"""
+
+
+@pytest.fixture(scope="module")
+def products() -> Products:
+    found = Products.on(CUDA)
+    if found is None:
+        pytest.skip("needs Hopper")
+    return found
+
+
+@pytest.fixture(autouse=True)
+def seed() -> int:
+    value = int(torch.empty((), dtype=torch.int64).random_(2**31))
+    torch.manual_seed(value)
+    return value
+
+
+def exact(x: torch.Tensor, linear: Linear, gate: bool) -> torch.Tensor:
+    y = x.double() @ linear.weight.double().T
+    if linear.bias is not None:
+        y += linear.bias.double()
+    if gate:
+        g, u = (part.to(BF16).double() for part in y.chunk(2, 1))
+        y = (g * torch.sigmoid(g)).to(BF16).double() * u
+    return y
+
+
+def near(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 6e-3) -> None:
+    assert not actual.isnan().any()
+    error = (actual.double() - expected).norm() / expected.norm()
+    assert error <= tolerance, float(error)
+
+
+@pytest.mark.parametrize("rows", COUNTS)
+@pytest.mark.parametrize(("kind", "columns", "depth", "cut"), CASES)
+def test_against_float64(
+    products: Products, kind: Product, columns: int, depth: int, cut: tuple[int, int, int], rows: int
+) -> None:
+    groups, splits, chunk = cut
+    size = next(n for n in ROWS if rows <= n)
+    if tile_of(kind, size, groups, splits, chunk) is None:
+        chunk = 64
+        if tile_of(kind, size, groups, splits, chunk) is None:
+            return
+    version = Version(Kind.TILE, False, 64, 64 * groups, chunk, splits)
+    gate, add, wide = kind is Product.GATE, kind is Product.ADD, kind is Product.WIDE
+    weight = torch.randn(columns * (2 if gate else 1), depth, device=CUDA).mul_(depth**-0.5).to(BF16)
+    has_bias = kind in (Product.STORE, Product.ADD) and rows % 2 == 1
+    linear = Linear(weight, torch.randn(columns, device=CUDA).to(BF16) if has_bias else None)
+    x = torch.randn(rows, depth, device=CUDA).to(BF16)
+    room = torch.full((rows + 2, columns), float("nan"), device=CUDA, dtype=torch.float32 if wide else BF16)
+    before = torch.randn(rows, columns, device=CUDA).to(BF16)
+    squares, expected = None, exact(x, linear, gate)
+    if depth % 64 == 0 and not gate and not has_bias:
+        squares = torch.rand(depth // 64, rows, device=CUDA) * 100
+        expected *= torch.rsqrt(squares.double().sum(0) / depth + EPS).unsqueeze(1)
+    then = None
+    if add:
+        expected += before.double()
+        words = squares_words(rows, columns)
+        then = NextNorm(
+            torch.randn(columns, device=CUDA).to(BF16),
+            torch.full((rows + 1, columns), float("nan"), device=CUDA, dtype=BF16),
+            torch.full((words + 1,), float("nan"), device=CUDA),
+        )
+    results = []
+    for _ in range(3):
+        out = room[:rows]
+        if add:
+            out.copy_(before)
+        products.run(kind, version, x, linear, out, squares=squares, eps=EPS, then=then)
+        results.append(out.clone())
+    near(results[0], expected)
+    assert all(torch.equal(result, results[0]) for result in results)
+    assert room[rows:].isnan().all()
+    if then is not None:
+        assert torch.equal(then.scaled[:rows], (out.float() * then.weight.float()).to(BF16))
+        sums = out.float().square().view(rows, -1, 64).sum(2).T
+        torch.testing.assert_close(then.squares[:-1].view(-1, rows), sums, rtol=1e-4, atol=1e-4)
+        assert then.scaled[rows:].isnan().all()
+        assert then.squares[-1:].isnan().all()
+
+
+@pytest.mark.parametrize("rows", [2, 8, 11, 32, 50])
+@pytest.mark.parametrize(("hidden", "inner"), [(2048, 8192), (576, 1536)])
+def test_a_norm_that_is_begun_equals_one_that_is_not(rows: int, hidden: int, inner: int) -> None:
+    """The ops of half a layer, with `then` and without: the second way is the plain one."""
+    down = Linear(torch.randn(hidden, inner, device=CUDA).mul_(inner**-0.5).to(BF16))
+    gate_up = Linear(torch.randn(2 * inner, hidden, device=CUDA).mul_(hidden**-0.5).to(BF16))
+    weight = (1 + torch.randn(hidden, device=CUDA) / 4).to(BF16)
+    x, residual = (
+        torch.randn(rows, inner, device=CUDA).to(BF16),
+        torch.randn(rows, hidden, device=CUDA).to(BF16),
+    )
+    bucket = next(n for n in (16, 32, 64) if rows <= n)
+    table = Table(tiles=True)
+    for op, linear in (("linear_add", down), ("norm_gate_up", gate_up)):
+        assert table(op, linear, bucket, BF16).kind is Kind.TILE
+    ops, outs = TritonOps(table), []
+    for begin in (True, False):
+        stream = residual.clone()
+        normed, wide, out = (
+            torch.empty_like(stream),
+            stream.new_empty(rows, 2 * inner),
+            stream.new_empty(rows, inner),
+        )
+        then = (
+            NextNorm(weight, normed, torch.empty(squares_words(rows, hidden), device=CUDA)) if begin else None
+        )
+        begun = ops.linear_add(x, down, residual=stream, then=then)
+        assert (begun is not None) == begin
+        ops.norm_gate_up(stream, weight, EPS, gate_up, normed=normed, gate_up=wide, out=out, begun=begun)
+        outs.append(out)
+    near(outs[0], outs[1].double(), 1e-2)
+
+
+def test_every_candidate_can_be_launched(products: Products) -> None:
+    for op, columns, depth in (
+        ("norm_linear", 3072, 2048), ("linear_add", 2048, 8192), ("norm_gate_up", 8192, 2048),
+        ("linear_add", 1024, 2048), ("norm_linear", 6144, 4096), ("norm_head", 12800, 1024),
+    ):  # fmt: skip
+        linear = Linear(
+            torch.zeros(columns * (2 if op == "norm_gate_up" else 1), depth, device=CUDA, dtype=BF16)
+        )
+        for rows in (2, 9, 32, 64):
+            problem = problem_of(op, linear, next(n for n in (16, 32, 64) if rows <= n), BF16)
+            for version in candidates(problem, tiles=True):
+                if version.kind is Kind.TILE:
+                    kind = {
+                        "norm_linear": Product.STORE,
+                        "linear_add": Product.ADD,
+                        "norm_gate_up": Product.GATE,
+                    }.get(op, Product.WIDE)
+                    out = torch.full(
+                        (rows, columns), 0.0, device=CUDA, dtype=torch.float32 if op == "norm_head" else BF16
+                    )
+                    x = torch.ones(rows, depth, device=CUDA, dtype=BF16)
+                    products.run(kind, version, x, linear, out)
+                    assert not out.any()
