@@ -125,6 +125,7 @@ def attention(name: str, count: int, context: int) -> dict[str, Any]:
             setattr(module, key, value)
         ops, turn = module.TritonOps(), itertools.cycle(layers)
         ops._programs = choice["PROGRAMS"] * processors
+        ops._attention = None  # the Triton version; benchmarks/attention.py has both
 
         def launch(*_: object) -> None:
             ops.rope_paged_attention(

@@ -23,6 +23,7 @@ from ...errors import KernelError
 from ...inputs import FLAG_PENALTIES, Batch, StaticInputs, StepState
 from ...types import SamplerVariant
 from .. import AttentionShape, Linear, NextNorm, Scratch, Stack, StepView, VersionLine, squares_words
+from ..cuda.attention import DecodeAttention
 from ..cuda.fused import MOST_TOKENS, FusedDecode, unsupported
 from ..cuda.linear import Product, Products
 from . import attention, decode, pointwise
@@ -101,6 +102,7 @@ class TritonOps:
         gpu = torch.cuda.is_available()
         self._fused = FusedDecode.claim(torch.device("cuda")) if _has_fused() else None
         self._whole: dict[int, bool] = {}
+        self._attention = DecodeAttention.claim()
         self._wide_mm = gpu and _mm_widens()
         self._pdl = gpu and torch.cuda.get_device_capability() >= (9, 0)
         # Few in the interpreter, so that programs have several pieces of work there too.
@@ -294,6 +296,11 @@ class TritonOps:
         if view.decode:
             if seqs * shape.kv_heads > SEMAPHORES:
                 raise KernelError(f"{seqs} rows of {shape.kv_heads} KV heads are more than {SEMAPHORES}")
+            if self._attention is not None and self._attention.run(
+                qkv, view, cache, rope, q_norm, k_norm, eps, shape,
+                workspace=workspace, semaphores=self._workspace(qkv.device).semaphores, out=out,
+            ):  # fmt: skip
+                return
             grid = min(seqs * shape.kv_heads * SPLITS, self._programs)
             decode.attention[(grid,)](
                 qkv, view.positions, view.slots, rope, *norms,

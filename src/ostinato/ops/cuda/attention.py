@@ -1,0 +1,199 @@
+"""Decode attention in CUDA C++: `attention.cu`, when it can serve, and how it is launched.
+
+`rope_paged_attention` for one new token of each row, in bfloat16, on Ampere and later. What it must
+compute is said in `ops/__init__.py`; where this cannot serve, the Triton version does. How a row is cut into
+splits depends on the padded rows of the step and on the row's own length, so its bits do too, and on
+nothing else of its neighbours.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .. import AttentionShape, StepView
+from .fused import LOG2_E, POINTERS
+from .program import Kernel, build
+
+logger = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).with_name("attention.cu")
+THREADS = 128
+MOST = 16
+"""Splits of a row at most: what `OpSet.attention_words` has room for."""
+CHUNK = 64
+"""Fewest tokens of a split: a step of 16 for each of four warps."""
+LONG = 2048
+"""Most tokens of a split, where the number of splits allows."""
+RESIDENT = {64: 4, 128: 3}
+"""Blocks on a multiprocessor that a step of few rows aims at, by head_dim."""
+HELPERS = 4
+"""Blocks a multiprocessor for what rows have beyond the key's splits."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a row's visible tokens are shared out; the C++ has the same rule."""
+
+    base: int
+    """Where splits begin: the first visible token, rounded down to a multiple of 16."""
+    chunk: int
+    """Tokens of a split; the last one may have fewer."""
+    count: int
+    """Splits, at least one."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The blocks of a launch: of each key, whatever the lengths."""
+
+    splits: int
+    """Splits of each (row, KV head) that have a block of their own."""
+    primary: int
+    """Those blocks."""
+    helpers: int
+    """Blocks that share further splits of long rows."""
+
+
+def cut(length: int, splits: int, window: int) -> Cut:
+    """How a row of `length` tokens is cut; `window`: as `AttentionShape.sliding_window`, 0 for none."""
+    base = max(length - window, 0) // 16 * 16 if window else 0
+    seen = length - base
+    chunk = _up(_up(seen, splits) // splits, CHUNK)
+    if chunk > LONG:
+        parts = min(MOST, -(-seen // LONG))
+        chunk = _up(_up(seen, parts) // parts, CHUNK)
+    chunk = max(chunk, CHUNK)
+    return Cut(base, chunk, max(-(-seen // chunk), 1))
+
+
+def grid_of(rows: int, shape: AttentionShape, context: int, processors: int) -> Grid:
+    """The grid of a key.
+
+    Args:
+        rows: of the step, padding included.
+        shape: of the model.
+        context: the most tokens that a row's block table has room for.
+        processors: multiprocessors of the GPU.
+    """
+    pairs = rows * shape.kv_heads
+    splits = min(MOST, max(1, RESIDENT[shape.head_dim] * processors // pairs))
+    seen = min(context, shape.sliding_window + 15) if shape.sliding_window else context
+    more = splits < MOST and seen > splits * (LONG - CHUNK)
+    return Grid(splits, pairs * splits, HELPERS * processors if more else 0)
+
+
+def unsupported(dtype: torch.dtype, cache: torch.dtype, shape: AttentionShape) -> str | None:
+    """Why a model's decode attention cannot run here; None if it can. Looks at shapes and dtypes alone."""
+    group, rest = divmod(shape.heads, shape.kv_heads)
+    if dtype != torch.bfloat16 or cache != torch.bfloat16:
+        return f"activations are {dtype} and the cache is {cache}, it works in bfloat16"
+    if shape.head_dim not in RESIDENT:
+        return f"head_dim is {shape.head_dim}, it knows 64 and 128"
+    if rest or not 1 <= group <= 8:
+        return f"{shape.heads} heads share {shape.kv_heads} KV heads, it knows 1 to 8 for each"
+    return None
+
+
+class DecodeAttention:
+    """Launches `attention.cu`; a kernel is compiled at the first use with a model, which is no capture."""
+
+    @classmethod
+    def claim(cls) -> DecodeAttention | None:
+        """One for the current GPU, or None where it cannot run; OSTINATO_CUDA_ATTENTION=0 turns it off."""
+        if os.environ.get("OSTINATO_CUDA_ATTENTION") == "0" or not torch.cuda.is_available():
+            return None
+        if torch.cuda.get_device_capability() < (8, 0):
+            return None
+        # Looking for a module inside a package that is not there is an error.
+        if importlib.util.find_spec("cuda") is None or importlib.util.find_spec("cuda.bindings") is None:
+            return None
+        return cls()
+
+    def __init__(self) -> None:
+        self._processors = torch.cuda.get_device_properties().multi_processor_count
+        self._pdl = torch.cuda.get_device_capability() >= (9, 0)
+        self._kernels: dict[tuple[tuple[str, int], ...], Kernel] = {}
+        self._broken = False
+
+    def run(
+        self,
+        qkv: torch.Tensor,
+        view: StepView,
+        cache: tuple[torch.Tensor, torch.Tensor],
+        rope: torch.Tensor,
+        q_norm: torch.Tensor | None,
+        k_norm: torch.Tensor | None,
+        eps: float,
+        shape: AttentionShape,
+        *,
+        workspace: torch.Tensor,
+        semaphores: torch.Tensor,
+        out: torch.Tensor,
+    ) -> bool:
+        """`OpSet.rope_paged_attention` of a decode step; False: nothing was done, it cannot serve.
+
+        Args beyond the op's:
+            workspace: float32, `rows * heads * MOST * (head_dim + 2)` words.
+            semaphores: int32, one for each row and KV head, zero before and after.
+
+        Raises:
+            KernelError: it does not compile, load or start.
+        """
+        keys, values = cache
+        if self._broken or unsupported(qkv.dtype, keys.dtype, shape) is not None:
+            return False
+        norms = (q_norm, k_norm) if q_norm is not None and k_norm is not None else (None, None)
+        table = view.block_table
+        kernel = self._kernel(macros(shape, keys.shape[1], table.shape[1], norms[0] is not None))
+        if kernel is None:
+            return False
+        rows = view.seq_lens.shape[0]
+        grid = grid_of(rows, shape, table.shape[1] * keys.shape[1], self._processors)
+        pointers = (
+            qkv, view.positions, view.slots, rope, *norms, keys, values,
+            table, view.rows, view.seq_lens, workspace, semaphores, out,
+        )  # fmt: skip
+        POINTERS[kernel.handle] = len(pointers)
+        kernel.launch(pack(pointers, eps, shape.scale, rows, grid), grid=grid.primary + grid.helpers)
+        return True
+
+    def _kernel(self, macros: dict[str, int]) -> Kernel | None:
+        found = self._kernels.get(tuple(macros.items()))
+        if found is None:
+            try:
+                found = build(
+                    SOURCE, "attention", macros, block=THREADS, shared_bytes=0, grid=1, pdl=self._pdl
+                )
+            except (ImportError, OSError, RuntimeError) as error:  # no KernelError: that is a bug
+                logger.warning("decode attention goes through Triton, NVRTC does not load: %s", error)
+                self._broken = True
+                return None
+            self._kernels[tuple(macros.items())] = found
+        return found
+
+
+def macros(shape: AttentionShape, block_size: int, table_width: int, norm: bool) -> dict[str, int]:
+    """What is compiled in."""
+    return {
+        "HD": shape.head_dim, "GROUP": shape.heads // shape.kv_heads, "KVH": shape.kv_heads,
+        "BLOCK_SIZE": block_size, "WINDOW": shape.sliding_window or 0, "TABLE_WIDTH": table_width,
+        "NORM": int(norm), "CHUNK": CHUNK, "LONG": LONG, "MOST": MOST,
+    }  # fmt: skip
+
+
+def pack(pointers: tuple[torch.Tensor | None, ...], eps: float, scale: float, rows: int, grid: Grid) -> bytes:
+    """`struct Params`; the softmax is in powers of two."""
+    addresses = (0 if t is None else t.data_ptr() for t in pointers)
+    numbers = (eps, scale * LOG2_E, rows, grid.splits, grid.primary)
+    return struct.pack(f"<{len(pointers)}Qffiii4x", *addresses, *numbers)
+
+
+def _up(value: int, unit: int) -> int:
+    return -(-value // unit) * unit
