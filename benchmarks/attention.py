@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
 
 COLD_BYTES = 512 << 20
-MOST_LAYERS = 64
+MOST_LAYERS = 256
 BLOCK = 16
 
 

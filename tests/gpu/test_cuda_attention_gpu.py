@@ -140,7 +140,7 @@ def test_long_rows_among_many_have_helpers(ops: TritonOps, seed: int) -> None:
     """More splits than the key has blocks for: the blocks behind them take the rest."""
     shape, count = AttentionShape(16, 8, 64), 131
     seqs = [Seq(1 + 13 * i % 300, active=i % 11 != 4) for i in range(count)]
-    seqs[3], seqs[77], seqs[130] = Seq(5000), Seq(12000), Seq(4097)
+    seqs[3], seqs[77], seqs[130] = Seq(5000), Seq(40000), Seq(4097)
     world = world_of(seed, shape, seqs)
     context = world.batch.static.block_table.shape[1] * world.batch.block_size
     assert ops._attention is not None

@@ -117,6 +117,12 @@ __device__ __forceinline__ u32 transpose(u32 a) {
     asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(a));
     return r;
 }
+// What was there; after `most` comes zero.
+__device__ __forceinline__ u32 count_up(u32 *p, u32 most) {
+    u32 before;
+    asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(before) : "l"(p), "r"(most) : "memory");
+    return before;
+}
 __device__ __forceinline__ float infinity() { return __int_as_float(0x7f800000); }
 __device__ __forceinline__ void let_successor_start() {
 #if __CUDA_ARCH__ >= 900
@@ -493,10 +499,7 @@ __device__ __forceinline__ void item(const Params &p, Shared &sh, int s, int h, 
     if (c.count == 1) return;
     __syncthreads();   // every thread's part is stored before the count goes up
     if (tid == 0) {
-        u32 before;
-        asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
-                     : "=r"(before) : "l"(p.semaphores + s * KVH + h), "r"((u32)c.count - 1) : "memory");
-        sh.last = before == (u32)c.count - 1;
+        sh.last = count_up(p.semaphores + s * KVH + h, c.count - 1) == (u32)c.count - 1;
     }
     __syncthreads();
     if (!sh.last) return;

@@ -1,0 +1,126 @@
+"""The source of `attention.cu` itself, run on the CPU by `host_cuda.h`, against the plain reference.
+
+What this cannot show: races, the memory model, speed, and whether a GPU's fragments are as its manual says.
+tests/gpu does that.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import random
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+sys.path.append(str(Path(__file__).parent))
+from test_triton_ops import EPS, Seq, World, make_world
+
+from ostinato.ops import AttentionShape
+from ostinato.ops.cuda import attention
+from ostinato.ops.cuda.attention import MOST, Grid, cut, macros, pack
+from ostinato.ops.reference import ReferenceOps
+from ostinato.types import StepKind
+
+HEADER = Path(__file__).with_name("host_cuda.h")
+COMPILER = shutil.which("g++")
+
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++")
+
+
+def host_source() -> str:
+    """The kernel's source without what is written in assembler, which the header has."""
+    pieces = re.split(r"(?m)^(?=__device__ __forceinline__ )", attention.SOURCE.read_text())
+    kept = []
+    for piece in pieces:
+        function, end, rest = piece.partition("\n}\n")
+        kept.append(rest if "asm" in function and piece.startswith("__device__") else function + end + rest)
+    source = "".join(kept)
+    assert "asm" not in source
+    launch = (
+        'extern "C" void launch(const Params *p, int blocks, int backwards) {'
+        " run_blocks(blocks, backwards, [&] { attention(*p); }); }\n"
+    )
+    return f'#include "{HEADER}"\n{source}\n{launch}'
+
+
+def compiled(folder: Path, numbers: dict[str, int]) -> ctypes.CDLL:
+    file, library = folder / "attention.cpp", folder / "attention.so"
+    file.write_text(host_source())
+    defines = [f"-D{key}={value}" for key, value in numbers.items()]
+    flags = ["-std=c++17", "-O1", "-w", "-shared", "-fPIC"]
+    subprocess.run([str(COMPILER), *flags, *defines, str(file), "-o", str(library)], check=True)
+    return ctypes.CDLL(str(library))
+
+
+def attend(library: ctypes.CDLL, world: World, norm: bool, splits: int, helpers: int, backwards: bool) -> torch.Tensor:  # fmt: skip
+    """The op, by the kernel's source."""
+    view = ReferenceOps().prepare(world.batch, world.scratch)
+    rows, shape = world.batch.num_seqs, world.shape
+    semaphores = torch.zeros(rows * shape.kv_heads, dtype=torch.int32)
+    space = torch.full((rows * shape.heads * MOST * (shape.head_dim + 2),), float("nan"))
+    out = torch.full_like(world.scratch.attn, float("nan"))
+    norms = (world.q_norm, world.k_norm) if norm else (None, None)
+    pointers = (
+        world.qkv, view.positions, view.slots, world.rope, *norms, *world.cache,
+        view.block_table, view.rows, view.seq_lens, space, semaphores, out,
+    )  # fmt: skip
+    grid = Grid(splits, rows * shape.kv_heads * splits, helpers)
+    params = pack(pointers, EPS, shape.scale, rows, grid)
+    library.launch(ctypes.create_string_buffer(params, len(params)), grid.primary + helpers, int(backwards))
+    assert not semaphores.any()
+    return out
+
+
+@pytest.fixture
+def seed() -> int:
+    return random.SystemRandom().randrange(2**31)
+
+
+@pytest.mark.parametrize(
+    ("shape", "norm", "block_size", "splits", "helpers"),
+    [
+        (AttentionShape(8, 2, 64), False, 16, 16, 0),
+        (AttentionShape(4, 2, 128), True, 16, 2, 0),
+        (AttentionShape(3, 1, 128), False, 5, 3, 0),
+        (AttentionShape(8, 1, 64, sliding_window=100), True, 32, 4, 0),
+        (AttentionShape(2, 2, 64, sliding_window=20), False, 3, 2, 0),
+        (AttentionShape(1, 1, 128), False, 16, 1, 0),
+        (AttentionShape(1, 1, 64), False, 16, 1, 3),
+    ],
+    ids=lambda v: f"{v.heads}-{v.kv_heads}-{v.head_dim}" if isinstance(v, AttentionShape) else str(v),
+)
+def test_against_the_reference(
+    tmp_path: Path, seed: int, shape: AttentionShape, norm: bool, block_size: int, splits: int, helpers: int
+) -> None:
+    lengths = [1, 15, 16, 17, 30, 64, 65, 129, 257]
+    if splits == 1:
+        lengths = [40, 4500, 9, 2100]
+    seqs = [Seq(n, active=n != 30) for n in lengths]
+    ours, theirs = (
+        make_world(seed, shape, seqs, StepKind.DECODE, pad_seqs=2, block_size=block_size, dtype=dtype)
+        for dtype in (torch.bfloat16, torch.float32)
+    )
+    table = ours.batch.static.block_table
+    numbers = macros(shape, block_size, table.shape[1], norm)
+    if splits == 1 and not helpers:
+        numbers["LONG"] = 1 << 14  # a warp has more than 32 steps: it looks into the block table again
+    library = compiled(tmp_path, numbers)
+    if helpers:
+        assert max(cut(n, splits, 0).count for n in lengths) > splits
+    expected = theirs.attend(ReferenceOps(), norm)
+    actual = attend(library, ours, norm, splits, helpers, backwards=False)
+    assert not actual.isnan().any()
+    assert (actual[ours.scratch.slots < 0] == 0).all()
+    for row in range(len(seqs)):
+        error = (actual[row].double() - expected[row]).norm()
+        assert error <= 0.02 * expected[row].norm(), (row, float(error))
+    for mine, other in zip(ours.cache, theirs.cache, strict=True):
+        torch.testing.assert_close(mine.float(), other, rtol=2e-2, atol=2e-2, equal_nan=True)
+    again = attend(library, ours, norm, splits, helpers, backwards=True)
+    assert torch.equal(again, actual)
