@@ -69,6 +69,7 @@ static void post(int n, const u32 *values) {
 static u32 of(int lane, int n) { return posted[current / 32][lane][n]; }
 static void leave_post() { warp_meeting[current / 32].wait(32); }
 
+static void __syncwarp() { warp_meeting[current / 32].wait(32); }
 static void __syncthreads() { block_meeting.wait(FIBERS); }
 static int __syncthreads_or(int v) {
     votes |= v;

@@ -465,8 +465,9 @@ __device__ __forceinline__ void item(const Params &p, Shared &sh, int s, int h, 
         walk.next();
         const bool more = walk.at < end;
         const int slots = more ? slots_of(walk, c.first, newest) : 0;
+        // Something that the whole warp does makes this a branch, and loads in front of it cannot sink below the softmax.
         attend(o, k, v, q, sh, at, c.first, newest, p.scale,
-               [&] { if (more) load(k, keys, slots); }, [&] { if (more) load(v, values, slots); });
+               [&] { if (more) { __syncwarp(); load(k, keys, slots); } }, [&] { if (more) load(v, values, slots); });
     }
     leave(o, sh);
     __syncthreads();
