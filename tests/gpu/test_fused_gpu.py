@@ -177,6 +177,18 @@ def test_a_row_that_is_not_live_writes_no_kv(fused: FusedDecode, seed: int) -> N
     assert not live.scratch.logits.isnan().any()
 
 
+def test_semaphores_are_zero_behind_every_step(fused: FusedDecode, seed: int) -> None:
+    """Of contexts that the last split merges, whatever number of splits they have."""
+    model = random_decoder(
+        spec_of("llama-3.2-1b"), dtype=torch.bfloat16, device=torch.device("cuda"), positions=POSITIONS
+    )
+    for length in (1281, 5000, 1600, 4096):
+        world = World(model, length, seed, torch.bfloat16)
+        for _ in range(20):
+            fused.run(model, world.view, world.caches(), world.scratch, greedy=False)
+        assert not any(bound.cells["semaphores"].any() for bound in fused._bound.values()), length
+
+
 def test_capture_allocates_nothing_and_replays_the_same(fused: FusedDecode, seed: int) -> None:
     model = random_decoder(
         spec_of("llama-3.2-1b"), dtype=torch.bfloat16, device=torch.device("cuda"), positions=POSITIONS
