@@ -503,6 +503,7 @@ def build(options: EngineOptions, backend: GraphBackend | None = None) -> Engine
         if device.type == "cuda":
             addresses.observe()
             with context():
+                ops.load(model, config.block_size, config.max_blocks_per_seq)
                 ops.tune(model, config.max_num_seqs)
                 stages.done("kernel versions")
                 _warm_up(program_over(1), buffers)
@@ -792,7 +793,7 @@ def _profile(config: EngineConfig, model: str) -> Profile:
     """What traffic used last time with this model, device and config."""
     from .paths import cache_dir
 
-    gpu = torch.cuda.get_device_name() if config.device.type == "cuda" else "cpu"
+    gpu = torch.cuda.get_device_name(config.device) if config.device.type == "cuda" else "cpu"
     identity = {
         "model": model,
         "device": gpu,
