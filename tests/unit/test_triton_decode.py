@@ -339,18 +339,39 @@ def test_a_file_that_cannot_be_read_is_ignored(tmp_path: Path, text: str) -> Non
 def test_nothing_is_measured_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Problem] = []
     some = timings()
+    some = [Timing(t.problem, dict(reversed(t.times.items()))) for t in some]  # not what rules say
 
     def measure(work: dict[Problem, Any], launcher: Callable[..., Any]) -> list[Timing]:
         asked.extend(work)
-        return [t for t in some if t.problem in work][:2]  # stopped after two
+        return [
+            t if i < 2 else Timing(t.problem, {}) for i, t in enumerate(t for t in some if t.problem in work)
+        ]
+
+    def chosen(count: int) -> tune.Table:
+        work = {t.problem: [] for t in some[:count]}
+        return tune.choose(work, lambda problem: pytest.fail("measured"), Store(tmp_path, {}))
+
+    def version(table: tune.Table, p: Problem) -> Version:
+        columns = p.columns * (2 if p.gate else 1)
+        weight = torch.empty(1, dtype=torch.float8_e4m3fn if p.fp8 else p.dtype).expand(columns, p.depth)
+        return table(p.op, Linear(weight, None, torch.ones(1) if p.fp8 else None), p.rows, p.dtype)
 
     monkeypatch.setattr(tune, "measure", measure)
-    work = {t.problem: [] for t in some[:4]}
-    first = tune.choose(work, lambda problem: pytest.fail("measured"), Store(tmp_path, {}))
-    assert list(first) == [t.problem for t in some[:2]]
-    second = tune.choose(work, lambda problem: pytest.fail("measured"), Store(tmp_path, {}))
-    assert asked == [t.problem for t in (*some[:4], *some[2:4])]
-    assert second == {t.problem: t.best for t in some[:4]}
+    monkeypatch.setattr(tune, "default", lambda problem: LIBRARY)
+    first = chosen(4)
+    monkeypatch.setattr(tune, "default", lambda problem: pytest.fail("decided again"))
+    second, larger = chosen(4), chosen(6)
+    assert asked == [t.problem for t in (*some[:4], *some[4:6])]
+    for table in (first, second):
+        found = [version(table, t.problem) for t in some[:4]]
+        assert found == [some[0].best, some[1].best, LIBRARY, LIBRARY]
+        # As `ostinato explain` prints them; in the order of ops and sizes.
+        notes = {(line.op, line.columns, line.rows): (line.measured, line.note) for line in table.lines()}
+        for i, t in enumerate(some[:4]):
+            measured, note = notes[t.problem.op, t.problem.columns, t.problem.rows]
+            assert measured == (i < 2)
+            assert ("time to measure was up" in note) == (i >= 2)
+    assert larger.decided == second.decided | {t.problem: t.best for t in some[4:6]}
 
 
 def test_measuring_leaves_out_what_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -383,7 +404,8 @@ def test_measuring_leaves_out_what_cannot_run(monkeypatch: pytest.MonkeyPatch) -
     assert found[0].problem is first
     assert found[0].best == tune.candidates(first)[-1]
     assert not {LIBRARY, tune.default(first)} & set(found[0].times)
-    assert third not in [timing.problem for timing in found]
+    assert found[-1] == Timing(third, {}), "the time was up"
+    assert found[-1].best == tune.default(third)
 
 
 # --- compiled for an H100 ------------------------------------------------------------------

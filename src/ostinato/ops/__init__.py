@@ -191,6 +191,8 @@ class VersionLine:
     version: str
     measured: bool
     """False: chosen by rules"""
+    note: str = ""
+    """Why it was not measured, where there is a reason"""
 
 
 class OpSet(Protocol):

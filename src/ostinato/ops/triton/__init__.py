@@ -158,7 +158,7 @@ class TritonOps:
                 if rows > MOST_TOKENS or not whole or op == "norm_head":
                     problem = problem_of(op, linear, rows, stack.embedding.dtype)
                     work.setdefault(problem, []).append(linear)
-        self._table = Table(choose(work, self.launcher, Store.here()))
+        self._table = choose(work, self.launcher, Store.here())
         torch.cuda.empty_cache()  # what is cached would be missing from the KV cache
 
     def versions(self) -> list[VersionLine]:
