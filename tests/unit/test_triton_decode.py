@@ -133,17 +133,6 @@ def check(
     run(linear, again, norm=fused, index=index)
     assert torch.equal(logits, again)
 
-    blocks = -(-columns // version.columns)
-    values = torch.full((rows, blocks), NAN, device=device)
-    indices = torch.full((rows, blocks), -1, dtype=torch.int32, device=device)
-    run(linear, again.fill_(NAN), norm=fused, index=index, best=(values, indices), store=False)
-    assert again.isnan().all()
-    padded = torch.nn.functional.pad(logits, (0, blocks * version.columns - columns), value=float("-inf"))
-    value, at = padded.view(rows, blocks, version.columns).max(-1)
-    assert torch.equal(values, value)
-    first = torch.arange(blocks, device=device) * version.columns
-    assert torch.equal(indices, (at + first).int())
-
 
 GEMV = Version(Kind.GEMV, True, 1, 4)
 STREAM = Version(Kind.STREAM, True, 16, 16, 32, warps=4, stages=3)
@@ -186,18 +175,6 @@ def test_a_row_that_is_nan_spoils_no_other() -> None:
     others = [i for i in range(9) if i != 4]
     assert torch.equal(clean[others], spoilt[others])
     assert spoilt[4].isnan().all()
-
-
-@interpreted
-def test_nan_is_never_the_best() -> None:
-    linear = make_linear(20, 32, torch.float32, bias=False, fp8=False)
-    linear.weight[3] = NAN
-    for version, rows in ((GEMV, 1), (STREAM, 4)):
-        x, blocks = torch.randn(rows, 32), -(-20 // version.columns)
-        values, indices = torch.empty(rows, blocks), torch.empty(rows, blocks, dtype=torch.int32)
-        multiply(version, x, linear, torch.empty(rows, 20), poisoned_workspace(), best=(values, indices))
-        assert not values.isnan().any()
-        assert not (indices == 3).any()
 
 
 @interpreted

@@ -323,28 +323,6 @@ def test_sizes_of_the_cut() -> None:
             assert num * chunks * 4 <= 4 * kernels.scratch_words(num, vocab, GREEDY)
 
 
-# --- best of partials ------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("blocks", [1, 3, 126, 1002])
-def test_argmax_partials(blocks: int) -> None:
-    g = torch.Generator().manual_seed(torch.seed() % 2**31)
-    print("initial seed", g.initial_seed())
-    n = 7
-    values = torch.randint(-3, 4, (n, blocks), generator=g).float() * 0.5
-    values[1] = -torch.inf
-    values[2, ::2] = torch.nan
-    values[3] = torch.nan
-    values[4] = torch.where(torch.rand(blocks, generator=g) < 0.5, 0.0, -0.0)
-    indices = torch.stack([torch.randperm(200000, generator=g)[:blocks] for _ in range(n)]).int()
-    rows = torch.tensor([5, 4, 3, 2, 1, 0, -1], dtype=torch.int32)
-    expected, out = torch.full((2, n), -9, dtype=torch.int32)
-    sampling.argmax_partials(values, indices, rows, out=expected)
-    ours = out.to(DEVICE)
-    kernels.argmax_partials(values.to(DEVICE), indices.to(DEVICE), rows.to(DEVICE), out=ours)
-    assert ours.tolist() == expected.tolist()
-
-
 # --- the compiler ------------------------------------------------------------------------------------
 
 
