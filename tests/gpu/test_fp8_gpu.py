@@ -24,8 +24,8 @@ from ostinato.ops.triton.matmul import matmul_scaled, widen
 
 pytestmark = pytest.mark.gpu
 
-ROWS = (1, 7, 16, 17, 32, 64, 130, 1000)
-SHAPES = ((576, 1536), (1536, 576), (2048, 2048), (16384, 2048), (2048, 8192), (70, 88))
+ROWS = (1, 7, 17, 64, 130, 1000)
+SHAPES = ((1536, 576), (2048, 2048), (2048, 8192), (70, 88))
 """(out, in)"""
 TOLERANCE = {torch.bfloat16: 4e-3, torch.float16: 1e-3, torch.float32: 1e-5}
 
