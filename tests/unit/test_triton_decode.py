@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -25,6 +24,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton")
 sys.path.append(str(Path(__file__).parent))
+from compiled import Compiled, assembled, compile_launches
 from test_triton_ops import DECODE, SMOLLM, Seq, _interpreter_loops, make_world  # noqa: F401 (a fixture)
 
 from ostinato.models.quantize import FP8, Quantizer
@@ -406,60 +406,31 @@ def test_kernels_compile_for_an_h100(tmp_path: Path) -> None:
 
 def compile_kernels(ptxas: str) -> None:
     """Replace launches by compilation; print what became of each kernel."""
-    import tempfile
 
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-    from triton.runtime.jit import JITFunction, mangle_type
-
-    seen = set()
-
-    def build(self: JITFunction, *args: object, grid: object, warmup: bool, **options: object) -> None:
-        named = dict(zip(self.arg_names, args, strict=False))
-        named |= {k: options.pop(k) for k in list(options) if k in self.arg_names}
-        constant = {p.name for p in self.params if p.is_constexpr}
-        signature = {n: "constexpr" if n in constant else mangle_type(named[n]) for n in self.arg_names}
-        constexprs = {n: named[n] for n in constant}
-        even = [n for n in ("width", "columns") if isinstance(v := named.get(n), int) and v % 16 == 0]
-        divisible = [n for n in signature if signature[n][0] == "*" or n in even]
-        aligned = {(self.arg_names.index(n),): [["tt.divisibility", 16]] for n in divisible}
-        key = (self.__name__, *signature.items(), *sorted(constexprs.items()), *sorted(options.items()))
-        if key in seen:
-            return
-        seen.add(key)
-        source = ASTSource(self, signature, constexprs, aligned)
-        kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-        ptx = kernel.asm["ptx"]
-        with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-            file.write(ptx)
-            file.flush()
-            command = [ptxas, "-v", "-arch=sm_90a", file.name, "-o", os.devnull]
-            said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-        (registers,) = re.findall(r"Used (\d+) registers", said)
-        spills = [int(size) for size in re.findall(r"(\d+) bytes spill", said)]
-        before, wait, after = ptx.partition("griddepcontrol.wait")
+    def look(made: Compiled) -> None:
+        registers, spills = assembled(made.ptx, ptxas)
+        before, wait, after = made.ptx.partition("griddepcontrol.wait")
+        constexprs = made.constexprs
         sizes = {n: v for n, v in constexprs.items() if isinstance(v, int) and not isinstance(v, bool)}
         flags = [n for n, v in constexprs.items() if v is True]
-        print(self.__name__, sizes, flags, options, registers, kernel.metadata.shared, spills, flush=True)
+        print(made.name, sizes, flags, made.options, registers, made.metadata.shared, spills, flush=True)
         assert wait
         assert "griddepcontrol.launch_dependents" in before
         assert "griddepcontrol.wait" not in after
         assert "st.global" not in before
         assert "atom" not in before
-        assert not any(spills), said
-        assert kernel.metadata.shared <= 160 << 10
-        if self.__name__ in ("gemv", "stream"):
+        assert not any(spills), spills
+        assert made.metadata.shared <= 160 << 10
+        if made.name in ("gemv", "stream"):
             assert "ld.global" in before
-            assert constexprs["NORM"] or self.__name__ != "gemv" or before.count("ld.global") >= 1
-            if self.__name__ == "stream":
+            if made.name == "stream":
                 assert "cp.async.cg" in after, "weights are not streamed"
                 assert "mma" in after
-                assert "e4m3" not in ptx, "the slow conversion"
+                assert "e4m3" not in made.ptx, "the slow conversion"
         else:
             assert "ld.global" not in before
 
-    JITFunction.run = build
+    compile_launches(look, aligned=("width", "columns"))
     bf16, workspace = torch.bfloat16, Workspace(torch.zeros(1).int(), torch.zeros(1))
     shapes = (
         ("norm_linear", 3072, 2048), ("linear_add", 2048, 2048), ("norm_gate_up", 8192, 2048),

@@ -24,8 +24,10 @@ from ostinato.types import SamplerVariant
 
 if __name__ == "__main__":  # see test_launches_compile_for_a_gpu
     sys.path.insert(0, str(Path(__file__).parent))
+    from compiled import Compiled, compile_launches
     from test_sampling import full_case, make_inputs, make_state, run
 else:
+    from .compiled import Compiled, compile_launches
     from .test_sampling import full_case, make_inputs, make_state, run
 
 GREEDY, SAMPLE, FULL = SamplerVariant.GREEDY, SamplerVariant.SAMPLE, SamplerVariant.FULL
@@ -344,39 +346,23 @@ def test_launches_compile_for_a_gpu(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-def compile_launches() -> None:
+def compile_all() -> None:
     """Run the sampler on CPU tensors with launches replaced by compilation; print the kernels' names."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-    from triton.runtime.jit import JITFunction, mangle_type
+    names = set()
 
-    seen: set[tuple[object, ...]] = set()
-
-    def build(self: JITFunction, *args: object, grid: object, warmup: bool, **options: Any) -> None:
-        named = dict(zip(self.arg_names, args, strict=False))
-        named |= {k: options.pop(k) for k in list(options) if k in self.arg_names}
-        constant = {p.name for p in self.params if p.is_constexpr}
-        signature = {n: "constexpr" if n in constant else mangle_type(named[n]) for n in self.arg_names}
-        constexprs = {n: named[n] for n in constant}
-        aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(signature) if signature[n][0] == "*"}
-        key = (self.__name__, *sorted(constexprs.items()))
-        if key in seen:
-            return
-        seen.add(key)
-        source = ASTSource(self, signature, constexprs, aligned)
-        kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-        assert kernel.metadata.shared <= 48 * 1024
-        assert kernel.metadata.launch_pdl == named["PDL"]
-        ptx = kernel.asm["ptx"]
-        if self.__name__ in ("_count", "_weigh", "_narrow", "_draw"):
+    def look(made: Compiled) -> None:
+        names.add(made.name)
+        ptx, pdl = made.ptx, made.named["PDL"]
+        assert made.metadata.shared <= 48 * 1024
+        assert made.metadata.launch_pdl == pdl
+        if made.name in ("_count", "_weigh", "_narrow", "_draw"):
             assert "fma." not in ptx, "what is fused must not decide a token's bin"
-        assert ("griddepcontrol" in ptx) == named["PDL"]
-        if named["PDL"]:
+        assert ("griddepcontrol" in ptx) == pdl
+        if pdl:
             touched = min(ptx.index(word) for word in ("ld.global", "st.global") if word in ptx)
             assert ptx.index("griddepcontrol.launch_dependents") < ptx.index("griddepcontrol.wait") < touched
 
-    JITFunction.run = build
+    compile_launches(look)
     for num, vocab, pdl in ((1, 128256, True), (64, 128256, True), (3, 50257, False)):
         rows = torch.zeros(num, dtype=torch.int32)
         inputs, state = make_inputs(num, vocab), make_state(num, vocab)
@@ -393,8 +379,8 @@ def compile_launches() -> None:
                 scratch=scratch,
                 pdl=pdl,
             )
-    sys.stdout.write("\n".join(sorted({str(key[0]) for key in seen})))
+    sys.stdout.write("\n".join(sorted(names)))
 
 
 if __name__ == "__main__":
-    compile_launches()
+    compile_all()
