@@ -116,9 +116,6 @@ def measure(batch: int, vocab: int, pdl: bool) -> list[dict[str, Any]]:
     scratch = torch.empty(kernels.scratch_words(batch, vocab), dtype=torch.int32, device="cuda")
     state = state_of(batch, vocab)
     generator = torch.Generator("cuda").manual_seed(0)
-    blocks = -(-vocab // 64)
-    values = torch.randn(batch, blocks, device="cuda", generator=generator)
-    indices = torch.arange(blocks, dtype=torch.int32, device="cuda").repeat(batch, 1)
     found = []
 
     def record(logits: str, case: str, call: Callable[[], None]) -> float:
@@ -126,7 +123,6 @@ def measure(batch: int, vocab: int, pdl: bool) -> list[dict[str, Any]]:
         found.append({"batch": batch, "vocab": vocab, "pdl": pdl, "logits": logits, "case": case, "us": took})
         return took
 
-    record("partials", "greedy", lambda: kernels.argmax_partials(values, indices, rows, out=out, pdl=pdl))
     for name, scale in SCALES.items():
         logits = torch.randn(batch, vocab, device="cuda", generator=generator) * scale
 

@@ -387,13 +387,14 @@ def _budget(value: int | float, on_gpu: bool) -> int:
 
 
 def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cuda" and not torch.cuda.is_available():
+    """The CPU, or the caller's current GPU by its number: other threads have a current one of their own."""
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
         raise ConfigError(
             "device='cuda', but torch finds no GPU; use device='auto' or install a CUDA build of torch"
         )
-    return torch.device(name)
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def _dtype(name: str, model_dtype: str | None, on_gpu: bool) -> torch.dtype:

@@ -194,15 +194,8 @@ class Engine:
         text, ids = self._encode(prompt, add_special_tokens)
         self._check(ids, params)
 
-        def names(prompt_id: str) -> list[str]:
-            return [prompt_id] if params.n == 1 else [f"{prompt_id}-{i}" for i in range(params.n)]
-
-        prompt_id = request_id
-        while prompt_id is None:
-            self._counter += 1
-            number = str(self._counter)
-            prompt_id = None if self.outputs.taken(number, names(number)) else number
-        request_ids = names(prompt_id)
+        prompt_id = self.new_id(params) if request_id is None else request_id
+        request_ids = _names(prompt_id, params)
         taken = self.outputs.taken(prompt_id, request_ids)
         if taken is not None:
             raise RequestError(f"request id {taken!r} is already running")
@@ -230,13 +223,24 @@ class Engine:
             )
             for i, name in enumerate(request_ids)
         ]
-        with contextlib.ExitStack() as undo:
+        try:
             for request in requests:
                 self.scheduler.add(request)
-                undo.callback(self.scheduler.abort, request.request_id)
             self.outputs.add(prompt_id, text, requests, params, self.token_text)
-            undo.pop_all()
+        except BaseException:  # an interrupt may come between any two lines
+            for request in requests:
+                self.scheduler.abort(request.request_id)
+            self.outputs.discard(prompt_id)
+            raise
         return prompt_id
+
+    def new_id(self, params: SamplingParams) -> str:
+        """An id that no prompt under way has, nor any of its requests."""
+        while True:
+            self._counter += 1
+            number = str(self._counter)
+            if self.outputs.taken(number, _names(number, params)) is None:
+                return number
 
     def abort(self, prompt_ids: Iterable[str]) -> list[RequestOutput]:
         """End requests now; their outputs carry what they have, with finish_reason "abort"."""
@@ -312,18 +316,24 @@ class Engine:
             ) from self._dead
 
     def _abandon(self, error: BaseException) -> None:
-        """A step failed: end every request, forget what was in flight, stay usable if the device is."""
-        launched, self._inflight = self._inflight, deque()
+        """A step failed: end every request, forget what was in flight, stay usable if the device is.
+
+        It may have been launched without being in the pipeline, so the device is waited for and not the
+        steps that are known.
+        """
+        self._inflight.clear()
         try:
-            for _, pending in launched:
-                pending.result()
             with self.device_context():
                 self.program.ops.reset()
+                if self.config.device.type == "cuda":
+                    torch.cuda.current_stream().synchronize()
         except Exception as second:  # the device itself is gone: the first error is the one raised
             logger.exception("the device does not answer after a failed step")
             self._dead = second
-        reason = FinishReason.ABORT if isinstance(error, KeyboardInterrupt) else FinishReason.ERROR
-        self.outputs.fail(self.scheduler.reset(reason), error)
+        finally:
+            reason = FinishReason.ABORT if isinstance(error, KeyboardInterrupt) else FinishReason.ERROR
+            self.scheduler.reset(reason)
+            self.outputs.fail(error)
 
     def release_graphs(self) -> int:
         """Free all graphs; returns their bytes. The next use captures again."""
@@ -333,7 +343,8 @@ class Engine:
     def close(self) -> None:
         """End all requests and free graphs; the engine cannot be used afterwards."""
         if self._dead is None:
-            self.outputs.fail(self.scheduler.reset(FinishReason.ABORT), None)
+            self.scheduler.reset(FinishReason.ABORT)
+            self.outputs.fail(None)
             self._inflight.clear()
             if self._profile is not None:
                 self._profile.save(self.plan.book)
@@ -367,6 +378,11 @@ class Engine:
             "memory_bytes": {line.name: line.nbytes for line in self.memory},
             "startup_seconds": dict(self.startup),
         }
+
+
+def _names(prompt_id: str, params: SamplingParams) -> list[str]:
+    """Ids of a prompt's requests."""
+    return [prompt_id] if params.n == 1 else [f"{prompt_id}-{i}" for i in range(params.n)]
 
 
 # --- building --------------------------------------------------------------------------
@@ -503,6 +519,7 @@ def build(options: EngineOptions, backend: GraphBackend | None = None) -> Engine
         if device.type == "cuda":
             addresses.observe()
             with context():
+                ops.load(model, config.block_size, config.max_blocks_per_seq)
                 ops.tune(model, config.max_num_seqs)
                 stages.done("kernel versions")
                 _warm_up(program_over(1), buffers)
@@ -792,7 +809,7 @@ def _profile(config: EngineConfig, model: str) -> Profile:
     """What traffic used last time with this model, device and config."""
     from .paths import cache_dir
 
-    gpu = torch.cuda.get_device_name() if config.device.type == "cuda" else "cpu"
+    gpu = torch.cuda.get_device_name(config.device) if config.device.type == "cuda" else "cpu"
     identity = {
         "model": model,
         "device": gpu,

@@ -144,15 +144,15 @@ class LLM:
         params = _params_for(sampling_params, 1, "prompt")[0]
         text, special = _split(prompt)
         box: _Box = deque()
-        prompt_id = self._add(text, params, special and not chat, box)
         try:
+            self._add(text, params, special and not chat, box)
             ended = False
             while not ended:
                 output = self._next(box)
                 ended = output.finished
                 yield output
         finally:
-            self._stop([prompt_id])
+            self._stop(box)
 
     def _run(
         self,
@@ -183,7 +183,7 @@ class LLM:
                 logger.warning("refused: %s", refused.error)
             self._drain(waiting, results, box, use_tqdm)
         finally:
-            self._stop(waiting)
+            self._stop(box)
         return [results[index] for index in range(len(items))]
 
     def _drain(
@@ -208,9 +208,13 @@ class LLM:
     def _add(self, prompt: str | Sequence[int], params: SamplingParams, special: bool, box: _Box) -> str:
         """Queue a prompt whose outputs go to `box`."""
         with self._lock:
-            prompt_id = self.engine.add_request(prompt, params, add_special_tokens=special)
-            self._inbox[prompt_id] = box
-            return prompt_id
+            prompt_id = self.engine.new_id(params)
+            self._inbox[prompt_id] = box  # first, so that whoever is interrupted knows what to abort
+            try:
+                return self.engine.add_request(prompt, params, prompt_id, add_special_tokens=special)
+            except Exception:
+                del self._inbox[prompt_id]
+                raise
 
     def _next(self, box: _Box) -> RequestOutput:
         """The next output of a call, after as many steps as it takes; raises what ended its request."""
@@ -228,11 +232,14 @@ class LLM:
 
     def _advance(self) -> None:
         """Run one step; what comes out of it goes to the calls that wait for it."""
-        self._stepping = True
         try:
-            self._file(self.engine.step())
+            try:
+                self._stepping = True
+                self._file(self.engine.step())
+            finally:
+                self._stepping = False
         finally:
-            self._stepping = False
+            self._stepping = False  # an interrupt may have come right before the same line above
             self._file(self.engine.outputs.take_failed())
             self.engine.abort(self._dropped)
             self._dropped.clear()
@@ -244,11 +251,14 @@ class LLM:
             if box is not None:
                 box.append(output)
 
-    def _stop(self, prompt_ids: Iterable[str]) -> None:
+    def _stop(self, box: _Box) -> None:
         """Abort what is left of a call that ends early, and finish the steps in flight."""
         engine = self.engine
         with self._lock:
-            left = [name for name in prompt_ids if self._inbox.pop(name, None) is not None]
+            # A copy: the garbage collector may end a stream, and so come here, in the middle of the loop.
+            left = [name for name, its in self._inbox.copy().items() if its is box]
+            for name in left:
+                self._inbox.pop(name, None)
             if self._stepping:  # the garbage collector ends a stream in the middle of this thread's step
                 self._dropped.extend(left)
                 return

@@ -11,6 +11,7 @@ from .graphs.plan import Plan
 from .types import (
     CompletionOutput,
     Delay,
+    FinishReason,
     Request,
     RequestMetrics,
     RequestOutput,
@@ -69,12 +70,12 @@ class OutputAssembler:
         token_text: Callable[[int], str | None],
     ) -> None:
         """Register a prompt and its requests."""
-        self._request_ids.update(r.request_id for r in requests)
         graph, eager = self._counts()
         n = len(requests)
         self._prompts[prompt_id] = _Prompt(
             prompt, requests, params, time.monotonic(), graph, eager, sent_text=[0] * n, sent_tokens=[0] * n
         )
+        self._request_ids.update(r.request_id for r in requests)
         self._token_text = token_text
 
     def running(self, prompt_id: str) -> list[Request]:
@@ -105,11 +106,22 @@ class OutputAssembler:
                 self._forget(prompt_id)
         return outputs
 
-    def fail(self, ended: Iterable[Request], error: BaseException | None) -> None:
-        """Requests that a failed step ended: their outputs wait in `take_failed`."""
-        for prompt_id in dict.fromkeys(r.prompt_id for r in ended):
+    def discard(self, prompt_id: str) -> None:
+        """Forget a prompt, if it is known, without an output."""
+        if prompt_id in self._prompts:
+            self._forget(prompt_id)
+
+    def fail(self, error: BaseException | None) -> None:
+        """A failed step has ended every request: the outputs of all prompts wait in `take_failed`.
+
+        Prompts whose requests had ended by themselves are among them: what they have was not delivered.
+        """
+        for prompt_id in list(self._prompts):
             entry = self._forget(prompt_id)
-            cause = error if isinstance(error, Exception) else None
+            complete = all(
+                r.finish_reason in (FinishReason.STOP, FinishReason.LENGTH) for r in entry.requests
+            )
+            cause = error if isinstance(error, Exception) and not complete else None
             self._failed.append(self._output(prompt_id, entry, True, cause))
 
     def take_failed(self) -> list[RequestOutput]:
@@ -118,8 +130,9 @@ class OutputAssembler:
         return failed
 
     def _forget(self, prompt_id: str) -> _Prompt:
-        entry = self._prompts.pop(prompt_id)
+        entry = self._prompts[prompt_id]
         self._request_ids.difference_update(r.request_id for r in entry.requests)
+        del self._prompts[prompt_id]  # last: an interrupt in between leaves nothing that nobody knows
         return entry
 
     def _output(

@@ -125,44 +125,6 @@ def sample(
         state.logprob_rank[reported] = rank
 
 
-def argmax_partials(
-    values: torch.Tensor, indices: torch.Tensor, rows: torch.Tensor, *, out: torch.Tensor
-) -> None:
-    """The best token of each sequence, of the best of each block of its vocabulary.
-
-    Args:
-        values: [S, B] f32, largest logit of each block. NaN counts as -inf.
-        indices: [S, B] i32, the lowest index in the vocabulary that has it; blocks in any order.
-        rows: [S] i32, device row of each sequence; -1 is padding: it gets token 0.
-        out: [S] i32, the tokens: the lowest index of the largest value.
-
-    Raises:
-        ValueError: a tensor has another type or shape.
-    """
-    check_partials(values, indices, rows, out)
-    known = torch.where(values.isnan(), -torch.inf, values)
-    best = torch.where(known == known.amax(dim=1, keepdim=True), indices, torch.iinfo(torch.int32).max)
-    out.copy_(torch.where(rows >= 0, best.amin(dim=1), 0))
-
-
-def check_partials(
-    values: torch.Tensor, indices: torch.Tensor, rows: torch.Tensor, out: torch.Tensor
-) -> None:
-    """What both versions of `argmax_partials` refuse."""
-    for name, tensor, dtype in (("values", values, torch.float32), ("indices", indices, torch.int32)):
-        if tensor.ndim != 2 or tensor.dtype != dtype or not tensor.is_contiguous() or tensor.shape[1] == 0:
-            raise ValueError(
-                f"{name} must be contiguous {dtype} [S, blocks], got {tensor.dtype} {list(tensor.shape)}"
-            )
-    if values.shape != indices.shape:
-        raise ValueError(
-            f"values and indices must have one shape, got {list(values.shape)} and {list(indices.shape)}"
-        )
-    for name, tensor in (("rows", rows), ("out", out)):
-        if tensor.shape != values.shape[:1] or tensor.dtype != torch.int32:
-            raise ValueError(f"{name} must be i32 [{len(values)}], got {tensor.dtype} {list(tensor.shape)}")
-
-
 def prompt_logprobs(
     logits: torch.Tensor, targets: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

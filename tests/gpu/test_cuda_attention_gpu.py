@@ -249,7 +249,7 @@ def test_agrees_with_the_triton_version(ops: TritonOps, seed: int) -> None:
 def test_registers_suffice_and_pointers_are_known(ops: TritonOps, seed: int) -> None:
     from cuda.bindings import driver
 
-    attention = DecodeAttention.claim()
+    attention = DecodeAttention.claim(torch.device("cuda", torch.cuda.current_device()))
     assert attention is not None
     ops._attention = attention
     for shape, norm in ((LLAMA_1B, False), (QWEN, True), (AttentionShape(32, 8, 128), False)):

@@ -34,12 +34,14 @@ SHAPES = (
     ("linear_add", 2048, 8192),
     ("norm_head", 128256, 2048),
     ("norm_linear", 960, 576),
-    ("linear_add", 576, 1536),
     ("norm_gate_up", 1536, 576),
     ("norm_head", 50257, 72),
 )
 """(op, outputs of the result, inputs)"""
-ROWS = (1, 2, 5, 8, 16, 33, 64)
+ROWS = (1, 5, 16, 33, 64)
+"""Each bucket, full or with padding"""
+LARGE = 1 << 27
+"""Weights of which float64 takes a gibibyte: tried at one number of rows a kernel."""
 
 
 @pytest.fixture(autouse=True)
@@ -62,10 +64,11 @@ def test_every_candidate_against_float64(op: str, columns: int, depth: int, fp8:
     gate = op == "norm_gate_up"
     linear = make_linear(columns * (2 if gate else 1), depth, BF16, bias=False, fp8=fp8, device=CUDA)
     norm = (1 + torch.randn(depth, device=CUDA) / 4).to(BF16)
+    some = (1, 33) if columns * depth >= LARGE else ROWS
     with compile_ahead():
-        for rows in BUCKETS:
+        for rows in sorted({next(b for b in BUCKETS if rows <= b) for rows in some}):
             check_candidates(op, linear, norm, rows, only_launch=True)
-    for rows in ROWS:
+    for rows in some:
         check_candidates(op, linear, norm, rows)
 
 
@@ -80,9 +83,10 @@ def check_candidates(
     before = torch.randn(rows, columns, device=CUDA).to(BF16)
     index = torch.randperm(rows, device=CUDA).int()
     source = x[index.long()] if op == "norm_head" else x
-    expected = exact(source, linear, None if op == "linear_add" else norm, gate)
-    if op == "linear_add":
-        expected += before.double()
+    if not only_launch:
+        expected = exact(source, linear, None if op == "linear_add" else norm, gate)
+        if op == "linear_add":
+            expected += before.double()
 
     def poison(*size: int, dtype: torch.dtype = BF16) -> torch.Tensor:
         return torch.full(size, float("nan"), dtype=dtype, device=CUDA)
@@ -111,7 +115,7 @@ def check_candidates(
         if only_launch:
             continue
         assert_near(first, expected, 1e-2)
-        for _ in range(3):
+        for _ in range(2):
             assert torch.equal(run(ops), first), version
         assert not ops._workspace(CUDA).semaphores.any()
 
@@ -138,7 +142,7 @@ def check_candidates(
 def test_every_option_of_a_product(
     columns: int, depth: int, version: Version, rows: int, dtype: torch.dtype, fp8: bool
 ) -> None:
-    """Bias, gather, activation, residual and the best of each block, launched dependently."""
+    """Bias, gather, activation and residual, launched dependently."""
     pdl = torch.cuda.get_device_capability() >= (9, 0)
     check(version, rows, columns, depth, dtype, fp8=fp8, device=CUDA, tolerance=1.2e-2, pdl=pdl)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,10 @@ def random_prompts(vocab: int, count: int, seed: int) -> list[list[int]]:
 def traced(
     llm: LLM, prompts: list[list[int]], params: SamplingParams
 ) -> tuple[list[list[int]], list[tuple[str, torch.Tensor]]]:
-    """Tokens, and (key, logits of the live rows) of every decode step, in order."""
+    """Tokens, and (key, logits of the live rows) of every decode step, in order.
+
+    No logits ([0]) of a step that keeps none.
+    """
     engine, steps = llm.engine, []
     runner = engine.runner
     program = getattr(runner, "eager", runner).program
@@ -48,7 +53,8 @@ def traced(
         if batch.key.kind is StepKind.DECODE:
             scratch = program.arena.view(batch.num_tokens, batch.num_seqs)
             live = batch.state.emitted[: batch.num_seqs] >= 0
-            steps.append((str(batch.key), scratch.logits[live].clone()))
+            kept = scratch.logits[live].clone() if program.keeps_logits(batch.key) else scratch.logits[:0]
+            steps.append((str(batch.key), kept))
         return pending
 
     runner.run = recording  # type: ignore[method-assign]
@@ -74,18 +80,37 @@ SAMPLERS = {
 }
 
 
+@contextlib.contextmanager
+def make_pair(build: Callable[..., LLM]) -> Iterator[tuple[LLM, LLM]]:
+    """A model twice: on graphs, and eagerly at the same keys.
+
+    Without the one-kernel step, which only one engine of a process has.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OSTINATO_FUSED", "0")
+        graph, eager = build(), build(enforce_eager=True)
+    try:
+        yield graph, eager
+    finally:
+        graph.close()
+        eager.close()
+
+
 @pytest.fixture(scope="module")
-def pair() -> Any:
-    """The default model twice: on graphs, and eagerly at the same keys."""
-    graph, eager = make(), make(enforce_eager=True)
-    yield graph, eager
-    graph.close()
-    eager.close()
+def pair() -> Iterator[tuple[LLM, LLM]]:
+    """The default model."""
+    with make_pair(make) as made:
+        yield made
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("batch", [1, 3, 8, 33])
 def test_graph_and_eager_are_equal_bit_for_bit(pair: Any, batch: int, sampler: str) -> None:
+    assert_equal_bit_for_bit(pair, batch, sampler)
+
+
+def assert_equal_bit_for_bit(pair: tuple[LLM, LLM], batch: int, sampler: str) -> None:
+    """Tokens and logits of every decode step, all of which run on graphs in the first engine."""
     graph, eager = pair
     prompts = random_prompts(graph.engine.spec.vocab_size, batch, seed=batch)
     for _ in range(2):  # first hits, capture, checks
@@ -99,6 +124,40 @@ def test_graph_and_eager_are_equal_bit_for_bit(pair: Any, batch: int, sampler: s
         # the sampler with everything overwrites its logits, on both sides alike
         assert torch.equal(a, b), f"{key}: logits differ by {(a - b).abs().max().item()}"
     assert on_graph == by_hand
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_the_one_kernel_step_is_equal_on_a_graph(sampler: str) -> None:
+    """One engine after the other, as only one has it: tokens, logits where kept, and all of the KV cache."""
+    found = []
+    for eager in (False, True):
+        llm = make(enforce_eager=eager, max_num_seqs=1)
+        try:
+            program = llm.engine.program
+            if not program.ops.fuses(program.model, 1):
+                pytest.skip("needs Hopper and NVRTC")
+            (prompt,) = random_prompts(llm.engine.spec.vocab_size, 1, seed=1)
+            for _ in range(2):
+                llm.generate([prompt], SAMPLERS[sampler], use_tqdm=False)
+            before = decode_steps(llm)
+            tokens, steps = traced(llm, [prompt], SAMPLERS[sampler])
+            assert decode_steps(llm) - before == (0 if eager else len(steps))
+            used = -(-(len(prompt) + len(tokens[0])) // llm.engine.config.block_size)
+            found.append((tokens, steps, _kv(llm, used)))
+        finally:
+            llm.close()
+        del llm, program
+    (tokens, steps, kv), (other, other_steps, other_kv) = found
+    assert tokens == other
+    for (key, a), (other_key, b) in zip(steps, other_steps, strict=True):
+        assert key == other_key
+        assert torch.equal(a, b), key
+    assert torch.equal(kv, other_kv)
+
+
+def _kv(llm: LLM, blocks: int) -> torch.Tensor:
+    """Keys and values of the blocks that an engine hands out first, which one sequence used."""
+    return llm.engine.program.cache.data[:, :, 1 : 1 + blocks].clone()
 
 
 def test_every_key_was_checked_and_none_differed(pair: Any) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ pytest.importorskip("triton")
 sys.path.append(str(Path(__file__).parent))
 import triton
 import triton.language as tl
-from test_engine_gpu import SAMPLERS, decode_steps, default_model, random_prompts, traced
+from test_engine_gpu import assert_equal_bit_for_bit, default_model, make_pair
 
 from ostinato import LLM, SamplingParams
 from ostinato.models.quantize import FP8, Quantizer
@@ -22,8 +24,8 @@ from ostinato.ops.triton.matmul import matmul_scaled, widen
 
 pytestmark = pytest.mark.gpu
 
-ROWS = (1, 7, 16, 17, 32, 64, 130, 1000)
-SHAPES = ((576, 1536), (1536, 576), (2048, 2048), (16384, 2048), (2048, 8192), (70, 88))
+ROWS = (1, 7, 17, 64, 130, 1000)
+SHAPES = ((1536, 576), (2048, 2048), (2048, 8192), (70, 88))
 """(out, in)"""
 TOLERANCE = {torch.bfloat16: 4e-3, torch.float16: 1e-3, torch.float32: 1e-5}
 
@@ -116,34 +118,19 @@ def test_nothing_is_allocated(seed: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def pair() -> Any:
-    """A small random model twice: on graphs, and eagerly at the same keys."""
+def pair() -> Iterator[tuple[LLM, LLM]]:
+    """A small random model."""
     options: dict[str, Any] = {"load_format": "dummy", "quantization": "fp8", "max_num_seqs": 40}
     options |= {"max_model_len": 512, "max_num_batched_tokens": 512, "kv_cache_memory_bytes": 1 << 30}
-    made = [
-        LLM("smollm2-135m", enable_prefix_caching=False, **options, enforce_eager=e) for e in (False, True)
-    ]
-    yield made
-    for llm in made:
-        llm.close()
+    with make_pair(partial(LLM, "smollm2-135m", enable_prefix_caching=False, **options)) as made:
+        yield made
 
 
 @pytest.mark.parametrize("sampler", ["greedy", "sample"])
 @pytest.mark.parametrize("batch", [1, 3, 17, 40])
 def test_graph_and_eager_are_equal_bit_for_bit(pair: Any, batch: int, sampler: str) -> None:
-    graph, eager = pair
-    prompts = random_prompts(graph.engine.spec.vocab_size, batch, seed=batch)
-    for _ in range(2):  # first hits, capture, checks
-        graph.generate(prompts, SAMPLERS[sampler], use_tqdm=False)
-    before = decode_steps(graph)
-    on_graph, graph_steps = traced(graph, prompts, SAMPLERS[sampler])
-    by_hand, eager_steps = traced(eager, prompts, SAMPLERS[sampler])
-    assert decode_steps(graph) - before == len(graph_steps), "every decode step ran on a graph"
-    for (key, a), (other, b) in zip(graph_steps, eager_steps, strict=True):
-        assert key == other
-        assert torch.equal(a, b), f"{key}: logits differ by {(a - b).abs().max().item()}"
-    assert on_graph == by_hand
-    records = graph.engine.plan.book.captured
+    assert_equal_bit_for_bit(pair, batch, sampler)
+    records = pair[0].engine.plan.book.captured
     assert all(r.trusted and not r.mismatches for r in records), records
 
 

@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 
 from ostinato.inputs import FLAG_LOGPROBS
 from ostinato.ops.triton import sampling as kernels
-from ostinato.sampling import argmax_partials, philox_uniform, prompt_logprobs
+from ostinato.sampling import philox_uniform, prompt_logprobs
 from ostinato.types import SamplerVariant
 
 from ..unit.test_sampling import (
@@ -201,22 +201,6 @@ def test_a_list_that_is_too_short() -> None:
     rows = torch.arange(n, dtype=torch.int32)
     device = OnDevice(logits, rows, torch.arange(n), inputs, make_state(n, vocab), SAMPLE)
     assert_same_draws(device.tokens(), run(logits, inputs, rows=rows), logits, rows, torch.arange(n), inputs)
-
-
-@pytest.mark.parametrize("blocks", [63, 126, 1002, 2004])
-@pytest.mark.parametrize("pdl", [False, HOPPER])
-def test_argmax_partials(blocks: int, pdl: bool) -> None:
-    g = torch.Generator().manual_seed(blocks)
-    values = torch.randint(-3, 4, (64, blocks), generator=g).float()
-    values[5] = torch.nan
-    indices = torch.stack([torch.randperm(128256, generator=g)[:blocks] for _ in range(64)]).int()
-    rows = torch.arange(64, dtype=torch.int32)
-    rows[::9] = -1
-    out = torch.full((64,), -9, dtype=torch.int32)
-    argmax_partials(values, indices, rows, out=out)
-    ours = torch.full_like(out, -9).cuda()
-    kernels.argmax_partials(values.cuda(), indices.cuda(), rows.cuda(), out=ours, pdl=pdl)
-    assert ours.tolist() == out.tolist()
 
 
 def test_prompt_logprobs_equal_the_cpu() -> None:

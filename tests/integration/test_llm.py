@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import linecache
+import random
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -404,6 +407,94 @@ def test_interrupt_ends_cleanly(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> 
     assert tokens(llm.generate(given, GREEDY, use_tqdm=False)) == tokens(
         tiny_llm(tiny).generate(given, GREEDY, use_tqdm=False)
     )
+
+
+def assert_untouched(llm: LLM, given: list[list[int]], wanted: list[list[int]]) -> None:
+    """Nothing is left of a call that was interrupted, and the next one computes what it should."""
+    assert llm._inbox == {}
+    assert not llm.engine.scheduler.has_unfinished
+    assert not llm.engine.outputs._prompts
+    assert not llm.engine.outputs._request_ids
+    assert tokens(llm.generate(given, GREEDY, use_tqdm=False)) == wanted
+    llm.engine.scheduler.check()
+    assert llm.engine.scheduler.allocator.usage == 0
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("where", ["schedule", "launch", "between", "commit", "in commit", "add"])
+def test_interrupts_leave_nothing_behind(tiny: Tiny, where: str, depth: int) -> None:
+    llm, given = tiny_llm(tiny, pipeline_depth=depth), prompts(4)
+    wanted = tokens(llm.generate(given, GREEDY, use_tqdm=False))
+    engine = llm.engine
+    owner, name = {
+        "schedule": (engine.scheduler, "schedule"),
+        "launch": (engine.runner, "run"),
+        "between": (llm, "_file"),
+        "commit": (engine.scheduler, "commit"),
+        "in commit": (engine.scheduler, "_finish"),
+        "add": (engine.outputs, "add"),
+    }[where]
+    real, after = getattr(owner, name), where in ("schedule", "launch", "in commit", "add")
+    for calls in range(1, 4):
+        left = [calls]
+
+        def interrupted(*args: Any, left: list[int] = left) -> Any:
+            left[0] -= 1
+            if left[0] == 0 and not after:
+                raise KeyboardInterrupt
+            result = real(*args)
+            if left[0] == 0:
+                raise KeyboardInterrupt  # its effects are there, its caller knows of none
+            return result
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(owner, name, interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                llm.generate(given, GREEDY, use_tqdm=False)
+        assert_untouched(llm, given, wanted)
+
+
+def test_an_interrupt_at_any_line(tiny: Tiny) -> None:
+    """Python raises KeyboardInterrupt between any two lines: here at lines drawn by lot."""
+    seed = random.SystemRandom().randrange(2**31)
+    print("seed", seed)
+    llm, given = tiny_llm(tiny, pipeline_depth=2), prompts(3)
+    wanted = tokens(llm.generate(given, GREEDY, use_tqdm=False))
+    files = {"llm.py", "engine.py", "scheduler.py", "outputs.py", "kv_blocks.py", "inputs.py", "runner.py"}
+
+    def interrupt_at(count: int) -> tuple[int, str]:
+        """Generate, interrupted at a line by number; (lines left to go, where it was)."""
+        left, where = [count], [""]
+
+        def trace(frame: Any, event: str, argument: Any) -> Any:
+            file = Path(frame.f_code.co_filename)
+            if file.name not in files or "ostinato" not in file.parts:
+                return None
+            # No signal is handled at `try`: it is no operation, and what it guards begins behind it.
+            if event == "line" and linecache.getline(str(file), frame.f_lineno).strip() != "try:":
+                left[0] -= 1
+                if left[0] == 0:
+                    where[0] = f"{file.name}:{frame.f_lineno}"
+                    raise KeyboardInterrupt
+            return trace
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            llm.generate(given, GREEDY, use_tqdm=False)
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(before)
+        return left[0], where[0]
+
+    most = 10**9
+    lines = most - interrupt_at(most)[0]
+    for at in random.Random(seed).sample(range(1, lines), 60):
+        where = interrupt_at(at)[1]
+        print(where)
+        assert where
+        assert_untouched(llm, given, wanted)
 
 
 def test_a_step_that_fails_answers_every_request(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:

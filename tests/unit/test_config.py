@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from ostinato.config import EngineOptions, available_memory, resolve
+from ostinato.config import EngineOptions, _device, available_memory, resolve
 from ostinato.errors import ConfigError, UnknownOptionError
 from ostinato.graphs.plan import CudaGraphMode
 
@@ -127,6 +127,14 @@ def test_a_bad_value_is_refused_by_name(options: dict[str, Any], words: str) -> 
 def test_a_gpu_that_is_not_there() -> None:
     with pytest.raises(ConfigError, match="finds no GPU"):
         config(device="cuda")
+
+
+@pytest.mark.parametrize("name", ["auto", "cuda"])
+def test_the_gpu_is_the_callers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its number: a thread that helps to build an engine has a current GPU of its own."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert _device(name) == torch.device("cuda", 1)
 
 
 def test_what_was_decided_and_by_whom() -> None:

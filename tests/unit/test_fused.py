@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
+import logging
+import re
 import sys
-from types import SimpleNamespace
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from ostinato.errors import KernelError
 from ostinato.models.decoder import Decoder, random_decoder
 from ostinato.models.registry import spec_from_config
 from ostinato.models.shapes import SHAPES
-from ostinato.ops.cuda import fused
-from ostinato.ops.cuda.fused import FusedDecode, unsupported
+from ostinato.ops.cuda import fused, program
+from ostinato.ops.cuda.fused import FusedDecode, ring_stages, unsupported
 
 SMALL = {"num_hidden_layers": 2, "vocab_size": 512, "intermediate_size": 256, "hidden_size": 128}
 
@@ -53,6 +59,88 @@ def test_says_what_it_cannot_serve(changes: dict[str, Any], why: str) -> None:
     found = unsupported(model(**changes))
     assert found is not None
     assert why in found
+
+
+def changed(part: Any, **fields: Any) -> Any:
+    return dataclasses.replace(part, **fields)
+
+
+def first_layer(m: Decoder, **fields: Any) -> Decoder:
+    return changed(m, layers=(changed(m.layers[0], **fields), *m.layers[1:]))
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda m: changed(m, final_norm=m.final_norm.float()), "norms are torch.float32"),
+        (lambda m: first_layer(m, mlp_norm=m.layers[0].mlp_norm.half()), "norms are torch.float16"),
+        (
+            lambda m: first_layer(m, qkv=changed(m.layers[0].qkv, bias=torch.zeros(m.layers[0].qkv.out_features))),
+            "biases are torch.float32",
+        ),
+        (lambda m: changed(m, rope=m.rope.bfloat16()), "angles are torch.bfloat16"),
+        (
+            lambda m: first_layer(m, qkv=changed(m.layers[0].qkv, bias=m.layers[0].qkv.weight[:, 0].clone())),
+            "only some layers",
+        ),
+        (
+            lambda m: first_layer(m, down=changed(m.layers[0].down, bias=m.layers[0].down.weight[:, 0].clone())),
+            "the MLP or the head has a bias",
+        ),
+    ],
+)  # fmt: skip
+def test_looks_at_every_tensor(change: Callable[[Decoder], Decoder], why: str) -> None:
+    assert why in (unsupported(change(model())) or "")
+
+
+def test_a_row_that_leaves_no_room_for_weights_is_refused() -> None:
+    """The head's rows and a chunk of 22 slices take what there is, so three chunks must still fit."""
+    found = unsupported(model(intermediate_size=32 * 22 * 140))
+    assert found is not None
+    assert "shared memory" in found
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("shape", list(SHAPES))
+def test_the_ring_has_as_many_chunks_as_the_source_says(shape: str, fp8: bool) -> None:
+    """The C++ sizes are read and computed here, so that a change there cannot go unnoticed."""
+    spec = spec_from_config(SHAPES[shape])
+    a, numbers = spec.attention, dict(fused.TUNING[fp8])
+    numbers |= {"HID": spec.hidden_size, "QSIZE": a.q_size, "INTER": spec.intermediate_size, "HD": a.head_dim}
+    numbers |= {"TOKENS": fused.MOST_TOKENS, "FP8": fp8, "WARPS": fused.WARPS, "CHUNK": fused.CHUNK, "QG": 1}
+    names: dict[str, Any] = {**numbers, "cmax": max, "sizeof": lambda size: size, "W": 1 if fp8 else 2}
+    names["divisor"] = lambda n, most: next(d for d in range(most, 0, -1) if n % d == 0)
+    text = fused.SOURCE.read_text().replace("(int)", "").replace("/", "//")
+    wanted = (
+        "NW",
+        "SW",
+        "KEPT",
+        "chunk_of",
+        "apart",
+        "stride_of",
+        "STAGE",
+        "X_STRIDE",
+        "RED",
+        "ATT",
+        "FIXED",
+    )
+    for name in (*wanted, "STAGES"):
+        found = re.search(rf"constexpr int {name}(?: = (.*?);|\(int (\w+)\) {{ return (.*?); }})", text)
+        assert found is not None, name
+        value, argument, body = found.groups()
+        source = f"lambda {argument}: {_python(body)}" if argument else value
+        names[name] = eval(source, names)
+    assert (
+        ring_stages(spec.hidden_size, a.q_size, spec.intermediate_size, a.head_dim, fp8=fp8)
+        == names["STAGES"]
+    )
+    assert names["STAGES"] > numbers["FLIGHT"]
+
+
+def _python(body: str) -> str:
+    """A C++ conditional as Python's."""
+    found = re.fullmatch(r"(.*) \? (.*) : (.*)", body)
+    return "({1}) if ({0}) else ({2})".format(*found.groups()) if found else body
 
 
 def test_weights_of_two_kinds_are_refused() -> None:
@@ -121,9 +209,213 @@ def test_a_hopper_gpu_without_cuda_python_goes_op_by_op(monkeypatch: pytest.Monk
     triton_ops = pytest.importorskip("ostinato.ops.triton")
     monkeypatch.delenv("OSTINATO_FUSED", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     for name in [name for name in sys.modules if name.split(".")[0] == "cuda"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(sys, "path", [])
     importlib.invalidate_caches()
-    assert not triton_ops._has_fused()
+    assert not triton_ops._has_fused(torch.device("cuda", 0))
+
+
+# --- when it cannot be built ---------------------------------------------------------------
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU says of itself."""
+    properties = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+
+
+def ops_with_the_kernel() -> Any:
+    ops = pytest.importorskip("ostinato.ops.triton").TritonOps()
+    ops._fused = FusedDecode.claim(torch.device("cpu"))
+    assert ops._fused is not None
+    return ops
+
+
+def test_a_kernel_that_cannot_be_built_leaves_the_ops(
+    hopper: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Decided when the model is loaded, so that no capture and no eager step can differ."""
+
+    def broken(*args: Any, **more: Any) -> None:
+        raise KernelError("decode.cu does not compile for sm_90a: the ring does not fit")
+
+    monkeypatch.setattr(fused, "build", broken)
+    ops, m = ops_with_the_kernel(), model()
+    with caplog.at_level(logging.WARNING):
+        ops.load(m, 16, 4)
+    (record,) = caplog.records
+    assert "OSTINATO_FUSED=0" in record.getMessage()
+    assert "the ring does not fit" in record.getMessage()
+    assert not ops.fuses(m, 1)
+    assert ops.workspace_bytes() == 0
+    assert FusedDecode.claim(torch.device("cpu")) is not None, "another engine may have it"
+
+
+def test_a_model_fuses_once_it_is_loaded(hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "build", lambda *args, **more: SimpleNamespace(handle=1))
+    ops, m = ops_with_the_kernel(), model()
+    assert not ops.fuses(m, 1), "nothing is compiled in the middle of a step"
+    ops.load(m, 16, 4)
+    assert ops.fuses(m, 1)
+    assert not ops.fuses(m, 2)
+    assert not ops.fuses(model(), 1)
+    assert ops.workspace_bytes() > 0
+
+
+def test_a_model_that_it_does_not_know_leaves_it_to_others(hopper: None) -> None:
+    ops, m = ops_with_the_kernel(), model(dtype=torch.float32)
+    ops.load(m, 16, 4)
+    assert not ops.fuses(m, 1)
+    assert FusedDecode.claim(torch.device("cpu")) is not None
+
+
+class Cuda:
+    """What of CUDA's bindings `program` uses, with a count of what was compiled and loaded."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.compiled = self.loaded = self.destroyed = 0
+        self.log = b""
+        success = 0
+        nvrtc = SimpleNamespace(
+            nvrtcVersion=lambda: (success, 13, 0),
+            nvrtcCreateProgram=lambda *args: (success, "program"),
+            nvrtcCompileProgram=self._compile,
+            nvrtcResult=SimpleNamespace(NVRTC_SUCCESS=0),
+            nvrtcGetProgramLogSize=lambda p: (success, len(self.log)),
+            nvrtcGetProgramLog=lambda p, room: (success,),
+            nvrtcGetCUBINSize=lambda p: (success, 4),
+            nvrtcGetCUBIN=lambda p, room: (success,),
+            nvrtcDestroyProgram=self._destroy,
+        )
+        driver = SimpleNamespace(
+            cuModuleLoadData=self._load, cuModuleGetFunction=lambda module, name: (success, (module, name))
+        )
+        bindings, package = ModuleType("cuda.bindings"), ModuleType("cuda")
+        bindings.nvrtc, bindings.driver = nvrtc, driver  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "cuda", package)
+        monkeypatch.setitem(sys.modules, "cuda.bindings", bindings)
+        monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, device.index))
+        monkeypatch.setattr(program, "Kernel", lambda function, **sizes: function)
+        program._module.cache_clear()
+
+    def _compile(self, handle: Any, count: int, options: list[bytes]) -> tuple[int]:
+        self.compiled += 1
+        return (1 if self.log else 0,)
+
+    def _destroy(self, handle: Any) -> tuple[int]:
+        self.destroyed += 1
+        return (0,)
+
+    def _load(self, binary: bytes) -> tuple[int, str]:
+        self.loaded += 1
+        return (0, f"module {self.loaded}")
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    monkeypatch.setenv("OSTINATO_CACHE", str(tmp_path / "cache"))
+    yield Cuda(monkeypatch)
+    program._module.cache_clear()
+
+
+def build(name: str = "decode", device: int = 0, **macros: int) -> Any:
+    return program.build(
+        fused.SOURCE, name, macros, device=torch.device("cuda", device), block=1, shared_bytes=0, grid=1
+    )
+
+
+def test_engines_of_a_model_share_one_module(cuda: Cuda) -> None:
+    """Modules are never unloaded, so a process that makes engines must not load one for each."""
+    assert build("decode", HID=64)[0] == build("finish", HID=64)[0] == build("decode", HID=64)[0]
+    assert (cuda.compiled, cuda.loaded, cuda.destroyed) == (1, 1, 1)
+    assert build("decode", HID=128)[0] != build("decode", HID=64)[0]
+    assert build("decode", device=1, HID=64)[0] != build("decode", HID=64)[0]
+    assert cuda.loaded == 3
+
+
+def test_gpus_of_two_kinds_get_their_own_code(cuda: Cuda) -> None:
+    assert [program.arch(torch.device("cuda", i)) for i in (0, 1)] == ["sm_90a", "sm_91a"]
+
+
+def test_a_binary_is_kept(cuda: Cuda, tmp_path: Path) -> None:
+    build(HID=64)
+    program._module.cache_clear()
+    build(HID=64)
+    assert (cuda.compiled, cuda.loaded) == (1, 2)
+    assert [path.suffix for path in (tmp_path / "cache" / "kernels").iterdir()] == [".cubin"]
+
+
+@pytest.mark.parametrize("step", ["mkdir", "write_bytes", "replace"])
+def test_a_cache_that_cannot_be_written_only_costs_time(
+    cuda: Cuda, tmp_path: Path, step: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    real = getattr(Path, step)
+
+    def broken(self: Path, *args: Any, **more: Any) -> None:
+        if step == "write_bytes":
+            real(self, b"half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(Path, step, broken)
+    with caplog.at_level(logging.WARNING):
+        build("decode", HID=64)
+        build("finish", HID=64)
+    assert cuda.loaded == 1
+    assert [record.message for record in caplog.records if "no space left" in record.message] == [
+        caplog.records[0].message
+    ]
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_a_compiler_that_fails_or_is_not_there_is_a_kernel_error(
+    cuda: Cuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cuda.log = b"the ring does not fit"
+    with pytest.raises(KernelError, match="does not compile for sm_90a"):
+        build(HID=64)
+    assert cuda.destroyed == 1
+    cuda.log = b""
+
+    def missing() -> None:
+        raise RuntimeError("libnvrtc cannot be found")
+
+    nvrtc = sys.modules["cuda.bindings"].nvrtc
+    nvrtc.nvrtcVersion = missing
+    with pytest.raises(KernelError, match="libnvrtc cannot be found"):
+        build(HID=64)
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    with pytest.raises(KernelError, match="cuda"):
+        build(HID=64)
+
+
+def test_ops_ask_the_gpu_that_they_are_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    triton_ops = pytest.importorskip("ostinato.ops.triton")
+    asked: list[tuple[str, int | None]] = []
+
+    def answer(name: str, value: Any) -> Callable[[torch.device], Any]:
+        def of(device: torch.device) -> Any:
+            asked.append((name, torch.device(device).index))
+            return value
+
+        return of
+
+    properties = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.delenv("OSTINATO_FUSED", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", answer("capability", (9, 0)))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", answer("properties", properties))
+    monkeypatch.setattr(triton_ops, "_mm_widens", answer("widens", True))
+    for device, index in ((torch.device("cuda", 1), 1), (torch.device("cuda"), 2), (None, 2)):
+        asked.clear()
+        ops = triton_ops.TritonOps(device=device)
+        assert {name for name, _ in asked} == {"capability", "properties", "widens"}
+        assert {found for _, found in asked} == {index}
+        assert ops._device == torch.device("cuda", index)
+        assert ops._fused is None or ops._fused._device == ops._device
+        del ops

@@ -313,48 +313,6 @@ def test_nan_counts_as_minus_infinity(variant: SamplerVariant, temperature: floa
     assert run(logits, inputs, variant=variant) == [3, 0, 0, 1, 2]
 
 
-def test_argmax_partials() -> None:
-    nan, inf = float("nan"), float("inf")
-    values = torch.tensor(
-        [[1.0, 3.0, 3.0], [nan, -inf, -2.0], [nan, -inf, nan], [0.0, -0.0, -1.0], [9.0, 1, 2]]
-    )
-    indices = torch.tensor([[5, 900, 70], [5, 900, 70], [50, 9, 70], [4, 3, 2], [1, 2, 3]], dtype=torch.int32)
-    rows = torch.tensor([0, 1, 2, 3, -1], dtype=torch.int32)
-    out = torch.full((5,), -9, dtype=torch.int32)
-    sampling.argmax_partials(values, indices, rows, out=out)
-    assert out.tolist() == [70, 70, 9, 3, 0]
-
-
-@pytest.mark.parametrize("blocks", [1, 7, 64])
-def test_argmax_partials_of_blocks_is_the_argmax_of_the_row(blocks: int) -> None:
-    size, n = 5, 40
-    logits = torch.randint(-3, 4, (n, blocks, size), generator=torch.Generator().manual_seed(blocks)).float()
-    values = logits.amax(dim=2)
-    first = (logits == values[..., None]).int().argmax(dim=2)
-    indices = (first + torch.arange(blocks) * size).int()
-    out = torch.full((n,), -9, dtype=torch.int32)
-    sampling.argmax_partials(values, indices, torch.zeros(n, dtype=torch.int32), out=out)
-    assert out.tolist() == run(logits.view(n, -1), make_inputs(1, blocks * size), variant=GREEDY)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"values": torch.zeros(2, 3).double()}, "values must be contiguous"),
-        ({"indices": torch.zeros(2, 3)}, "indices must be contiguous"),
-        ({"indices": torch.zeros(2, 4, dtype=torch.int32)}, "one shape"),
-        ({"rows": torch.zeros(3, dtype=torch.int32)}, r"rows must be i32 \[2\]"),
-        ({"out": torch.zeros(2)}, r"out must be i32 \[2\]"),
-    ],
-)
-def test_wrong_partials_are_refused(change: dict[str, torch.Tensor], message: str) -> None:
-    i32 = torch.int32
-    args = {"values": torch.zeros(2, 3), "indices": torch.zeros(2, 3, dtype=i32)}
-    args |= {"rows": torch.zeros(2, dtype=i32), "out": torch.zeros(2, dtype=i32)} | change
-    with pytest.raises(ValueError, match=message):
-        sampling.argmax_partials(**args)
-
-
 # --- one row against the exact distribution ------------------------------------------------------
 
 FILTERS: dict[str, dict[str, Any]] = {

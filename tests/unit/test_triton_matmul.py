@@ -16,6 +16,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton")
 sys.path.append(str(Path(__file__).parent))
+from compiled import Compiled, assembled, compile_launches
 from test_triton_ops import _interpreter_loops  # noqa: F401 (a fixture)
 
 from ostinato.models.quantize import FP8, Quantizer
@@ -195,48 +196,22 @@ def test_kernels_compile_for_an_h100(tmp_path: Path) -> None:
 
 def compile_kernels(ptxas: str) -> None:
     """Replace launches by compilation; print what became of each kernel."""
-    import tempfile
 
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-    from triton.runtime.jit import JITFunction, mangle_type
-
-    seen = set()
-
-    def build(self: JITFunction, *args: object, grid: object, warmup: bool, **options: object) -> None:
-        named = dict(zip(self.arg_names, args, strict=False))
-        named |= {k: options.pop(k) for k in list(options) if k in self.arg_names}
-        constant = {p.name for p in self.params if p.is_constexpr}
-        signature = {n: "constexpr" if n in constant else mangle_type(named[n]) for n in self.arg_names}
-        constexprs = {n: named[n] for n in constant}
-        divisible = [n for n in signature if signature[n][0] == "*" or n == "columns"]
-        aligned = {(self.arg_names.index(n),): [["tt.divisibility", 16]] for n in divisible}
-        key = (*signature.items(), *sorted(constexprs.items()), *sorted(options.items()))
-        if key in seen:
-            return
-        seen.add(key)
-        source = ASTSource(self, signature, constexprs, aligned)
-        kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-        with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-            file.write(kernel.asm["ptx"])
-            file.flush()
-            command = [ptxas, "-v", "-arch=sm_90a", file.name, "-o", os.devnull]
-            said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-        (registers,) = re.findall(r"Used (\d+) registers", said)
-        (spilt,) = re.findall(r"(\d+) bytes spill stores", said)
-        ptx, c = kernel.asm["ptx"], constexprs
+    def look(made: Compiled) -> None:
+        registers, spills = assembled(made.ptx, ptxas)
+        ptx, c = made.ptx, made.constexprs
         shape = [c["BLOCK_M"], c["BLOCK_N"], c["BLOCK_K"]]
         kinds = [n for n in ("wgmma.mma_async", "mma.sync", "cp.async.cg") if n in ptx]
-        print(shape, c["DEPTH"], signature["x"], options, registers, kernel.metadata.shared, kinds)
-        assert spilt == "0", said
-        if signature["x"] == "*fp32":
+        kind = made.signature["x"]
+        print(shape, c["DEPTH"], kind, made.options, registers, made.metadata.shared, kinds)
+        assert not spills[0], spills
+        if kind == "*fp32":
             return
         assert "cp.async.cg" in ptx, shape
         assert ("wgmma" in ptx) == (shape[0] >= 64), shape
         assert "e4m3" not in ptx, "the slow conversion"
 
-    JITFunction.run = build
+    compile_launches(look, aligned=("columns",))
     for columns, depth in SHAPES:
         for rows in ROWS:
             weight = torch.zeros(columns, depth, dtype=FP8)

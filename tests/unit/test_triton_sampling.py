@@ -24,8 +24,10 @@ from ostinato.types import SamplerVariant
 
 if __name__ == "__main__":  # see test_launches_compile_for_a_gpu
     sys.path.insert(0, str(Path(__file__).parent))
+    from compiled import Compiled, compile_launches
     from test_sampling import full_case, make_inputs, make_state, run
 else:
+    from .compiled import Compiled, compile_launches
     from .test_sampling import full_case, make_inputs, make_state, run
 
 GREEDY, SAMPLE, FULL = SamplerVariant.GREEDY, SamplerVariant.SAMPLE, SamplerVariant.FULL
@@ -323,28 +325,6 @@ def test_sizes_of_the_cut() -> None:
             assert num * chunks * 4 <= 4 * kernels.scratch_words(num, vocab, GREEDY)
 
 
-# --- best of partials ------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("blocks", [1, 3, 126, 1002])
-def test_argmax_partials(blocks: int) -> None:
-    g = torch.Generator().manual_seed(torch.seed() % 2**31)
-    print("initial seed", g.initial_seed())
-    n = 7
-    values = torch.randint(-3, 4, (n, blocks), generator=g).float() * 0.5
-    values[1] = -torch.inf
-    values[2, ::2] = torch.nan
-    values[3] = torch.nan
-    values[4] = torch.where(torch.rand(blocks, generator=g) < 0.5, 0.0, -0.0)
-    indices = torch.stack([torch.randperm(200000, generator=g)[:blocks] for _ in range(n)]).int()
-    rows = torch.tensor([5, 4, 3, 2, 1, 0, -1], dtype=torch.int32)
-    expected, out = torch.full((2, n), -9, dtype=torch.int32)
-    sampling.argmax_partials(values, indices, rows, out=expected)
-    ours = out.to(DEVICE)
-    kernels.argmax_partials(values.to(DEVICE), indices.to(DEVICE), rows.to(DEVICE), out=ours)
-    assert ours.tolist() == expected.tolist()
-
-
 # --- the compiler ------------------------------------------------------------------------------------
 
 
@@ -366,39 +346,23 @@ def test_launches_compile_for_a_gpu(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-def compile_launches() -> None:
+def compile_all() -> None:
     """Run the sampler on CPU tensors with launches replaced by compilation; print the kernels' names."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-    from triton.runtime.jit import JITFunction, mangle_type
+    names = set()
 
-    seen: set[tuple[object, ...]] = set()
-
-    def build(self: JITFunction, *args: object, grid: object, warmup: bool, **options: Any) -> None:
-        named = dict(zip(self.arg_names, args, strict=False))
-        named |= {k: options.pop(k) for k in list(options) if k in self.arg_names}
-        constant = {p.name for p in self.params if p.is_constexpr}
-        signature = {n: "constexpr" if n in constant else mangle_type(named[n]) for n in self.arg_names}
-        constexprs = {n: named[n] for n in constant}
-        aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(signature) if signature[n][0] == "*"}
-        key = (self.__name__, *sorted(constexprs.items()))
-        if key in seen:
-            return
-        seen.add(key)
-        source = ASTSource(self, signature, constexprs, aligned)
-        kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-        assert kernel.metadata.shared <= 48 * 1024
-        assert kernel.metadata.launch_pdl == named["PDL"]
-        ptx = kernel.asm["ptx"]
-        if self.__name__ in ("_count", "_weigh", "_narrow", "_draw"):
+    def look(made: Compiled) -> None:
+        names.add(made.name)
+        ptx, pdl = made.ptx, made.named["PDL"]
+        assert made.metadata.shared <= 48 * 1024
+        assert made.metadata.launch_pdl == pdl
+        if made.name in ("_count", "_weigh", "_narrow", "_draw"):
             assert "fma." not in ptx, "what is fused must not decide a token's bin"
-        assert ("griddepcontrol" in ptx) == named["PDL"]
-        if named["PDL"]:
+        assert ("griddepcontrol" in ptx) == pdl
+        if pdl:
             touched = min(ptx.index(word) for word in ("ld.global", "st.global") if word in ptx)
             assert ptx.index("griddepcontrol.launch_dependents") < ptx.index("griddepcontrol.wait") < touched
 
-    JITFunction.run = build
+    compile_launches(look)
     for num, vocab, pdl in ((1, 128256, True), (64, 128256, True), (3, 50257, False)):
         rows = torch.zeros(num, dtype=torch.int32)
         inputs, state = make_inputs(num, vocab), make_state(num, vocab)
@@ -415,8 +379,8 @@ def compile_launches() -> None:
                 scratch=scratch,
                 pdl=pdl,
             )
-    sys.stdout.write("\n".join(sorted({str(key[0]) for key in seen})))
+    sys.stdout.write("\n".join(sorted(names)))
 
 
 if __name__ == "__main__":
-    compile_launches()
+    compile_all()

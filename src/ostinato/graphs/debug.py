@@ -32,6 +32,9 @@ class DebugOps:
         """This object, as the type that steps take."""
         return cast(OpSet, self)
 
+    def load(self, *args: Any) -> None:
+        """Nothing: no step is fused."""
+
     def fuses(self, *args: Any) -> bool:
         """Never: what is to be looked at is each op by itself."""
         return False

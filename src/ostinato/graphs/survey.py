@@ -40,7 +40,7 @@ def survey(engine: Engine, *, chains: bool = False) -> GraphReport:
     keys = [_key_report(engine, record, chains) for record in plan.book.records()]
     return GraphReport(
         model=engine.name,
-        device=torch.cuda.get_device_name() if config.device.type == "cuda" else "cpu",
+        device=torch.cuda.get_device_name(config.device) if config.device.type == "cuda" else "cpu",
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         mode=plan.mode.value,
         max_num_seqs=config.max_num_seqs,
@@ -54,7 +54,7 @@ def survey(engine: Engine, *, chains: bool = False) -> GraphReport:
         ladder=plan.capture_sizes if padded else (),
         holes=tuple(plan.holes(config.max_num_seqs)) if padded else (),
         products=tuple(
-            f"{v.op} {v.columns}x{v.depth}, up to {v.rows}: {v.version} ({'measured' if v.measured else 'by rule'})"
+            f"{v.op} {v.columns}x{v.depth}, up to {v.rows}: {v.version} ({'measured' if v.measured else v.note or 'by rule'})"
             for v in engine.program.ops.versions()
         ),
         memory=tuple((line.name, line.nbytes) for line in engine.memory),

@@ -214,12 +214,24 @@ class VersionLine:
     version: str
     measured: bool
     """False: chosen by rules"""
+    note: str = ""
+    """Why it was not measured, where there is a reason"""
 
 
 class OpSet(Protocol):
     """One implementation of every op."""
 
     name: str
+
+    def load(self, stack: Stack, block_size: int, table_width: int) -> None:
+        """Make what `fused` needs for a model, or decide that it goes op by op; only before `tune`.
+
+        Args:
+            stack: the model; `fuses` is false of every other.
+            block_size: tokens in a KV block.
+            table_width: KV blocks of a sequence, at most.
+        """
+        ...
 
     def tune(self, stack: Stack, max_rows: int) -> None:
         """Choose versions of products for a model's weights; only before the first step.
@@ -382,11 +394,11 @@ class OpSet(Protocol):
 
 
 def select(device: torch.device) -> OpSet:
-    """The implementation for a device type."""
+    """The implementation for a device."""
     if device.type == "cuda":
         from .triton import TritonOps
 
-        return TritonOps()
+        return TritonOps(device=device)
     from .reference import ReferenceOps
 
     return ReferenceOps()

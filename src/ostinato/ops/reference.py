@@ -45,6 +45,9 @@ class ReferenceOps:
 
     name = "torch"
 
+    def load(self, stack: Stack, block_size: int, table_width: int) -> None:
+        pass
+
     def tune(self, stack: Stack, max_rows: int) -> None:
         pass
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from ...errors import KernelError
 from .. import AttentionShape, StepView
 from .fused import LOG2_E, POINTERS
 from .program import Kernel, build
@@ -105,20 +106,21 @@ class DecodeAttention:
     """Launches `attention.cu`; a kernel is compiled at the first use with a model, which is no capture."""
 
     @classmethod
-    def claim(cls) -> DecodeAttention | None:
-        """One for the current GPU, or None where it cannot run; OSTINATO_CUDA_ATTENTION=0 turns it off."""
+    def claim(cls, device: torch.device) -> DecodeAttention | None:
+        """One for a GPU, or None where it cannot run; OSTINATO_CUDA_ATTENTION=0 turns it off."""
         if os.environ.get("OSTINATO_CUDA_ATTENTION") == "0" or not torch.cuda.is_available():
             return None
-        if torch.cuda.get_device_capability() < (8, 0):
+        if torch.cuda.get_device_capability(device) < (8, 0):
             return None
         # Looking for a module inside a package that is not there is an error.
         if importlib.util.find_spec("cuda") is None or importlib.util.find_spec("cuda.bindings") is None:
             return None
-        return cls()
+        return cls(device)
 
-    def __init__(self) -> None:
-        self._processors = torch.cuda.get_device_properties().multi_processor_count
-        self._pdl = torch.cuda.get_device_capability() >= (9, 0)
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._processors = torch.cuda.get_device_properties(device).multi_processor_count
+        self._pdl = torch.cuda.get_device_capability(device) >= (9, 0)
         self._kernels: dict[tuple[tuple[str, int], ...], Kernel] = {}
         self._broken = False
 
@@ -169,10 +171,13 @@ class DecodeAttention:
         if found is None:
             try:
                 found = build(
-                    SOURCE, "attention", macros, block=THREADS, shared_bytes=0, grid=1, pdl=self._pdl
+                    SOURCE, "attention", macros, device=self._device, block=THREADS, shared_bytes=0, grid=1,
+                    pdl=self._pdl,
+                )  # fmt: skip
+            except KernelError as error:
+                logger.warning(
+                    "decode attention goes through Triton, its kernel cannot be built: %s", str(error)
                 )
-            except (ImportError, OSError, RuntimeError) as error:  # no KernelError: that is a bug
-                logger.warning("decode attention goes through Triton, NVRTC does not load: %s", error)
                 self._broken = True
                 return None
             self._kernels[tuple(macros.items())] = found

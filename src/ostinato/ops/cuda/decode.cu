@@ -826,9 +826,10 @@ __device__ __forceinline__ void attend(const Params &p, const Layer &layer, cons
             if (tid == 0) {
                 u32 *mine = p.semaphores + it.b * UNITS + it.h;
                 u32 before;
-                asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(mine) : "memory");
+                // Zero again by itself behind the last split.
+                asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
+                             : "=r"(before) : "l"(mine), "r"((u32)it.splits - 1) : "memory");
                 *sh.flag = before == (u32)it.splits - 1;
-                if (*sh.flag) *mine = 0;
             }
             consumers_meet();
             if (*sh.flag) {

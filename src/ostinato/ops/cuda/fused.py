@@ -53,9 +53,9 @@ POINTERS: dict[int, int] = {}
 class FusedDecode:
     """Runs the layers and the head of a decode step in one persistent kernel.
 
-    Its workspace is made at the first run with a model, which must therefore not be captured; the
-    engine's warm-up is that run. It holds tagged words that mean nothing between steps and must
-    not be overwritten by anyone else: a tag that somebody forges would be believed.
+    Its workspace is made by `load`, or at the first run with a model, which must then not be
+    captured. It holds tagged words that mean nothing between steps and must not be overwritten by
+    anyone else: a tag that somebody forges would be believed.
     """
 
     _alive: ClassVar[weakref.WeakSet[FusedDecode]] = weakref.WeakSet()
@@ -82,6 +82,26 @@ class FusedDecode:
         self._grid = torch.cuda.get_device_properties(device).multi_processor_count
         self._bound: dict[tuple[tuple[str, int], ...], _Bound] = {}
 
+    def load(self, stack: Stack, block_size: int, table_width: int) -> None:
+        """Make all that `run` needs for a model.
+
+        Args:
+            stack: a model that `unsupported` has nothing against.
+            block_size: tokens in a KV block.
+            table_width: KV blocks of a sequence, at most.
+
+        Raises:
+            KernelError: the kernel cannot be compiled or loaded here.
+        """
+        self._bound_for(stack, block_size, table_width)
+
+    def _bound_for(self, stack: Stack, block_size: int, table_width: int) -> _Bound:
+        macros = self._macros(stack, block_size, table_width)
+        key = tuple(macros.items())
+        if key not in self._bound:
+            self._bound[key] = self._bind(stack, macros)
+        return self._bound[key]
+
     def run(
         self,
         stack: Stack,
@@ -101,10 +121,7 @@ class FusedDecode:
             greedy: whether only the best token is wanted.
         """
         seqs = view.rows.shape[0]
-        macros = self._macros(stack, caches[0][0].shape[1], view.block_table.shape[1])
-        bound = self._bound.get(tuple(macros.items()))
-        if bound is None:
-            bound = self._bound[tuple(macros.items())] = self._bind(stack, macros)
+        bound = self._bound_for(stack, caches[0][0].shape[1], view.block_table.shape[1])
         cells, a = bound.cells, stack.attention
         pointers = list(_layer_pointers(stack, caches))
         pointers += [
@@ -168,8 +185,11 @@ class FusedDecode:
             "best_at": zeros(n, self._grid, dtype=torch.int32),
         }
         numbers = {name: int(value) for name, value in macros.items()}
-        decode = build(SOURCE, "decode", numbers, grid=self._grid, block=THREADS, shared_bytes=SHARED_BYTES)
-        finish = build(SOURCE, "finish", numbers, grid=1, block=256, shared_bytes=0)
+        decode = build(
+            SOURCE, "decode", numbers,
+            device=self._device, grid=self._grid, block=THREADS, shared_bytes=SHARED_BYTES,
+        )  # fmt: skip
+        finish = build(SOURCE, "finish", numbers, device=self._device, grid=1, block=256, shared_bytes=0)
         return _Bound(decode, finish, cells)
 
 
@@ -182,12 +202,29 @@ def unsupported(stack: Stack) -> str | None:
         return f"activations are {stack.embedding.dtype}, it works in bfloat16"
     if len(scaled) > 1:
         return "only some weights are quantised"
-    kinds = {linear.weight.dtype for linear in linears}
-    if kinds != {torch.float8_e4m3fn if True in scaled else torch.bfloat16}:
-        return f"weights are {', '.join(sorted(map(str, kinds)))}"
+    fp8 = True in scaled
+    vectors = [stack.final_norm]
+    for w in stack.layers:
+        vectors += [t for t in (w.input_norm, w.q_norm, w.k_norm, w.mlp_norm) if t is not None]
+    for what, wanted, tensors in (
+        ("weights", torch.float8_e4m3fn if fp8 else torch.bfloat16, [linear.weight for linear in linears]),
+        ("norms", torch.bfloat16, vectors),
+        ("biases", torch.bfloat16, [linear.bias for linear in linears if linear.bias is not None]),
+        ("scales", torch.float32, [linear.scale for linear in linears if linear.scale is not None]),
+        ("angles", torch.float32, [stack.rope]),
+    ):
+        kinds = {t.dtype for t in tensors} - {wanted}
+        if kinds:
+            return f"{what} are {', '.join(sorted(map(str, kinds)))}, it reads {wanted}"
+    if any(linear.bias is not None for w in stack.layers for linear in (w.gate_up, w.down)) or stack.head.bias is not None:  # fmt: skip
+        return "the MLP or the head has a bias"
+    if len({(w.qkv.bias is None, w.output.bias is None, w.q_norm is None, w.k_norm is None) for w in stack.layers}) > 1:  # fmt: skip
+        return "only some layers have biases or norms of heads"
+    if (stack.layers[0].q_norm is None) != (stack.layers[0].k_norm is None):
+        return "only queries or only keys have a norm"
     if a.head_dim not in (64, 128):
         return f"head_dim is {a.head_dim}, it knows 64 and 128"
-    slice_ = 64 if True in scaled else 32
+    slice_ = 64 if fp8 else 32
     for name, size, unit in (
         ("hidden_size", hidden, slice_), ("query size", a.q_size, slice_), ("intermediate_size", inner, slice_),
         ("query, key and value size", a.qkv_size, 16), ("hidden_size", hidden, 16),
@@ -195,9 +232,34 @@ def unsupported(stack: Stack) -> str | None:
     ):  # fmt: skip
         if size % unit:
             return f"{name} {size} is no multiple of {unit}"
-    if max(hidden, a.q_size, inner) > 32768:
-        return "a row of activations would leave too little shared memory for weights"
+    stages, flight = ring_stages(hidden, a.q_size, inner, a.head_dim, fp8=fp8), TUNING[fp8]["FLIGHT"]
+    if stages <= flight:
+        return f"its rows leave shared memory for {max(stages, 0)} chunks of weights, it needs {flight + 1}"
     return None
+
+
+def ring_stages(hidden: int, q_size: int, inner: int, head_dim: int, *, fp8: bool) -> int:
+    """Chunks of weights that fit into shared memory beside a token: `STAGES` in `decode.cu`."""
+    item = 1 if fp8 else 2
+    slice_ = 64 // item
+
+    def apart(nbytes: int) -> int:
+        return nbytes if nbytes // 64 % 2 else nbytes + 64
+
+    def row(size: int) -> int:
+        """Bytes from row to row of a chunk."""
+        slices = size // slice_
+        chunk = next(d for d in range(TUNING[fp8]["MOST_SLICES"], 0, -1) if slices % d == 0)
+        return apart(chunk * slice_ * item)
+
+    sizes = (hidden, q_size, inner)
+    stage = 16 * max(map(row, sizes))
+    reduced, attention = WARPS * 16 * MOST_TOKENS, WARPS * (head_dim + 2)
+    fixed = MOST_TOKENS * apart(2 * max(sizes)) + 4 * max(2 * reduced, attention) + 4 * WARPS * MOST_TOKENS
+    fixed += (
+        4 * 4 * head_dim + 4 * CHUNK + 4 * 32 + 256
+    )  # queries, key, value and angles; slots; items; the rest
+    return (SHARED_BYTES - fixed) // (stage + 16)
 
 
 def _layer_pointers(

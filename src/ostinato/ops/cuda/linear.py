@@ -102,12 +102,13 @@ class Products:
         made = cls(device)
         try:
             made._kernel(Product.STORE, SIMPLE)
-        except (ImportError, KernelError, OSError) as error:
-            logger.warning("products of small steps are left to other kernels: %s", error)
+        except KernelError as error:
+            logger.warning("products of small steps are left to other kernels: %s", str(error))
             return None
         return made
 
     def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._processors = torch.cuda.get_device_properties(device).multi_processor_count
         self._kernels: dict[tuple[Product, Tile], Kernel] = {}
         self._maps: dict[tuple[int, ...], bytes] = {}
@@ -170,7 +171,7 @@ class Products:
                 "KA": tile.depth // 64, "STAGES": tile.stages, **TUNING, "FLIGHT": min(TUNING["FLIGHT"], tile.stages - 1),
             }  # fmt: skip
             found = self._kernels[kind, tile] = build(
-                SOURCE, "linear", macros, grid=1, block=tile.threads,
+                SOURCE, "linear", macros, device=self._device, grid=1, block=tile.threads,
                 shared_bytes=tile.stages * tile.stage_bytes + tile.parts_bytes + 1024, cluster=tile.splits,
             )  # fmt: skip
             POINTERS[found.handle] = 8

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
-import tempfile
+import logging
+import os
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ import torch
 
 from ...errors import KernelError
 from ...paths import cache_dir
+
+logger = logging.getLogger(__name__)
 
 
 class Kernel:
@@ -67,18 +71,20 @@ def build(
     name: str,
     macros: Mapping[str, int],
     *,
+    device: torch.device,
     block: int,
     shared_bytes: int,
     grid: int,
     pdl: bool = True,
     cluster: int = 1,
 ) -> Kernel:
-    """Compile a source file for the current GPU, or take the binary from the cache.
+    """Compile a source file for a GPU, or take the binary from the cache.
 
     Args:
         source: CUDA C++; needs no header.
         name: of an `extern "C"` kernel in it.
         macros: `-D` definitions.
+        device: with an index.
         block: threads.
         shared_bytes: of dynamic shared memory.
         grid: blocks.
@@ -86,51 +92,82 @@ def build(
         cluster: blocks that run together and see each other's shared memory.
 
     Raises:
-        KernelError: it does not compile or load; the compiler's log is in the message.
+        KernelError: it does not compile or load; the compiler's log is in the message. Or there is no
+            compiler, or no driver.
     """
+    try:
+        with torch.cuda.device(device):
+            module = _module(source, tuple(sorted(macros.items())), device)
+            from cuda.bindings import driver
+
+            function = _check(driver.cuModuleGetFunction(module, name.encode()), name)
+            return Kernel(
+                function, grid=grid, block=block, shared_bytes=shared_bytes, pdl=pdl, cluster=cluster
+            )
+    except (ImportError, RuntimeError) as error:  # libraries are looked for at their first use
+        raise KernelError(f"CUDA kernel {name}: {error}") from error
+
+
+@cache
+def _module(source: Path, macros: tuple[tuple[str, int], ...], device: torch.device) -> Any:
+    """A loaded program; one for all engines of a process, as modules are never unloaded."""
     from cuda.bindings import driver
 
-    binary = compile_cubin(source.read_text(), source.name, macros, arch())
+    binary = compile_cubin(source.read_text(), source.name, dict(macros), arch(device))
     torch.cuda.current_stream()  # there is a context
-    module = _check(driver.cuModuleLoadData(binary), f"loading {source.name}")
-    function = _check(driver.cuModuleGetFunction(module, name.encode()), name)
-    return Kernel(function, grid=grid, block=block, shared_bytes=shared_bytes, pdl=pdl, cluster=cluster)
+    return _check(driver.cuModuleLoadData(binary), f"loading {source.name}")
 
 
-@lru_cache
-def arch() -> str:
-    """The current GPU as NVRTC names it; architecture-specific instructions included."""
-    major, minor = torch.cuda.get_device_capability()
+def arch(device: torch.device) -> str:
+    """A GPU as NVRTC names it; architecture-specific instructions included."""
+    major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor}" + ("a" if major >= 9 else "")
 
 
 def compile_cubin(text: str, filename: str, macros: Mapping[str, int], arch: str) -> bytes:
-    """Machine code of a program, from the cache where it has been compiled before."""
+    """Machine code of a program, from the cache where it has been compiled before.
+
+    Raises:
+        KernelError: it does not compile.
+    """
     from cuda.bindings import nvrtc
 
     version = _check(nvrtc.nvrtcVersion(), "version")
     options = [f"--gpu-architecture={arch}", "--std=c++17", "-default-device"]
-    options += [f"-D{key}={value}" for key, value in sorted(macros.items())]
+    options += [f"-D{key}={int(value)}" for key, value in sorted(macros.items())]
     digest = hashlib.sha256("\0".join([text, *options, str(version)]).encode()).hexdigest()[:32]
-    folder = cache_dir() / "kernels"
-    cached = folder / f"{Path(filename).stem}-{digest}.cubin"
-    if cached.is_file():
+    cached = cache_dir() / "kernels" / f"{Path(filename).stem}-{digest}.cubin"
+    with contextlib.suppress(OSError):
         return cached.read_bytes()
     program = _check(nvrtc.nvrtcCreateProgram(text.encode(), filename.encode(), 0, [], []), "program")
-    encoded = [option.encode() for option in options]
-    status = nvrtc.nvrtcCompileProgram(program, len(encoded), encoded)[0]
-    if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
-        log = b" " * _check(nvrtc.nvrtcGetProgramLogSize(program), "log")
-        nvrtc.nvrtcGetProgramLog(program, log)
-        raise KernelError(f"{filename} does not compile for {arch}: {log.decode(errors='replace').strip()}")
-    binary: bytes = b" " * _check(nvrtc.nvrtcGetCUBINSize(program), "size")
-    _check(nvrtc.nvrtcGetCUBIN(program, binary), "binary")
-    nvrtc.nvrtcDestroyProgram(program)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
-        file.write(binary)
-    Path(file.name).replace(cached)  # whole or not at all, whoever else compiles the same
+    try:
+        encoded = [option.encode() for option in options]
+        status = nvrtc.nvrtcCompileProgram(program, len(encoded), encoded)[0]
+        if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+            log = b" " * _check(nvrtc.nvrtcGetProgramLogSize(program), "log")
+            nvrtc.nvrtcGetProgramLog(program, log)
+            said = log.decode(errors="replace").strip("\0 \n")
+            raise KernelError(f"{filename} does not compile for {arch}: {said}")
+        binary: bytes = b" " * _check(nvrtc.nvrtcGetCUBINSize(program), "size")
+        _check(nvrtc.nvrtcGetCUBIN(program, binary), "binary")
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)
+    _keep(cached, binary)
     return binary
+
+
+def _keep(path: Path, binary: bytes) -> None:
+    """Write a binary to the cache, whole or not at all, whoever else compiles the same."""
+    draft = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft.write_bytes(binary)
+        draft.replace(path)
+    except OSError as error:
+        logger.warning("a compiled kernel cannot be kept in %s: %s", path.parent, error)
+    finally:
+        with contextlib.suppress(OSError):
+            draft.unlink(missing_ok=True)
 
 
 def _check(result: Any, what: str) -> Any:

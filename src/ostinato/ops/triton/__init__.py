@@ -11,6 +11,7 @@ All tensors have contiguous rows; an activation's leading dimension is the padde
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ from ..cuda.linear import Product, Products
 from . import attention, decode, pointwise
 from .matmul import matmul_scaled
 from .tune import BUCKETS, SEMAPHORES, Kind, Launch, Problem, Store, Table, Version, choose, problem_of
+
+logger = logging.getLogger(__name__)
 
 SPLITS = 16
 """Most chunks that a decode row's context is cut into."""
@@ -97,26 +100,56 @@ class TritonOps:
 
     name = "triton"
 
-    def __init__(self, table: Table | None = None) -> None:
-        """With `table` in place of the rules for which version serves which shape."""
+    def __init__(self, table: Table | None = None, device: torch.device | None = None) -> None:
+        """Nothing is chosen for a model yet.
+
+        Args:
+            table: in place of the rules for which version serves which shape.
+            device: where the tensors will be; None: the current GPU, where there is one.
+        """
         gpu = torch.cuda.is_available()
-        self._fused = FusedDecode.claim(torch.device("cuda")) if _has_fused() else None
-        self._whole: dict[int, bool] = {}
-        self._attention = DecodeAttention.claim()
-        self._wide_mm = gpu and _mm_widens()
-        self._pdl = gpu and torch.cuda.get_device_capability() >= (9, 0)
+        if gpu and (device is None or device.index is None):
+            device = torch.device("cuda", torch.cuda.current_device())
+        self._device = device or torch.device("cpu")
+        self._fused = FusedDecode.claim(self._device) if _has_fused(self._device) else None
+        self._whole: Stack | None = None
+        """The model that the one kernel was loaded for."""
+        self._attention = DecodeAttention.claim(self._device) if gpu else None
+        self._wide_mm = gpu and _mm_widens(self._device)
+        self._pdl = gpu and torch.cuda.get_device_capability(self._device) >= (9, 0)
         # Few in the interpreter, so that programs have several pieces of work there too.
-        self._programs = PROGRAMS * torch.cuda.get_device_properties().multi_processor_count if gpu else 24
+        self._programs = (
+            PROGRAMS * torch.cuda.get_device_properties(self._device).multi_processor_count if gpu else 24
+        )
         self._launch = {"PDL": self._pdl, "launch_pdl": self._pdl}
-        self._products = Products.on(torch.device("cuda")) if gpu else None
+        self._products = Products.on(self._device) if gpu else None
         self._table = table or Table(tiles=self._products is not None)
         self._workspaces: dict[torch.device, decode.Workspace] = {}
+
+    def load(self, stack: Stack, block_size: int, table_width: int) -> None:
+        if self._fused is None:
+            return
+        why = unsupported(stack)
+        if why is not None:
+            logger.info("no one-kernel decode step for this model: %s", why)
+        else:
+            try:
+                self._fused.load(stack, block_size, table_width)
+                self._whole = stack
+                return
+            except KernelError as error:
+                logger.warning(
+                    "decode steps of one sequence run op by op, as their kernel cannot be built; "
+                    "OSTINATO_FUSED=0 does without it and this warning: %s",
+                    str(error),  # an error in a log record would keep the frames that it came through
+                )
+        self._fused = None  # another engine may have it
 
     def tune(self, stack: Stack, max_rows: int) -> None:
         """Measured once for each GPU, kept in the cache folder; OSTINATO_TUNE=0 leaves it to the rules."""
         if os.environ.get("OSTINATO_TUNE") == "0" or not torch.cuda.is_available():
             return
-        whole = self._fused is not None and not unsupported(stack)
+        whole = self.fuses(stack, 1)
         linears = [("norm_head", stack.head)]
         for layer in stack.layers:
             linears += [("norm_linear", layer.qkv), ("linear_add", layer.output)]
@@ -130,7 +163,7 @@ class TritonOps:
                     problem = problem_of(op, linear, rows, stack.embedding.dtype)
                     work.setdefault(problem, []).append(linear)
         has_tiles = self._products is not None
-        self._table = Table(choose(work, self.launcher, Store.here(), tiles=has_tiles), tiles=has_tiles)
+        self._table = choose(work, self.launcher, Store.here(), tiles=has_tiles)
         torch.cuda.empty_cache()  # what is cached would be missing from the KV cache
 
     def versions(self) -> list[VersionLine]:
@@ -153,7 +186,7 @@ class TritonOps:
 
         `rows`: other than the most that the problem's versions serve.
         """
-        device, rows, dtype = torch.device("cuda"), rows or problem.rows, problem.dtype
+        device, rows, dtype = self._device, rows or problem.rows, problem.dtype
 
         def make(*size: int, dtype: torch.dtype = dtype) -> torch.Tensor:
             return torch.randn(size, device=device).to(dtype)
@@ -233,12 +266,7 @@ class TritonOps:
         )
 
     def fuses(self, stack: Stack, seqs: int) -> bool:
-        if self._fused is None or seqs > MOST_TOKENS:
-            return False
-        found = self._whole.get(id(stack))
-        if found is None:
-            found = self._whole[id(stack)] = unsupported(stack) is None
-        return found
+        return stack is self._whole and seqs <= MOST_TOKENS
 
     def fused(
         self,
@@ -540,11 +568,11 @@ class TritonOps:
         )
 
 
-def _has_fused() -> bool:
+def _has_fused(device: torch.device) -> bool:
     """Whether the one-kernel decode step runs here: Hopper's bulk copies, and NVRTC to compile it."""
     if os.environ.get("OSTINATO_FUSED") == "0":
         return False
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability(device)[0] != 9:
         return False
     # Looking for a module inside a package that is not there is an error.
     return (
@@ -552,10 +580,10 @@ def _has_fused() -> bool:
     )
 
 
-def _mm_widens() -> bool:
+def _mm_widens(device: torch.device) -> bool:
     """Whether `torch.mm` multiplies bfloat16 into float32 without a temporary."""
-    x = torch.ones(8, 8, dtype=torch.bfloat16, device="cuda")
-    out = torch.zeros(8, 8, device="cuda")
+    x = torch.ones(8, 8, dtype=torch.bfloat16, device=device)
+    out = torch.zeros(8, 8, device=device)
     try:
         torch.mm(x, x, out_dtype=torch.float32, out=out)
     except (TypeError, RuntimeError):  # NotImplementedError is a RuntimeError

@@ -54,18 +54,16 @@ def _silu(gate, dtype: tl.constexpr):
 
 @triton.jit
 def gemv(
-    x, index, norm, weight, scale, bias, out, best, best_at, eps,
+    x, index, norm, weight, scale, bias, out, eps,
     K: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GATHER: tl.constexpr, NORM: tl.constexpr, GATE: tl.constexpr, ADD: tl.constexpr,
-    BIAS: tl.constexpr, SCALE: tl.constexpr, BEST: tl.constexpr, STORE: tl.constexpr,
-    PACKED: tl.constexpr, PDL: tl.constexpr,
+    BIAS: tl.constexpr, SCALE: tl.constexpr, PACKED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One row of activations times a block of weight rows. Grid: (N / BLOCK_N).
 
     x [K], or row index[0] of x [T, K] with GATHER; weight [N, K] ([2 N, K] with GATE: out =
     silu(gate) * up), E4M3 as bytes with SCALE; out [N]. NORM: x is RMS-normed first. ADD: out +=
-    product. BEST: the largest result of the block and its index go to `best`, `best_at`
-    [N / BLOCK_N]; STORE: results go to `out`. BLOCK_K >= K.
+    product. BLOCK_K >= K.
     """
     pid = tl.program_id(0)
     k = tl.arange(0, BLOCK_K)
@@ -114,13 +112,7 @@ def gemv(
         total += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
     if ADD:
         total += tl.load(out + n, mask=n < N, other=0.0).to(tl.float32)
-    if STORE:
-        tl.store(out + n, total.to(out.dtype.element_ty), mask=n < N)
-    if BEST:
-        real = (n < N) & (total == total)  # NaN never wins
-        value, at = tl.max(tl.where(real, total, float("-inf")), 0, return_indices=True)
-        tl.store(best + pid, value)
-        tl.store(best_at + pid, pid * BLOCK_N + at)
+    tl.store(out + n, total.to(out.dtype.element_ty), mask=n < N)
 
 
 @triton.jit
@@ -165,10 +157,9 @@ def _accumulate(
 
 @triton.jit
 def _finish(
-    total, other, squares, scale, bias, out, best, best_at, eps, m, n, real, width, columns,
-    BLOCK_N: tl.constexpr, NORM: tl.constexpr, GATE: tl.constexpr, ADD: tl.constexpr,
-    BIAS: tl.constexpr, SCALE: tl.constexpr, BEST: tl.constexpr, STORE: tl.constexpr,
-    dtype: tl.constexpr,
+    total, other, squares, scale, bias, out, eps, m, n, real, width, columns,
+    NORM: tl.constexpr, GATE: tl.constexpr, ADD: tl.constexpr,
+    BIAS: tl.constexpr, SCALE: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
     """From sums to results. squares [BLOCK_M] are the sums of each row's squares."""
     if NORM:
@@ -188,31 +179,22 @@ def _finish(
     kept = real[:, None] & (n < columns)[None, :]
     if ADD:
         total += tl.load(place, mask=kept, other=0.0).to(tl.float32)
-    if STORE:
-        tl.store(place, total.to(out.dtype.element_ty), mask=kept)
-    if BEST:
-        number = (n < columns)[None, :] & (total == total)  # NaN never wins
-        value, at = tl.max(tl.where(number, total, float("-inf")), 1, return_indices=True)
-        block, blocks = tl.program_id(0), tl.num_programs(0)
-        tl.store(best + m * blocks + block, value, mask=real)
-        tl.store(best_at + m * blocks + block, block * BLOCK_N + at, mask=real)
+    tl.store(place, total.to(out.dtype.element_ty), mask=kept)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def stream(
-    x, index, norm, weight, scale, bias, out, best, best_at, partials, semaphores, eps,
+    x, index, norm, weight, scale, bias, out, partials, semaphores, eps,
     num_rows, width, columns,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr,
     EVEN_K: tl.constexpr, EVEN_N: tl.constexpr,
     GATHER: tl.constexpr, NORM: tl.constexpr, GATE: tl.constexpr, ADD: tl.constexpr,
-    BIAS: tl.constexpr, SCALE: tl.constexpr, BEST: tl.constexpr, STORE: tl.constexpr,
-    PACKED: tl.constexpr, PDL: tl.constexpr,
+    BIAS: tl.constexpr, SCALE: tl.constexpr, PACKED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """`gemv` for up to BLOCK_M rows, on tensor cores. Grid: (columns / BLOCK_N, SPLITS).
 
-    x [num_rows, width], or its rows `index` [num_rows] with GATHER; out [num_rows, columns]; best,
-    best_at [num_rows, columns / BLOCK_N]. Weights pass through a pipeline of tiles, the first of
-    which is asked for before the wait. The norm's weight is applied to x, its factor to the
+    x [num_rows, width], or its rows `index` [num_rows] with GATHER; out [num_rows, columns].
+    Weights pass through a pipeline of tiles, the first of which is asked for before the wait. The norm's weight is applied to x, its factor to the
     result. With SPLITS the inner dimension is shared out, the parts go to `partials`, and whoever
     of a block of columns finishes last adds them in order.
     """
@@ -261,8 +243,8 @@ def stream(
     sums = tl.sum(squares, 1)
     if SPLITS == 1:
         _finish(
-            total, other, sums, scale, bias, out, best, best_at, eps, m, n, real, width, columns,
-            BLOCK_N, NORM, GATE, ADD, BIAS, SCALE, BEST, STORE, dtype,
+            total, other, sums, scale, bias, out, eps, m, n, real, width, columns,
+            NORM, GATE, ADD, BIAS, SCALE, dtype,
         )  # fmt: skip
     else:
         TILE: tl.constexpr = BLOCK_M * BLOCK_N
@@ -289,8 +271,8 @@ def stream(
                     sums += tl.load(parts + SIZE - BLOCK_M + m, mask=real, other=0.0, cache_modifier=".cg")
                 parts += SIZE
             _finish(
-                total, other, sums, scale, bias, out, best, best_at, eps, m, n, real, width, columns,
-                BLOCK_N, NORM, GATE, ADD, BIAS, SCALE, BEST, STORE, dtype,
+                total, other, sums, scale, bias, out, eps, m, n, real, width, columns,
+                NORM, GATE, ADD, BIAS, SCALE, dtype,
             )  # fmt: skip
             tl.store(semaphores + block, 0)
 
@@ -307,8 +289,6 @@ def multiply(
     index: torch.Tensor | None = None,
     gate: bool = False,
     add: bool = False,
-    best: tuple[torch.Tensor, torch.Tensor] | None = None,
-    store: bool = True,
     pdl: bool = False,
 ) -> None:
     """out = linear(x) in one kernel; sums in float32, rounded once.
@@ -324,8 +304,6 @@ def multiply(
         index: [rows] int32: which rows of x; None: all.
         gate: the first half of the outputs are gates: out = silu(gate) * up.
         add: onto what `out` holds.
-        best: the largest result of each block and its index, float32 and int32 [rows, blocks].
-        store: False leaves `out` alone.
         pdl: launch dependently.
     """
     weight, columns, depth = linear.weight, out.shape[1], linear.in_features
@@ -334,22 +312,21 @@ def multiply(
     norm_at, index_at, scale, bias = (
         out if t is None else t for t in (norm, index, linear.scale, linear.bias)
     )
-    best_value, best_at = best or (out, out)
     flags = {
         "GATHER": index is not None, "NORM": norm is not None, "GATE": gate, "ADD": add,
-        "BIAS": linear.bias is not None, "SCALE": scaled, "BEST": best is not None, "STORE": store,
+        "BIAS": linear.bias is not None, "SCALE": scaled,
         "PACKED": COMPILED and x.dtype is not torch.float32,
         "PDL": pdl, "launch_pdl": pdl, "num_warps": version.warps,
     }  # fmt: skip
     operands = (x, index_at, norm_at, weight.view(torch.uint8) if scaled else weight, scale, bias)
     if version.kind is Kind.GEMV:
         gemv[(cdiv(columns, version.columns),)](
-            *operands, out, best_value, best_at, eps,
+            *operands, out, eps,
             K=depth, N=columns, BLOCK_N=version.columns, BLOCK_K=next_power_of_2(depth), **flags,
         )  # fmt: skip
     else:
         stream[(cdiv(columns, version.columns), version.splits)](
-            *operands, out, best_value, best_at, workspace.partials, workspace.semaphores, eps,
+            *operands, out, workspace.partials, workspace.semaphores, eps,
             out.shape[0], depth, columns,
             BLOCK_M=version.rows, BLOCK_N=version.columns, BLOCK_K=version.depth, SPLITS=version.splits,
             EVEN_K=depth % (version.depth * version.splits) == 0, EVEN_N=columns % version.columns == 0,

@@ -40,7 +40,7 @@ import triton
 import triton.language as tl
 
 from ...inputs import FLAG_BIAS, FLAG_LOGPROBS, FLAG_MASK, FLAG_PENALTIES, StaticInputs, StepState
-from ...sampling import MAX_INVERSE_TEMPERATURE, MAX_VOCAB, WEIGHT_BITS, check_partials
+from ...sampling import MAX_INVERSE_TEMPERATURE, MAX_VOCAB, WEIGHT_BITS
 from ...types import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_IDS, SamplerVariant
 
 _INVERSE_LIMIT = tl.constexpr(MAX_INVERSE_TEMPERATURE)
@@ -301,27 +301,6 @@ def sample(
             TOP_PADDED=triton.next_power_of_2(chunks * MAX_LOGPROBS),
             **(cut | {"num_warps": 8}),
         )
-
-
-def argmax_partials(
-    values: torch.Tensor, indices: torch.Tensor, rows: torch.Tensor, *, out: torch.Tensor, pdl: bool = False
-) -> None:
-    """The best token of each sequence, of the best of each block; see `ostinato.sampling.argmax_partials`.
-
-    Allocates nothing and never waits for the device. `pdl`: launch dependently.
-
-    Raises:
-        ValueError: a tensor has another type or shape.
-    """
-    check_partials(values, indices, rows, out)
-    num_seqs, blocks = values.shape
-    if num_seqs == 0:
-        return
-    padded = triton.next_power_of_2(blocks)
-    _argmax_partials[(num_seqs,)](
-        values, indices, rows, out,
-        BLOCKS=blocks, BLOCKS_PADDED=padded, num_warps=4 if padded <= 1024 else 8, **_launch(pdl),
-    )  # fmt: skip
 
 
 def _launch(pdl: bool) -> dict[str, Any]:

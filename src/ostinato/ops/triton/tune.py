@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from enum import Enum
 from functools import cache
@@ -36,7 +36,7 @@ MOST_TILES = 136
 ENOUGH = 120
 """Programs that keep most multiprocessors of a large GPU busy."""
 BUDGET_SECONDS = 10.0
-"""Of measuring; shapes that it does not reach keep their default."""
+"""Of measuring; shapes that it does not reach keep their default, at later starts too."""
 _SHARED = 100 << 10
 """Bytes of shared memory a program: two fit a multiprocessor."""
 SEMAPHORES = 1 << 18
@@ -255,9 +255,19 @@ def _programs(problem: Problem, version: Version) -> int:
 class Table:
     """The versions in use: what was measured, and rules for the rest."""
 
-    def __init__(self, measured: Mapping[Problem, Version] | None = None, *, tiles: bool = False) -> None:
-        """`tiles`: `Kind.TILE` is to be had."""
-        self._measured, self._tiles = dict(measured or {}), tiles
+    def __init__(
+        self,
+        decided: Mapping[Problem, Version] | None = None,
+        unmeasured: Collection[Problem] = (),
+        *,
+        tiles: bool = False,
+    ) -> None:
+        """Versions that overrule the rules; `unmeasured` are those that time was up for.
+
+        `tiles`: `Kind.TILE` is to be had.
+        """
+        self.decided, self._unmeasured = dict(decided or {}), frozenset(unmeasured)
+        self._tiles = tiles
         self._asked: dict[Problem, Version] = {}
 
     def __call__(self, op: str, linear: Linear, rows: int, dtype: torch.dtype) -> Version:
@@ -268,13 +278,21 @@ class Table:
         problem = problem_of(op, linear, size, dtype)
         found = self._asked.get(problem)
         if found is None:
-            found = self._asked[problem] = self._measured.get(problem) or default(problem, self._tiles)
+            found = self._asked[problem] = self.decided.get(problem) or default(problem, self._tiles)
         return found
 
     def lines(self) -> list[VersionLine]:
         """What has been asked for so far, for people."""
         return [
-            VersionLine(p.op, p.columns, p.depth, p.rows, str(v), p in self._measured)
+            VersionLine(
+                p.op,
+                p.columns,
+                p.depth,
+                p.rows,
+                str(v),
+                p in self.decided and p not in self._unmeasured,
+                "by rule: the time to measure was up" if p in self._unmeasured else "",
+            )
             for p, v in sorted(
                 self._asked.items(), key=lambda item: (item[0].op, item[0].columns, item[0].rows)
             )
@@ -295,14 +313,19 @@ Launch = Callable[[Version, Linear], None]
 
 @dataclass(frozen=True)
 class Timing:
-    """What was seen of one problem: microseconds a launch, by version; the fastest first."""
+    """What was seen of one problem: microseconds a launch, by version; the fastest first.
+
+    No times: nothing could be measured, or the time was up, and the rules decide.
+    """
 
     problem: Problem
     times: Mapping[Version, float]
+    tiles: bool = False
+    """`Kind.TILE` was to be had"""
 
     @property
     def best(self) -> Version:
-        return next(iter(self.times))
+        return next(iter(self.times), None) or default(self.problem, self.tiles)
 
 
 def choose(
@@ -311,8 +334,11 @@ def choose(
     store: Store,
     *,
     tiles: bool = False,
-) -> dict[Problem, Version]:
+) -> Table:
     """The fastest versions, measured unless the store has them.
+
+    What is decided once stays: shapes that the time did not suffice for are kept as such, so that two
+    starts compute the same bits.
 
     Args:
         work: problems, and the weights of every layer that has them.
@@ -320,13 +346,14 @@ def choose(
         store: where earlier results are.
         tiles: `Kind.TILE` is to be had.
     """
-    known = store.load()
+    known, unmeasured = store.load(), store.unmeasured()
     missing = {problem: linears for problem, linears in work.items() if problem not in known}
     if missing:
         timings = measure(missing, launcher, tiles=tiles)
         known |= {timing.problem: timing.best for timing in timings}
+        unmeasured |= {timing.problem for timing in timings if not timing.times}
         store.save(timings)
-    return {problem: known[problem] for problem in work if problem in known}
+    return Table({problem: known[problem] for problem in work}, unmeasured.intersection(work), tiles=tiles)
 
 
 def measure(
@@ -340,7 +367,8 @@ def measure(
     """Time the candidates of each problem, on the current stream, which must not be the default one.
 
     Each candidate is captured over several layers' weights, so that they come from memory. One that
-    cannot be compiled or launched here is left out. Stops `seconds` after all are compiled.
+    cannot be compiled or launched here is left out. Stops `seconds` after all are compiled: the
+    problems that are left have no times.
     """
     compiling = time.perf_counter()
     launchers = {problem: launcher(problem) for problem in work}
@@ -349,10 +377,15 @@ def measure(
             for version in candidates(problem, tiles):
                 _try(launchers[problem], version, linears[0])
     torch.cuda.synchronize()
-    begun, found = time.perf_counter(), []
+    begun = time.perf_counter()
+    found: list[Timing] = []
     for problem, linears in work.items():
         if time.perf_counter() - begun > seconds:
-            logger.warning("choosing kernels was stopped after %.0f s; the rest keep their defaults", seconds)
+            left = list(work)[len(found) :]
+            logger.warning(
+                "choosing kernels was stopped after %.0f s; %d shapes keep their defaults", seconds, len(left)
+            )
+            found += [Timing(late, {}, tiles) for late in left]
             break
         enough = max(8, _WARMTH_BYTES // problem.weight_bytes)
         times = {}
@@ -362,12 +395,10 @@ def measure(
                     times[version] = time_launches(launchers[problem], version, linears[:enough], repeats)
                 except RuntimeError as error:
                     logger.warning("%s: %s cannot be captured and is left out: %r", problem, version, error)
-        ordered = dict(sorted(times.items(), key=lambda item: item[1]))
-        if ordered:
-            found.append(Timing(problem, ordered))
+        found.append(Timing(problem, dict(sorted(times.items(), key=lambda item: item[1]))))
     logger.info(
         "%d kernels chosen: %.1f s to compile candidates, %.1f s to time them",
-        len(found),
+        sum(bool(timing.times) for timing in found),
         begun - compiling,
         time.perf_counter() - begun,
     )
@@ -434,12 +465,16 @@ class Store:
     def load(self) -> dict[Problem, Version]:
         return {_problem(entry["problem"]): _version(entry["version"]) for entry in self._entries()}
 
+    def unmeasured(self) -> set[Problem]:
+        """What was decided by rules, as nothing was measured."""
+        return {_problem(entry["problem"]) for entry in self._entries() if not entry["us"]}
+
     def _entries(self) -> list[dict[str, dict[str, object]]]:
         """Entries that can be read."""
         try:
             entries = json.loads(self.path.read_text())["versions"]
             for entry in entries:
-                _problem(entry["problem"]), _version(entry["version"])
+                _problem(entry["problem"]), _version(entry["version"]), dict(entry["us"])
         except FileNotFoundError:
             return []
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -1,0 +1,75 @@
+"""Triton kernels compiled for an H100 where there is no GPU: launches become compilations."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What became of one launch."""
+
+    name: str
+    named: dict[str, Any]
+    """Arguments by name"""
+    constexprs: dict[str, Any]
+    signature: dict[str, str]
+    options: dict[str, Any]
+    ptx: str
+    metadata: Any
+
+
+def compile_launches(look: Callable[[Compiled], None], aligned: Collection[str] = ()) -> None:
+    """From now on a launch compiles its kernel, once for the same arguments, and has `look` see it.
+
+    For a process of its own: launches never run again.
+
+    Args:
+        look: asserts what should hold.
+        aligned: integer arguments that are specialised where they are multiples of 16, as at run time.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.runtime.jit import JITFunction, mangle_type
+
+    seen = set()
+
+    def build(self: JITFunction, *args: object, grid: object, warmup: bool, **options: Any) -> None:
+        named = dict(zip(self.arg_names, args, strict=False))
+        named |= {k: options.pop(k) for k in list(options) if k in self.arg_names}
+        constant = {p.name for p in self.params if p.is_constexpr}
+        signature = {n: "constexpr" if n in constant else mangle_type(named[n]) for n in self.arg_names}
+        constexprs = {n: named[n] for n in constant}
+        even = [n for n in aligned if isinstance(v := named.get(n), int) and v % 16 == 0]
+        divisible = [n for n in signature if signature[n][0] == "*" or n in even]
+        attributes = {(self.arg_names.index(n),): [["tt.divisibility", 16]] for n in divisible}
+        key = (
+            self.__name__, *signature.items(), *even, *sorted(constexprs.items()), *sorted(options.items()),
+        )  # fmt: skip
+        if key in seen:
+            return
+        seen.add(key)
+        source = ASTSource(self, signature, constexprs, attributes)
+        kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+        ptx = kernel.asm["ptx"]
+        look(Compiled(self.__name__, named, constexprs, signature, options, ptx, kernel.metadata))
+
+    JITFunction.run = build
+
+
+def assembled(ptx: str, ptxas: str) -> tuple[int, list[int]]:
+    """Registers of a thread and bytes spilled (stores, loads), as the assembler says."""
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command = [ptxas, "-v", "-arch=sm_90a", file.name, "-o", os.devnull]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    (registers,) = re.findall(r"Used (\d+) registers", said)
+    return int(registers), [int(size) for size in re.findall(r"(\d+) bytes spill", said)]
