@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import random
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -659,12 +660,19 @@ def _device_context(device: torch.device) -> Callable[[], AbstractContextManager
     """A stream of the engine's own on a GPU: capture is not allowed on the default one."""
     if device.type != "cuda":
         return torch.inference_mode
-    stream = torch.cuda.Stream(device)
+    stream, entered = torch.cuda.Stream(device), threading.local()
 
     @contextlib.contextmanager
     def enter() -> Any:
-        with torch.inference_mode(), torch.cuda.stream(stream):
+        if getattr(entered, "yes", False):  # changing streams costs more than a step's launch
             yield
+            return
+        with torch.inference_mode(), torch.cuda.stream(stream):
+            entered.yes = True
+            try:
+                yield
+            finally:
+                entered.yes = False
 
     return enter
 

@@ -218,13 +218,14 @@ class LLM:
 
     def _next(self, box: _Box) -> RequestOutput:
         """The next output of a call, after as many steps as it takes; raises what ended its request."""
-        while not box:
-            with self._lock:
-                if box:  # another thread's step has answered meanwhile
-                    break
-                self._advance()
-                if not box and not self.engine.has_unfinished:
-                    raise RequestError("the request was ended by somebody who uses the engine directly")
+        with self.engine.device_context():  # once for all its steps
+            while not box:
+                with self._lock:
+                    if box:  # another thread's step has answered meanwhile
+                        break
+                    self._advance()
+                    if not box and not self.engine.has_unfinished:
+                        raise RequestError("the request was ended by somebody who uses the engine directly")
         output = box.popleft()
         if output.error is not None:
             raise output.error

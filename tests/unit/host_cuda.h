@@ -30,7 +30,7 @@ static uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
 
 struct Dim { u32 x; };
 static Dim blockIdx, gridDim;
-constexpr int FIBERS = 128;
+constexpr int FIBERS = WARPS * 32;
 static int current;
 static ucontext_t fibers[FIBERS], home;
 static bool done[FIBERS];

@@ -20,17 +20,19 @@ from ostinato.errors import KernelError
 from ostinato.ops import AttentionShape, StepView
 from ostinato.ops.cuda import attention
 from ostinato.ops.cuda.attention import (
-    CHUNK,
     LONG,
     MOST,
     RESIDENT,
+    STEP,
     DecodeAttention,
     cut,
     grid_of,
     unsupported,
+    warps_of,
 )
 from ostinato.ops.cuda.fused import LOG2_E, POINTERS
 
+GPU = torch.device("cuda", 0)
 LLAMA_1B = AttentionShape(32, 8, 64)
 LENGTHS = [0, 1, 15, 16, 17, 63, 64, 65, 255, 256, 257, 1000, 2048, 2049, 5000, 33000, 131072]
 LENGTHS += [random.randint(1, 140000) for _ in range(200)]
@@ -42,8 +44,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OSTINATO_CUDA_ATTENTION", raising=False)
     properties = SimpleNamespace(multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: properties)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
 
 
 class FakeKernel:
@@ -60,23 +62,26 @@ class FakeKernel:
 
 @pytest.mark.parametrize("window", [0, 1, 16, 100, 5000])
 @pytest.mark.parametrize("splits", [1, 2, 3, 8, 16])
-def test_splits_hold_every_visible_token_once(splits: int, window: int) -> None:
+@pytest.mark.parametrize("warps", [4, 8, 16])
+def test_splits_hold_every_visible_token_once(splits: int, window: int, warps: int) -> None:
+    least = warps * STEP
     for length in LENGTHS:
-        c = cut(length, splits, window)
+        c = cut(length, splits, window, warps)
         first = max(length - window, 0) if window else 0
         assert c.base % 16 == 0, length
         assert first - 16 < c.base <= first, length
-        assert c.chunk % CHUNK == 0, length
+        assert c.chunk % least == 0, length
         assert 1 <= c.count <= MOST, length
         assert c.base + c.count * c.chunk >= length, length
         if length:  # the last split has a token, and so has the first one behind what a window hides
             assert c.base + (c.count - 1) * c.chunk < length, length
             assert c.base + c.chunk > first, length
         if c.count < MOST:
-            assert c.chunk <= max(LONG, CHUNK), length
+            assert c.chunk < LONG + least, length
 
 
-def test_the_kernel_cuts_by_the_same_rule(tmp_path: Path) -> None:
+@pytest.mark.parametrize("warps", [4, 16])
+def test_the_kernel_cuts_by_the_same_rule(tmp_path: Path, warps: int) -> None:
     """The C++ function itself, compiled for the host."""
     compiler = shutil.which("g++") or shutil.which("c++")
     if compiler is None:
@@ -93,7 +98,9 @@ def test_the_kernel_cuts_by_the_same_rule(tmp_path: Path) -> None:
     for window in (0, 100):
         file, library = tmp_path / "cut.cpp", tmp_path / f"cut{window}.so"
         file.write_text(program)
-        numbers = attention.macros(AttentionShape(32, 8, 64, sliding_window=window or None), 16, 8, False)
+        numbers = attention.macros(
+            AttentionShape(32, 8, 64, sliding_window=window or None), 16, 8, False, warps
+        )
         defines = [f"-D{key}={numbers[key]}" for key in ("WINDOW", "CHUNK", "LONG", "MOST")]
         subprocess.run([compiler, "-shared", "-fPIC", *defines, str(file), "-o", str(library)], check=True)
         native = ctypes.CDLL(str(library))
@@ -101,7 +108,7 @@ def test_the_kernel_cuts_by_the_same_rule(tmp_path: Path) -> None:
             for length in LENGTHS:
                 out = (ctypes.c_int * 4)()
                 native.run(length, splits, out)
-                c = cut(length, splits, window)
+                c = cut(length, splits, window, warps)
                 assert list(out)[1:] == [c.base, c.chunk, c.count], (length, splits, window)
 
 
@@ -111,9 +118,15 @@ def test_the_grid_follows_from_the_key(shape: AttentionShape) -> None:
         grid = grid_of(rows, shape, 4096, 132)
         assert grid.primary == rows * shape.kv_heads * grid.splits
         assert 1 <= grid.splits <= MOST
-        assert grid.splits == 1 or grid.primary <= RESIDENT[shape.head_dim] * 132
-        helped = max(cut(n, grid.splits, 0).count for n in range(4097)) > grid.splits
+        warps = warps_of(rows, shape, 132)
+        assert grid.splits == 1 or grid.primary * warps <= RESIDENT[shape.head_dim] * 132
+        helped = max(cut(n, grid.splits, 0, warps).count for n in range(4097)) > grid.splits
         assert not helped or grid.helpers  # whoever has more splits than blocks finds help
+
+
+def test_few_rows_have_many_warps_a_block() -> None:
+    assert [warps_of(rows, LLAMA_1B, 132) for rows in (1, 16, 17, 33, 34, 256)] == [16, 16, 8, 8, 4, 4]
+    assert [warps_of(rows, AttentionShape(16, 8, 128), 132) for rows in (1, 16, 17)] == [8, 8, 4]
 
 
 def test_a_window_needs_no_helpers() -> None:
@@ -204,13 +217,13 @@ def test_parameters_come_in_the_order_of_the_struct(
     eps, scale, rows, splits, primary = struct.unpack("<ffiii4x", params[8 * len(pointers) :])
     assert eps == pytest.approx(1e-6)
     assert scale == pytest.approx(64**-0.5 * LOG2_E)
-    assert (rows, splits, primary) == (3, MOST, 3 * 8 * MOST)
+    assert (rows, splits, primary) == (3, 132 // 24, 3 * 8 * (132 // 24))
     assert blocks == primary
     assert len(params) % 8 == 0  # as the compiler pads it
     assert POINTERS.pop(kernel.handle) == len(pointers)
     assert made[0] == {
         "HD": 64, "GROUP": 4, "KVH": 8, "BLOCK_SIZE": 16, "WINDOW": 0, "TABLE_WIDTH": 9,
-        "NORM": int(norm), "CHUNK": CHUNK, "LONG": LONG, "MOST": MOST,
+        "NORM": int(norm), "CHUNK": 256, "LONG": LONG, "MOST": MOST, "WARPS": 16,
     }  # fmt: skip
 
 

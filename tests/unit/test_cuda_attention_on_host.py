@@ -83,21 +83,21 @@ def seed() -> int:
 
 
 @pytest.mark.parametrize(
-    ("shape", "norm", "block_size", "splits", "helpers"),
+    ("shape", "norm", "block_size", "splits", "helpers", "warps"),
     [
-        (AttentionShape(8, 2, 64), False, 16, 16, 0),
-        (AttentionShape(4, 2, 128), True, 16, 2, 0),
-        (AttentionShape(3, 1, 128), False, 5, 3, 0),
-        (AttentionShape(8, 1, 64, sliding_window=100), True, 32, 4, 0),
-        (AttentionShape(2, 2, 64, sliding_window=20), False, 3, 2, 0),
-        (AttentionShape(1, 1, 128), False, 16, 1, 0),
-        (AttentionShape(1, 1, 64), False, 16, 1, 3),
+        (AttentionShape(8, 2, 64), False, 16, 16, 0, 4),
+        (AttentionShape(4, 2, 128), True, 16, 2, 0, 4),
+        (AttentionShape(3, 1, 128), False, 5, 3, 0, 4),
+        (AttentionShape(8, 1, 64, sliding_window=100), True, 32, 4, 0, 16),
+        (AttentionShape(2, 2, 64, sliding_window=20), False, 3, 2, 0, 8),
+        (AttentionShape(1, 1, 128), False, 16, 1, 0, 8),
+        (AttentionShape(1, 1, 64), False, 16, 1, 3, 4),
     ],
     ids=lambda v: f"{v.heads}-{v.kv_heads}-{v.head_dim}" if isinstance(v, AttentionShape) else str(v),
 )
 def test_against_the_reference(
-    tmp_path: Path, seed: int, shape: AttentionShape, norm: bool, block_size: int, splits: int, helpers: int
-) -> None:
+    tmp_path: Path, seed: int, shape: AttentionShape, norm: bool, block_size: int, splits: int, helpers: int, warps: int,
+) -> None:  # fmt: skip
     lengths = [1, 15, 16, 17, 30, 64, 65, 129, 257]
     if splits == 1:
         lengths = [40, 4500, 9, 2100]
@@ -107,12 +107,12 @@ def test_against_the_reference(
         for dtype in (torch.bfloat16, torch.float32)
     )
     table = ours.batch.static.block_table
-    numbers = macros(shape, block_size, table.shape[1], norm)
+    numbers = macros(shape, block_size, table.shape[1], norm, warps)
     if splits == 1 and not helpers:
         numbers["LONG"] = 1 << 14  # a warp has more than 32 steps: it looks into the block table again
     library = compiled(tmp_path, numbers)
     if helpers:
-        assert max(cut(n, splits, 0).count for n in lengths) > splits
+        assert max(cut(n, splits, 0, warps).count for n in lengths) > splits
     expected = theirs.attend(ReferenceOps(), norm)
     actual = attend(library, ours, norm, splits, helpers, backwards=False)
     assert not actual.isnan().any()

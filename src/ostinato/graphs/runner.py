@@ -237,6 +237,8 @@ class _RingSlot:
         self.values = like(state.logprob_values)
         self.ids = like(state.logprob_ids)
         self.rank = like(state.logprob_rank)
+        self.views: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        """Of the tokens, here and on the device, by how many"""
         self.arrived = torch.cuda.Event() if pin else None
         self.ticket = 0
         """Steps that have used the slot."""
@@ -255,7 +257,10 @@ class ResultRing:
         slot.ticket += 1
         self._turn = (self._turn + 1) % len(self._slots)
         state, n = batch.state, batch.num_seqs
-        slot.tokens[:n].copy_(state.emitted[:n], non_blocking=True)
+        views = slot.views.get(n)
+        if views is None:
+            views = slot.views[n] = slot.tokens[:n], state.emitted[:n]
+        views[0].copy_(views[1], non_blocking=True)
         if batch.logprobs:
             slot.values[:n].copy_(state.logprob_values[:n], non_blocking=True)
             slot.ids[:n].copy_(state.logprob_ids[:n], non_blocking=True)

@@ -2,7 +2,7 @@
 // rotary embedding, KV write, attention over a paged cache. bfloat16.
 //
 // It is as fast as keys and values arrive, so they go from memory into registers and from there into
-// tensor cores. A block of four warps has one item: a row, a KV head, and a split of the row's context. Its
+// tensor cores. A block of WARPS warps has one item: a row, a KV head, and a split of the row's context. Its
 // warps take 16 tokens in turn; their results are merged in shared memory, those of splits by the last
 // block to finish, always in order. Keys of the next 16 tokens are asked for as soon as the present ones are
 // used up, values likewise; many warps on a multiprocessor do the rest.
@@ -19,13 +19,13 @@
 // p.primary blocks have a split each, in order of splits, so that those without work come last. Blocks after them
 // share what rows have beyond p.splits.
 //
-// Macros: HD GROUP (query heads of a KV head) KVH BLOCK_SIZE WINDOW TABLE_WIDTH NORM CHUNK LONG MOST.
+// Macros: HD GROUP (query heads of a KV head) KVH BLOCK_SIZE WINDOW TABLE_WIDTH NORM CHUNK LONG MOST WARPS.
 
 typedef unsigned short u16;
 typedef unsigned int u32;
 typedef unsigned long long u64;
 
-constexpr int THREADS = 128, WARPS = 4;
+constexpr int THREADS = WARPS * 32;
 constexpr int STEP = 16;                    // tokens that a warp looks at together
 constexpr int HEADS = GROUP * KVH;
 constexpr int HALF = HD / 2, EACH = HALF / 32;   // dimensions of a half in a lane, for rotating
@@ -36,7 +36,7 @@ constexpr int QKV = (HEADS + 2 * KVH) * HD;
 constexpr int Q_STRIDE = HD + 32;           // of queries in shared memory: rows of a pair share no bank
 constexpr int O_STRIDE = HD + 4;
 constexpr int VECTORS = (GROUP + 2 + WARPS - 1) / WARPS;   // heads that a warp rotates
-constexpr int BLOCKS = HD == 64 ? 5 : 3;          // of a multiprocessor
+constexpr int BLOCKS = (HD == 64 ? 20 : 12) / WARPS;         // of a multiprocessor
 constexpr bool ALIGNED = BLOCK_SIZE % STEP == 0;           // 16 tokens lie side by side
 static_assert(HD == 64 || HD == 128, "head dimensions that lanes share evenly");
 static_assert(GROUP >= 1 && GROUP <= 8, "query heads are the eight columns of a tile");

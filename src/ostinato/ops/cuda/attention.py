@@ -25,15 +25,16 @@ from .program import Kernel, build
 logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("attention.cu")
-THREADS = 128
 MOST = 16
 """Splits of a row at most: what `OpSet.attention_words` has room for."""
-CHUNK = 64
-"""Fewest tokens of a split: a step of 16 for each of four warps."""
+WARPS = {64: (16, 8, 4), 128: (8, 4)}
+"""Of a block, by head_dim: as many as leave no multiprocessor a second block, or the fewest."""
+STEP = 16
+"""Tokens that a warp looks at together."""
 LONG = 2048
 """Most tokens of a split, where the number of splits allows."""
-RESIDENT = {64: 4, 128: 3}
-"""Blocks on a multiprocessor that a step of few rows aims at, by head_dim."""
+RESIDENT = {64: 16, 128: 12}
+"""Warps on a multiprocessor that a step of few rows aims at, by head_dim."""
 HELPERS = 4
 """Blocks a multiprocessor for what rows have beyond the key's splits."""
 
@@ -62,15 +63,30 @@ class Grid:
     """Blocks that share further splits of long rows."""
 
 
-def cut(length: int, splits: int, window: int) -> Cut:
-    """How a row of `length` tokens is cut; `window`: as `AttentionShape.sliding_window`, 0 for none."""
+def warps_of(rows: int, shape: AttentionShape, processors: int) -> int:
+    """Warps of a block. With few rows many of them share a split: merging in a block is cheaper than between blocks."""
+    several = WARPS[shape.head_dim]
+    per_block = -(-rows * shape.kv_heads // processors)
+    return next((n for n in several if n * per_block <= RESIDENT[shape.head_dim]), several[-1])
+
+
+def cut(length: int, splits: int, window: int, warps: int = 4) -> Cut:
+    """How a row is cut.
+
+    Args:
+        length: tokens of the row.
+        splits: of the key, see `Grid`.
+        window: as `AttentionShape.sliding_window`, 0 for none.
+        warps: of a block.
+    """
+    least = warps * STEP
     base = max(length - window, 0) // 16 * 16 if window else 0
     seen = length - base
-    chunk = _up(_up(seen, splits) // splits, CHUNK)
+    chunk = _up(_up(seen, splits) // splits, least)
     if chunk > LONG:
         parts = min(MOST, -(-seen // LONG))
-        chunk = _up(_up(seen, parts) // parts, CHUNK)
-    chunk = max(chunk, CHUNK)
+        chunk = _up(_up(seen, parts) // parts, least)
+    chunk = max(chunk, least)
     return Cut(base, chunk, max(-(-seen // chunk), 1))
 
 
@@ -84,9 +100,10 @@ def grid_of(rows: int, shape: AttentionShape, context: int, processors: int) -> 
         processors: multiprocessors of the GPU.
     """
     pairs = rows * shape.kv_heads
-    splits = min(MOST, max(1, RESIDENT[shape.head_dim] * processors // pairs))
+    warps = warps_of(rows, shape, processors)
+    splits = min(MOST, max(1, RESIDENT[shape.head_dim] // warps * processors // pairs))
     seen = min(context, shape.sliding_window + 15) if shape.sliding_window else context
-    more = splits < MOST and seen > splits * (LONG - CHUNK)
+    more = splits < MOST and seen > splits * (LONG - warps * STEP)
     return Grid(splits, pairs * splits, HELPERS * processors if more else 0)
 
 
@@ -153,10 +170,11 @@ class DecodeAttention:
             return False
         norms = (q_norm, k_norm) if q_norm is not None and k_norm is not None else (None, None)
         table = view.block_table
-        kernel = self._kernel(macros(shape, keys.shape[1], table.shape[1], norms[0] is not None))
+        rows = view.seq_lens.shape[0]
+        warps = warps_of(rows, shape, self._processors)
+        kernel = self._kernel(macros(shape, keys.shape[1], table.shape[1], norms[0] is not None, warps))
         if kernel is None:
             return False
-        rows = view.seq_lens.shape[0]
         grid = grid_of(rows, shape, table.shape[1] * keys.shape[1], self._processors)
         pointers = (
             qkv, view.positions, view.slots, rope, *norms, keys, values,
@@ -171,7 +189,7 @@ class DecodeAttention:
         if found is None:
             try:
                 found = build(
-                    SOURCE, "attention", macros, device=self._device, block=THREADS, shared_bytes=0, grid=1,
+                    SOURCE, "attention", macros, device=self._device, block=macros["WARPS"] * 32, shared_bytes=0, grid=1,
                     pdl=self._pdl,
                 )  # fmt: skip
             except KernelError as error:
@@ -184,12 +202,14 @@ class DecodeAttention:
         return found
 
 
-def macros(shape: AttentionShape, block_size: int, table_width: int, norm: bool) -> dict[str, int]:
+def macros(
+    shape: AttentionShape, block_size: int, table_width: int, norm: bool, warps: int = 4
+) -> dict[str, int]:
     """What is compiled in."""
     return {
         "HD": shape.head_dim, "GROUP": shape.heads // shape.kv_heads, "KVH": shape.kv_heads,
         "BLOCK_SIZE": block_size, "WINDOW": shape.sliding_window or 0, "TABLE_WIDTH": table_width,
-        "NORM": int(norm), "CHUNK": CHUNK, "LONG": LONG, "MOST": MOST,
+        "NORM": int(norm), "CHUNK": warps * STEP, "LONG": LONG, "MOST": MOST, "WARPS": warps,
     }  # fmt: skip
 
 
