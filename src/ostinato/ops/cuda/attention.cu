@@ -417,9 +417,13 @@ __device__ __forceinline__ bool beyond(const Params &p, int k, int &s, int &h, i
     return false;
 }
 
-__device__ __forceinline__ void item(const Params &p, Shared &sh, int s, int h, int split, const int *table, int guess, int entry) {
+__device__ __forceinline__ void item(const Params &p, Shared &sh, int s, int h, int split, int likely) {
     const int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31, g = lane >> 2, t = lane & 3;
-    const int length = ldcg(p.lens + s), position = ldcg(p.positions + s), slot = ldcg(p.slots + s);
+    const int length = ldcg(p.lens + s), row = ldcg(p.rows + s), position = ldcg(p.positions + s), slot = ldcg(p.slots + s);
+    // Looked up together with the length: a guess at the row, and at where the split starts, right for short contexts.
+    const int guess = split * CHUNK;
+    Walk walk = {p.table + (long long)likely * TABLE_WIDTH, guess + warp * STEP, 0, 0};
+    walk.look_up();
     u16 *out = p.out + (long long)s * (HEADS * HD) + h * (GROUP * HD);
     if (length <= 0) {
         if (split == 0)
@@ -432,8 +436,11 @@ __device__ __forceinline__ void item(const Params &p, Shared &sh, int s, int h, 
     const int newest = length - 1, start = c.base + split * c.chunk, end = min(start + c.chunk, length);
     const bool last = split == c.count - 1;
 
-    Walk walk = {table, start + warp * STEP, 0, entry};
-    if (ALIGNED && start != guess) walk.look_up();
+    if (start != guess || row != likely) {
+        walk.table = p.table + (long long)row * TABLE_WIDTH;
+        walk.at = start + warp * STEP;
+        walk.look_up();
+    }
     const u16 *keys = p.keys + h * HD + t * 8 + (ALIGNED ? g * ROW : 0);
     const u16 *values = p.values + h * HD + g * 8 + (ALIGNED ? 2 * t * ROW : 0);
     Keys k;
@@ -515,18 +522,12 @@ __device__ __forceinline__ void item(const Params &p, Shared &sh, int s, int h, 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention(const __grid_constant__ Params p) {
     __shared__ Shared sh;
     let_successor_start();
-    const int warp = threadIdx.x >> 5;
     const int pairs = p.num_seqs * KVH;
     if ((int)blockIdx.x < p.primary) {
-        // The host writes rows and table between steps, no kernel of a step does: they may be read before
-        // the wait. Where the split starts is a guess, right for short contexts.
         const int split = blockIdx.x / pairs, pair = blockIdx.x % pairs, s = pair / KVH;
-        const int *table = p.table + (long long)max(ldcg(p.rows + s), 0) * TABLE_WIDTH;
-        const int guess = split * CHUNK;
-        Walk walk = {table, guess + warp * STEP, 0, 0};
-        walk.look_up();
+        const int likely = max(ldcg(p.rows + s), 0);   // before the wait, so no more than likely
         wait_for_predecessor();
-        item(p, sh, s, pair % KVH, split, table, guess, walk.entry);
+        item(p, sh, s, pair % KVH, split, likely);
         return;
     }
     wait_for_predecessor();
@@ -536,7 +537,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention(const __
     if (!__syncthreads_or(any)) return;
     int s, h, split;
     for (int k = blockIdx.x - p.primary; beyond(p, k, s, h, split); k += gridDim.x - p.primary) {
-        item(p, sh, s, h, split, p.table + (long long)ldcg(p.rows + s) * TABLE_WIDTH, -1, 0);
+        item(p, sh, s, h, split, max(ldcg(p.rows + s), 0));
         __syncthreads();   // before the next item writes what this one reads
     }
 }
