@@ -388,6 +388,8 @@ class Request:
     """Tokens whose KV is in the cache or in flight."""
     num_cached_tokens: int = 0
     """Prompt tokens that the prefix cache supplied at first admission."""
+    admitted: float = 0.0
+    """When it first got a row, as `time.monotonic` has it."""
     row: int = -1
     """Row of the device buffers while running, else -1."""
     blocks: list[int] = field(default_factory=list)

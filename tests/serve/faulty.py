@@ -1,6 +1,6 @@
 """`ostinato serve` whose engine process fails as $FAULT says: `python -m tests.serve.faulty ...`.
 
-Faults: "raise" in a step, after $AFTER steps with tokens; "slow": each step takes 50 ms longer; "start": the
+Faults: "raise" in a step, after $AFTER steps with tokens; "slow": each step takes $SLOW seconds longer; "start": the
 engine takes long to build; "nonsense": the engine sends bytes that are no message.
 """
 
@@ -27,7 +27,7 @@ def _break_engine() -> None:
         if fault == "raise" and steps > after:
             raise RuntimeError("the device fell out of the rack")
         if fault == "slow":
-            time.sleep(0.05)
+            time.sleep(float(os.environ.get("SLOW", "0.05")))
         return changed
 
     def built(options: dict[str, Any]) -> Any:

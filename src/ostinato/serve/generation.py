@@ -139,6 +139,8 @@ class Generation:
             for index in range(job.num_choices)
         ]
         self._open = set(range(len(self.choices)))
+        self._left = [n] * len(job.prompts)
+        """Completions of each prompt that have not ended."""
         late = ApiError(
             f"the request took longer than {timeout:g} s", 504, kind="server_error", code="timeout"
         )
@@ -201,6 +203,11 @@ class Generation:
 
     def _observe(self, choice: Choice, reason: str) -> None:
         self._metrics.ended(choice.feed, reason, len(choice.prompt.ids), choice.num_tokens, time.monotonic())
+        n = self.job.params.n
+        prompt = choice.feed.index // n
+        self._left[prompt] -= 1
+        if not self._left[prompt]:
+            self._metrics.longest(max(c.num_tokens for c in self.choices[prompt * n : (prompt + 1) * n]))
 
 
 def wire(params: SamplingParams) -> dict[str, Any]:

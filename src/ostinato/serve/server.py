@@ -1,7 +1,7 @@
 """The life of a server: start the engine, serve, drain, end.
 
 SIGTERM or Ctrl-C: no new requests, open ones may end within the time limit, exit status 0. A second
-one ends everything at once. If the engine dies, every open request is answered with an error,
+one ends everything at once. If the engine dies or hangs, every open request is answered with an error,
 `/health` says 503 for a moment, and the exit status is 1, so that a supervisor starts anew.
 """
 
@@ -108,7 +108,9 @@ class _Server:
         path = await asyncio.to_thread(_model_path, options.engine)
         engine = {**options.engine, "model": str(path)} if path is not None else options.engine
         tokenizer_at = await asyncio.to_thread(_tokenizer_path, options.engine, path)
-        building = asyncio.ensure_future(self._engine.start(engine, options.log_level, options.log_format))
+        building = asyncio.ensure_future(
+            self._engine.start(engine, options.log_level, options.log_format, options.engine_timeout)
+        )
         try:
             tokenizer = (
                 await asyncio.to_thread(Tokenizer.load, tokenizer_at) if tokenizer_at is not None else None
