@@ -14,7 +14,7 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -217,7 +217,9 @@ class Tokenizer:
         """tokenizer.json, as the `tokenizers` library writes it."""
         return str(self._library.to_str())
 
-    def stream(self, params: SamplingParams, prompt_ids: Sequence[int] = ()) -> TextSink:
+    def stream(
+        self, params: SamplingParams, prompt_ids: Sequence[int] = (), shown: Collection[int] = ()
+    ) -> TextSink:
         """A sink that turns the output tokens of one request into text.
 
         Args:
@@ -225,12 +227,13 @@ class Tokenizer:
                 (no stop string ends within that many tokens).
             prompt_ids: what the tokens continue. After text, a SentencePiece vocabulary keeps
                 the space before the first word.
+            shown: special tokens that are not skipped. With a decoder that looks at neighbours none is then.
         """
         feed: _Bytes | _Window
         if self._to_bytes is None:
-            feed = _Window(self, params.skip_special_tokens, prompt_ids)
+            feed = _Window(self, params.skip_special_tokens and not shown, prompt_ids)
         else:
-            skip = self._special_ids if params.skip_special_tokens else frozenset()
+            skip = self._special_ids.difference(shown) if params.skip_special_tokens else frozenset()
             strip = self._strip and not any(self._piece(i) for i in reversed(prompt_ids) if i not in skip)
             feed = _Bytes(self._piece, skip, strip)
         return _Sink(feed, params.stop_strings, params.include_stop_str_in_output, params.min_tokens)

@@ -52,7 +52,8 @@ async def chat(service: Service, body: ChatRequest) -> Answer:
         continues=continues,
     )
     words = service.tokenizer.bad_word_ids(params.bad_words) if service.tokenizer and params.bad_words else ()
-    job = Job([prompt], params, words, grammar)
+    shown = service.tools.special.values() if tools and service.tools else ()
+    job = Job([prompt], params, words, grammar, frozenset(shown))
     generation = service.submit(job)
     form = ChatFormat(service, model, body, options, generation, bool(tools))
     service.log("chat", form.id, job, body.user)

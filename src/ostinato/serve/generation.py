@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -43,6 +43,8 @@ class Job:
     params: SamplingParams
     bad_words: Sequence[Sequence[int]] = ()
     grammar: str | None = None
+    shown: Collection[int] = ()
+    """Special tokens that are text all the same."""
 
     @property
     def num_choices(self) -> int:
@@ -69,11 +71,9 @@ class Delta:
 class Choice:
     """One completion under way."""
 
-    def __init__(
-        self, feed: Feed, prompt: Prompt, params: SamplingParams, tokenizer: Tokenizer | None
-    ) -> None:
-        self.feed, self.prompt, self._params = feed, prompt, params
-        self._sink = tokenizer.stream(params, prompt.ids) if tokenizer is not None else None
+    def __init__(self, feed: Feed, prompt: Prompt, job: Job, tokenizer: Tokenizer | None) -> None:
+        self.feed, self.prompt, self._params = feed, prompt, job.params
+        self._sink = tokenizer.stream(job.params, prompt.ids, job.shown) if tokenizer is not None else None
         self._sent = 0
         self.num_tokens = 0
         self.finish_reason: str | None = None
@@ -135,7 +135,7 @@ class Generation:
         self._inbox = Inbox()
         n = job.params.n
         self.choices = [
-            Choice(Feed(index, self._inbox), job.prompts[index // n], job.params, tokenizer)
+            Choice(Feed(index, self._inbox), job.prompts[index // n], job, tokenizer)
             for index in range(job.num_choices)
         ]
         self._open = set(range(len(self.choices)))
