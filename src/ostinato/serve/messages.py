@@ -77,6 +77,7 @@ class Ready(_Message, frozen=True):
     max_model_len: int
     max_num_seqs: int
     vocab_size: int
+    eos_token_ids: list[int]
     num_kv_tokens: int
     """Tokens that the whole KV cache holds."""
     config: dict[str, str]

@@ -155,6 +155,11 @@ class Service:
         given = {name: value for name in _SAME_NAMES if (value := getattr(body, name)) is not None}
         for token in given.get("logit_bias", ()):
             self._check_id(token, f"logit_bias.{token}")
+        if len(given.get("allowed_token_ids", ())) > self.ready.vocab_size:
+            raise ApiError(
+                f"allowed_token_ids: there are more than the {self.ready.vocab_size} tokens of the vocabulary",
+                param="allowed_token_ids",
+            )
         for name in ("stop_token_ids", "allowed_token_ids"):
             for index, token in enumerate(given.get(name, ())):
                 self._check_id(token, f"{name}[{index}]")
@@ -163,8 +168,10 @@ class Service:
                 if getattr(body, name) is not None:
                     self.need_tokenizer(name)
         try:
-            return SamplingParams(**given | own)
-        except SamplingParamsError as error:
+            params = SamplingParams(**given | own)
+            params.stops(self.ready.eos_token_ids)
+            return params
+        except (SamplingParamsError, RequestError) as error:
             field = re.match(r"\w+", str(error))
             raise ApiError(str(error), param=field[0] if field else None) from error
 

@@ -223,6 +223,7 @@ def ready(engine: Engine) -> Ready:
         max_model_len=config.max_model_len,
         max_num_seqs=config.max_num_seqs,
         vocab_size=engine.spec.vocab_size,
+        eos_token_ids=sorted(engine.eos_token_ids),
         num_kv_tokens=allocator.num_usable * config.block_size,
         config={
             name: str(getattr(config, name))
