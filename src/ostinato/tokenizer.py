@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 __all__ = ["GGUF_PRE_TOKENIZERS", "Tokenizer"]
 
+_LONG = 2000
+"""Characters whose encoding other threads should not have to wait for."""
+
 Message = Mapping[str, Any]
 """One chat message: `role`, `content`, and whatever else the model's template reads."""
 
@@ -164,7 +167,11 @@ class Tokenizer:
             raise RequestError(f"{name} must be text, got {type(text).__name__}")
         try:
             text.encode()  # the library's own error does not say what is wrong with a surrogate
-            ids: list[int] = self._library.encode(text, add_special_tokens=False).ids
+            if len(text) < _LONG:
+                found = self._library.encode(text, add_special_tokens=False)
+            else:  # of the library's ways the one that lets go of the interpreter lock
+                (found,) = self._library.encode_batch_fast([text], add_special_tokens=False)
+            ids: list[int] = found.ids
         except UnicodeEncodeError as error:
             raise RequestError(
                 f"{name} contains a lone surrogate (U+D800..U+DFFF) at position {error.start}: it is not text"

@@ -34,6 +34,11 @@ async def chat(service: Service, body: ChatRequest) -> Answer:
     Raises:
         ApiError: the request cannot be served.
     """
+    with service.preparing():
+        return await _chat(service, body)
+
+
+async def _chat(service: Service, body: ChatRequest) -> Answer:
     model = service.check_model(body.model)
     options = stream_options(body.stream, body.stream_options)
     if body.add_special_tokens:

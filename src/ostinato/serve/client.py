@@ -143,7 +143,7 @@ class EngineClient:
         self._ready: asyncio.Future[Ready] | None = None
         self._keys = itertools.count()
         self._feeds: dict[int, Feed] = {}
-        self._reports: list[asyncio.Future[GraphsReport]] = []
+        self._report: asyncio.Future[GraphsReport] | None = None
         self._stopping = False
         self._heard = False
         self._watching: asyncio.Task[None] | None = None
@@ -271,17 +271,17 @@ class EngineClient:
             feed.inbox.fail(error)
 
     async def graphs_report(self) -> str:
-        """The engine's `GraphReport` as JSON, made between two steps.
+        """The engine's `GraphReport` as JSON, made between two steps; who asks meanwhile gets the same.
 
         Raises:
             ApiError: the engine is gone, or has none.
         """
         if self.dead is not None:
             raise engine_died(self.dead)
-        future: asyncio.Future[GraphsReport] = asyncio.get_running_loop().create_future()
-        self._reports.append(future)
-        self._send(ReportGraphs())
-        report = await future
+        if self._report is None:
+            self._report = asyncio.get_running_loop().create_future()
+            self._send(ReportGraphs())
+        report = await asyncio.shield(self._report)
         if report.error:
             raise ApiError(report.error, 500, kind="server_error")
         return report.json
@@ -310,8 +310,8 @@ class EngineClient:
             case Alive():
                 pass
             case GraphsReport():
-                future = self._reports.pop(0)
-                if not future.done():
+                future, self._report = self._report, None
+                if future is not None:
                     future.set_result(message)
 
     def _take_step(self, step: Step) -> None:
@@ -357,9 +357,10 @@ class EngineClient:
         feeds, self._feeds = list(self._feeds.values()), {}
         for feed in feeds:
             feed.inbox.fail(error)
-        for future in self._reports:
-            if not future.done():
-                future.set_exception(error)
+        report, self._report = self._report, None
+        if report is not None:
+            report.set_exception(error)
+            report.exception()  # nobody may be left who waits for it
 
 
 class _Wire(asyncio.Protocol):

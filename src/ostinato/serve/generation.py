@@ -19,6 +19,8 @@ from .errors import ApiError
 from .messages import TokenLogprob
 from .metrics import Metrics
 
+_LARGE = 2000
+"""Tokens and their alternatives."""
 _DEFAULTS = SamplingParams()
 _NOT_SENT = frozenset(
     ("n", "seed", "stop", "include_stop_str_in_output", "skip_special_tokens", "bad_words", "output_kind")
@@ -195,6 +197,13 @@ class Generation:
     @property
     def num_generated(self) -> int:
         return sum(choice.num_tokens for choice in self.choices)
+
+    @property
+    def is_large(self) -> bool:
+        """Whether writing it all takes longer than an event loop should."""
+        params = self.job.params
+        prompts = self.job.num_prompt_tokens * params.n * (params.prompt_logprobs or 0)
+        return self.num_generated * ((params.logprobs or 0) + 1) + prompts > _LARGE
 
     @property
     def num_cached(self) -> int:

@@ -100,7 +100,7 @@ class Compiler:
             self._made = LLTokenizer(self._tokenizer.to_json(), n_vocab=size, eos_token=self._eos or None)
         matcher = LLMatcher(self._made, grammar, log_level=0)
         if matcher.is_error():
-            raise RequestError(f"the grammar cannot be used: {matcher.get_error()}")
+            raise RequestError(str(matcher.get_error()))
         return Walk(matcher)
 
 

@@ -95,11 +95,7 @@ class Worker:
                 if message.grammar is None:
                     self._add(message, None)
                 else:
-                    if self._compiler is None:
-                        from .grammar import Compiler
-
-                        self._compiler = Compiler(self._engine)
-                    future = self._threads.submit(self._compiler.compile, message.grammar)
+                    future = self._threads.submit(self._compile, message.grammar)
                     self._compiling[message.key] = (message, future)
             case Abort(keys):
                 for key in keys:
@@ -114,14 +110,27 @@ class Worker:
             case Start():
                 raise ValueError("a second Start")
 
+    def _compile(self, grammar: str) -> Walk:
+        """On the second thread, which alone uses the compiler."""
+        from .grammar import Compiler
+
+        if self._compiler is None:
+            self._compiler = Compiler(self._engine)
+        return self._compiler.compile(grammar)
+
     def _take_compiled(self) -> None:
         for key, (message, future) in list(self._compiling.items()):
             if future.done():
                 del self._compiling[key]
-                try:
+                error = future.exception()
+                if error is None:
                     self._add(message, future.result())
-                except OstinatoError as error:
-                    self._channel.send(Refused(key, str(error)))
+                    continue
+                if not isinstance(
+                    error, OstinatoError
+                ):  # a panic of the library's, too: it is this request's alone
+                    logger.error("a grammar could not be compiled", exc_info=error)
+                self._channel.send(Refused(key, f"the grammar cannot be used: {error}"))
 
     def _add(self, message: Add, grammar: TokenGrammar | None) -> None:
         try:
