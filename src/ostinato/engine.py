@@ -204,17 +204,17 @@ class Engine:
         limit = self.config.max_model_len
         if params.max_tokens is not None:
             limit = min(limit, len(ids) + params.max_tokens)
-        stop_ids = frozenset(params.stop_token_ids or ()) | (
-            frozenset() if params.ignore_eos else self.eos_token_ids
-        )
         bad_words = (*self._bad_words(params), *map(tuple, bad_word_ids))
+        banned = {word[0] for word in bad_words if len(word) == 1}
+        if params.allowed_token_ids is not None and banned.issuperset(params.allowed_token_ids):
+            raise RequestError("bad_words: they forbid all of allowed_token_ids")
         requests = [
             Request(
                 request_id=name,
                 prompt_id=prompt_id,
                 prompt_token_ids=ids,
                 params=params,
-                stop_token_ids=stop_ids,
+                stop_token_ids=params.stops(self.eos_token_ids),
                 max_total_tokens=limit,
                 seed=seed + i,
                 index=i,
@@ -292,11 +292,7 @@ class Engine:
                 raise RequestError(
                     f"{name}: token id {wrong} is out of range; the vocabulary has ids 0 to {vocab - 1}"
                 )
-        stops = len(set(params.stop_token_ids or ()) | self.eos_token_ids)
-        if stops > MAX_STOP_IDS:
-            raise RequestError(
-                f"stop_token_ids: {stops} ids with the end-of-sequence ids, at most {MAX_STOP_IDS} are supported"
-            )
+        params.stops(self.eos_token_ids)
         if self.tokenizer is None and (params.stop_strings or params.bad_words):
             raise RequestError("stop and bad_words need a tokenizer; use stop_token_ids or allowed_token_ids")
 

@@ -17,6 +17,7 @@ Decode steps that only repeat the one before take a short way: see `_Steady`.
 from __future__ import annotations
 
 import heapq
+import time
 from bisect import insort
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -571,6 +572,7 @@ class Scheduler:
             self._stale_rows.discard(request.row)  # joining rewrites the row
             if request.num_preemptions == 0:
                 request.num_cached_tokens = start
+                request.admitted = time.monotonic()
             entry.capacity = len(request.blocks) * size
             insort(self._running, entry, key=_BY_ARRIVAL)
             if self.config.enable_prefix_caching:

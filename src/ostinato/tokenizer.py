@@ -14,7 +14,7 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from jinja2 import Template
 
 __all__ = ["GGUF_PRE_TOKENIZERS", "Tokenizer"]
+
+_LONG = 2000
+"""Characters whose encoding other threads should not have to wait for."""
 
 Message = Mapping[str, Any]
 """One chat message: `role`, `content`, and whatever else the model's template reads."""
@@ -164,7 +167,11 @@ class Tokenizer:
             raise RequestError(f"{name} must be text, got {type(text).__name__}")
         try:
             text.encode()  # the library's own error does not say what is wrong with a surrogate
-            ids: list[int] = self._library.encode(text, add_special_tokens=False).ids
+            if len(text) < _LONG:
+                found = self._library.encode(text, add_special_tokens=False)
+            else:  # of the library's ways the one that lets go of the interpreter lock
+                (found,) = self._library.encode_batch_fast([text], add_special_tokens=False)
+            ids: list[int] = found.ids
         except UnicodeEncodeError as error:
             raise RequestError(
                 f"{name} contains a lone surrogate (U+D800..U+DFFF) at position {error.start}: it is not text"
@@ -217,7 +224,9 @@ class Tokenizer:
         """tokenizer.json, as the `tokenizers` library writes it."""
         return str(self._library.to_str())
 
-    def stream(self, params: SamplingParams, prompt_ids: Sequence[int] = ()) -> TextSink:
+    def stream(
+        self, params: SamplingParams, prompt_ids: Sequence[int] = (), shown: Collection[int] = ()
+    ) -> TextSink:
         """A sink that turns the output tokens of one request into text.
 
         Args:
@@ -225,12 +234,13 @@ class Tokenizer:
                 (no stop string ends within that many tokens).
             prompt_ids: what the tokens continue. After text, a SentencePiece vocabulary keeps
                 the space before the first word.
+            shown: special tokens that are not skipped. With a decoder that looks at neighbours none is then.
         """
         feed: _Bytes | _Window
         if self._to_bytes is None:
-            feed = _Window(self, params.skip_special_tokens, prompt_ids)
+            feed = _Window(self, params.skip_special_tokens and not shown, prompt_ids)
         else:
-            skip = self._special_ids if params.skip_special_tokens else frozenset()
+            skip = self._special_ids.difference(shown) if params.skip_special_tokens else frozenset()
             strip = self._strip and not any(self._piece(i) for i in reversed(prompt_ids) if i not in skip)
             feed = _Bytes(self._piece, skip, strip)
         return _Sink(feed, params.stop_strings, params.include_stop_str_in_output, params.min_tokens)

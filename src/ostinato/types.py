@@ -7,16 +7,19 @@ tensors and live in `inputs.py` and `graphs/runner.py`. All but `Request` are fr
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 import reprlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from enum import Enum, IntEnum
 from numbers import Real
-from typing import Any, NamedTuple, Protocol, overload
+from typing import Any, NamedTuple, Protocol, TypeVar, overload
 
-from .errors import SamplingParamsError, UnknownOptionError
+from .errors import RequestError, SamplingParamsError, UnknownOptionError
+
+C = TypeVar("C")
 
 MAX_LOGPROBS = 20
 """Most alternatives a token can report; the device buffers are this wide."""
@@ -74,6 +77,21 @@ def check_names(values: Iterable[Any], known: Iterable[str], where: str) -> None
             raise UnknownOptionError(name if isinstance(name, str) else shown(name), known, where)
 
 
+def named_fields(cls: type[C]) -> type[C]:
+    """Have a dataclass refuse a field that does not exist as everything here does: by the nearest that does."""
+    make = cls.__init__
+    known = frozenset(f.name for f in fields(cls))  # type: ignore[arg-type]  # a dataclass
+
+    @functools.wraps(make)
+    def init(self: Any, *args: Any, **values: Any) -> None:
+        if not values.keys() <= known:
+            check_names(values, known, cls.__name__)
+        make(self, *args, **values)
+
+    cls.__init__ = init  # type: ignore[method-assign]
+    return cls
+
+
 class RequestOutputKind(Enum):
     """What a stream of `RequestOutput` carries."""
 
@@ -96,6 +114,7 @@ class SamplerVariant(IntEnum):
     """penalties, bias, masks, logprobs on top."""
 
 
+@named_fields
 @dataclass(frozen=True)
 class SamplingParams:
     """How to choose tokens for one request; names and defaults follow vLLM.
@@ -108,7 +127,7 @@ class SamplingParams:
 
     Raises:
         SamplingParamsError: a field is out of range; the message names it.
-        UnknownOptionError: from `SamplingParams.from_dict`, for a field that does not exist.
+        UnknownOptionError: a field that does not exist; the message names the nearest. It is a TypeError too.
     """
 
     n: int = 1
@@ -193,6 +212,30 @@ class SamplingParams:
             raise SamplingParamsError(f"SamplingParams.from_dict takes a mapping, got {shown(values)}")
         check_names(values, (f.name for f in fields(cls)), "SamplingParams")
         return cls(**values)
+
+    def stops(self, eos_token_ids: Collection[int]) -> frozenset[int]:
+        """The token ids that end a request of a model with these end-of-sequence ids.
+
+        Raises:
+            RequestError: too many, or none of `allowed_token_ids` may come first.
+        """
+        own = frozenset(self.stop_token_ids or ())
+        most = len(own.union(eos_token_ids))
+        if most > MAX_STOP_IDS:
+            raise RequestError(
+                f"stop_token_ids: {most} ids with the end-of-sequence ids, at most {MAX_STOP_IDS} are supported"
+            )
+        found = own if self.ignore_eos else own.union(eos_token_ids)
+        if (
+            self.min_tokens
+            and self.allowed_token_ids is not None
+            and found.issuperset(self.allowed_token_ids)
+        ):
+            raise RequestError(
+                "allowed_token_ids: each of them ends the request, which min_tokens="
+                f"{self.min_tokens} forbids; allow another token, or set min_tokens=0"
+            )
+        return found
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -388,6 +431,8 @@ class Request:
     """Tokens whose KV is in the cache or in flight."""
     num_cached_tokens: int = 0
     """Prompt tokens that the prefix cache supplied at first admission."""
+    admitted: float = 0.0
+    """When it first got a row, as `time.monotonic` has it."""
     row: int = -1
     """Row of the device buffers while running, else -1."""
     blocks: list[int] = field(default_factory=list)

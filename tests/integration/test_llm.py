@@ -368,6 +368,7 @@ def test_a_lone_bad_prompt_raises(tiny: Tiny, prompt: Any, words: str) -> None:
     [
         ({"logit_bias": {500: 1.0}}, "logit_bias"),
         ({"allowed_token_ids": [151]}, "allowed_token_ids"),
+        ({"allowed_token_ids": [2], "min_tokens": 1}, "allowed_token_ids: each of them ends the request"),
         ({"stop_token_ids": [151]}, "stop_token_ids"),
         ({"stop_token_ids": list(range(3, 80))}, "at most 64"),
         ({"stop": "x"}, "tokenizer"),

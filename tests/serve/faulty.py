@@ -1,7 +1,7 @@
 """`ostinato serve` whose engine process fails as $FAULT says: `python -m tests.serve.faulty ...`.
 
-Faults: "raise" in a step, after $AFTER steps with tokens; "slow": each step takes 50 ms longer; "start": the
-engine takes long to build; "nonsense": the engine sends bytes that are no message.
+Faults: "raise" in a step, after $AFTER steps with tokens; "slow": each step takes $SLOW seconds longer; "start": the
+engine takes long to build; "compile": a grammar breaks its compiler; "nonsense": the engine sends bytes that are no message.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def _break_engine() -> None:
         if fault == "raise" and steps > after:
             raise RuntimeError("the device fell out of the rack")
         if fault == "slow":
-            time.sleep(0.05)
+            time.sleep(float(os.environ.get("SLOW", "0.05")))
         return changed
 
     def built(options: dict[str, Any]) -> Any:
@@ -37,6 +37,16 @@ def _break_engine() -> None:
 
     Engine.advance = advanced  # type: ignore[method-assign]
     worker._build = built
+    if fault == "compile":
+        from ostinato.serve import grammar
+
+        class PanicException(BaseException):
+            """What a panic of a Rust library looks like: no Exception."""
+
+        def compiled(self: Any, text: str) -> Any:
+            raise PanicException("called unwrap on a None")
+
+        grammar.Compiler.compile = compiled  # type: ignore[method-assign]
     if fault == "nonsense":
         run = worker.Worker._tell
 

@@ -25,7 +25,29 @@ Tools: {{ tools | tojson }}. Call them as <tool_call>{"name": ..., "arguments": 
 {% endif %}"""
 
 
-def save(folder: Path) -> Path:
+_TOOLS = "{%- if tools %}[AVAILABLE_TOOLS]{{ tools | tojson }}[/AVAILABLE_TOOLS]{% endif -%}"
+_OTHERS = "[INST]{{ message.content }}[/INST]{% endif %}{% endfor %}"
+MISTRAL = {
+    "[TOOL_CALLS]": _TOOLS
+    + """{%- for message in messages %}{% if message.tool_calls %}[TOOL_CALLS][
+{%- for call in message.tool_calls %}
+{%- if call.id | length != 9 %}{{ raise_exception("an id has nine characters") }}{% endif -%}
+{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}{% endfor %}]
+{%- else %}"""
+    + _OTHERS,
+    "[ARGS]": _TOOLS
+    + """{%- for message in messages %}{% if message.tool_calls %}
+{%- for call in message.tool_calls %}
+{%- if call.id | length != 9 %}{{ raise_exception("an id has nine characters") }}{% endif -%}
+[TOOL_CALLS]{{ call.function.name }}[ARGS]{{ call.function.arguments | tojson }}{% endfor %}
+{%- else %}"""
+    + _OTHERS,
+}
+"""Templates that teach Mistral's two ways to write calls, by what only the newer one has."""
+MISTRAL_SPECIAL = ("[TOOL_CALLS]", "[ARGS]", "[INST]", "[/INST]")
+
+
+def save(folder: Path, template: str = TEMPLATE, more_special: tuple[str, ...] = ()) -> Path:
     """A model folder; the same weights each time."""
     import torch
     import transformers
@@ -37,11 +59,13 @@ def save(folder: Path) -> Path:
     library = Tokenizer(models.BPE(vocab=vocab, merges=[(word[0], word[1]) for word in words]))
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     library.decoder = decoders.ByteLevel()
-    library.add_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    library.add_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in (*SPECIAL, *more_special)]
+    )
     size = library.get_vocab_size(with_added_tokens=True)
     ids = {token: library.token_to_id(token) for token in SPECIAL}
     library.save(str(folder / "tokenizer.json"))
-    settings: dict[str, Any] = {"eos_token": "<|im_end|>", "chat_template": TEMPLATE, "add_bos_token": False}
+    settings: dict[str, Any] = {"eos_token": "<|im_end|>", "chat_template": template, "add_bos_token": False}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     changes = {
         "vocab_size": size,

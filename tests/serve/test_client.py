@@ -311,9 +311,39 @@ def test_metrics_have_vllms_names(server: Server, client: OpenAI) -> None:
         *("time_to_first_token_seconds_bucket", "inter_token_latency_seconds_bucket"),
         *("e2e_request_latency_seconds_sum", "request_prompt_tokens_count", "graph_memory_bytes"),
         *("cudagraph_iterations_total", "graph_capture_seconds", "cache_config_info"),
+        *("time_per_output_token_seconds_bucket", "request_params_max_tokens_bucket"),
     ):
         assert f"\nostinato:{name}{{" in text, name
     assert 'model_name="tiny",reason="disabled"' in text
+
+
+def test_the_times_of_a_request_add_up(server: Server, client: OpenAI) -> None:
+    names = ("queue", "prefill", "decode", "inference")
+    totals = [f"request_{name}_time_seconds_sum" for name in names]
+    totals += ["time_to_first_token_seconds_sum", "e2e_request_latency_seconds_sum"]
+    counts = [f"request_{name}_time_seconds_count" for name in names]
+    before = {name: server.metric(name) for name in (*totals, *counts)}
+    n = 20  # more than run at once: some wait
+    client.completions.create(model="tiny", prompt="abc", n=n, max_tokens=12, extra_body={"ignore_eos": True})
+    grown = {name: server.metric(name) - value for name, value in before.items()}
+    assert [grown[name] for name in counts] == [n] * 4
+    queue, prefill, decode, inference, first, whole = (grown[name] for name in totals)
+    assert min(queue, prefill, decode) > 0
+    assert queue + prefill == pytest.approx(first)
+    assert prefill + decode == pytest.approx(inference)
+    assert queue + inference <= whole < queue + inference + 0.5 * n
+    assert queue > 0.2 * whole, "12 of 20 waited for a row"
+
+
+def test_tokens_of_prompts_and_of_the_longest_completion(server: Server, client: OpenAI) -> None:
+    names = ("request_prompt_tokens", "request_generation_tokens", "request_max_num_generation_tokens")
+    kinds = [f"{name}_{kind}" for name in names for kind in ("sum", "count")]
+    before = [server.metric(name) for name in kinds]
+    client.completions.create(
+        model="tiny", prompt=["abc", "defg"], n=2, max_tokens=5, extra_body={"ignore_eos": True}
+    )
+    grown = [server.metric(name) - value for name, value in zip(kinds, before, strict=True)]
+    assert grown == [2 * 3 + 2 * 4, 4, 20, 4, 10, 2]
 
 
 # --- errors ------------------------------------------------------------------------------

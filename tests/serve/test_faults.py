@@ -107,12 +107,71 @@ def test_a_dead_engine_answers_everybody_and_ends_the_server(
         assert said in server.log
 
 
+@pytest.mark.parametrize("busy", [True, False])
+def test_an_engine_that_hangs_is_as_dead(model: Path, tmp_path: Path, busy: bool) -> None:
+    options = {"command": FAULTY, "env": {"FAULT": "slow"}, "folder": tmp_path}
+    with serving(str(model), *SMALL, "--engine-timeout", "2", **options) as server:
+        requests = Open(server, streamed=4, at_once=2) if busy else None
+        if busy:
+            server.wait_for("num_requests_running", 4)
+        engine = server.engine_pid
+        os.kill(engine, signal.SIGSTOP)
+        begin = time.monotonic()
+        if requests is None:  # somebody comes while it hangs
+            requests = Open(server, streamed=1, at_once=1)
+        report: list[Any] = []
+        asking = threading.Thread(target=lambda: report.append(get(f"{server.url}/graphs")))
+        asking.start()
+        seen = set()
+        while server.process.poll() is None and time.monotonic() - begin < 20:
+            try:
+                seen.add(get(f"{server.url}/health")[0])
+            except OSError:
+                break
+            time.sleep(0.02)
+        assert time.monotonic() - begin > 1.5
+        for error in requests.join():
+            assert isinstance(error, APIError)
+            assert "it said nothing for 2 s" in str(error)
+        asking.join(20)
+        assert report[0][0] == 500
+        assert seen == {200, 503}
+        assert server.process.wait(20) == 1
+        assert_gone(engine)
+
+
+def test_a_long_step_is_no_hang(model: Path, tmp_path: Path) -> None:
+    options = {"command": FAULTY, "env": {"FAULT": "slow", "SLOW": "1.5"}, "folder": tmp_path}
+    with serving(str(model), *SMALL, "--engine-timeout", "4", **options) as server:
+        status, answer, _ = post(
+            f"{server.url}/v1/completions", {"prompt": "a", "max_tokens": 4, "ignore_eos": True}
+        )
+        assert status == 200
+        assert answer["usage"]["completion_tokens"] == 4
+        assert server.end() == 0
+
+
+def test_a_server_that_was_stopped_as_a_whole_goes_on(model: Path, tmp_path: Path) -> None:
+    with serving(str(model), *SMALL, "--engine-timeout", "2", folder=tmp_path) as server:
+        processes = (server.engine_pid, server.process.pid)
+        for pid in processes:
+            os.kill(pid, signal.SIGSTOP)
+        time.sleep(4)
+        for pid in reversed(processes):
+            os.kill(pid, signal.SIGCONT)
+        time.sleep(1)
+        assert post(f"{server.url}/v1/completions", {"prompt": "a", "max_tokens": 3})[0] == 200
+        assert server.end() == 0
+
+
 def test_an_engine_that_cannot_be_built_is_one_line(tmp_path: Path) -> None:
     for args, words in (
         (["/no/such/model"], "/no/such/model"),
         (["--max-model-len", "99999999"], "max_model_len"),
         (["--max-waiting", "-1"], "--max-waiting"),
         (["--ssl-keyfile", "/no/such/key"], "--ssl-keyfile"),
+        (["--engine-timeout", "inf"], "--engine-timeout"),
+        (["--request-timeout", "nan"], "--request-timeout"),
     ):
         done = subprocess.run(
             [*RUN, *args, "--log-level", "error"], capture_output=True, text=True, timeout=120, check=False

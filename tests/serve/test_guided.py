@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 from openai import BadRequestError, OpenAI
 
-from ostinato.serve.tools import BareCalls, Call, TaggedCalls, detect
-from tests.serve.servers import Server
+from ostinato.serve.tools import BareCalls, Call, MistralCalls, TaggedCalls, detect
+from tests.serve.models import MISTRAL, MISTRAL_SPECIAL, save
+from tests.serve.servers import Server, serving
 
 HELLO: Any = [{"role": "user", "content": "Hello there"}]
 PERSON: dict[str, Any] = {
@@ -262,8 +265,24 @@ def pieces(text: str, size: int) -> list[str]:
         (BareCalls, "plain {text}", "plain {text}", []),
         (BareCalls, '{"just": "JSON"}', '{"just": "JSON"}', []),
         (BareCalls, "", "", []),
+        (MistralCalls, '[TOOL_CALLS] [{"name": "a", "arguments": {"x": "}]"}}, {"name": "b", "arguments": {}}]', "", ["a", "b"]),
+        (MistralCalls, 'Look: [TOOL_CALLS][{"name":"a","arguments":{}}] \n', "Look: ", ["a"]),
+        (MistralCalls, '[TOOL_CALLS]a[ARGS]{"x": {"y": "\\"{"}}[TOOL_CALLS]b.c[ARGS]{}', "", ["a", "b.c"]),
+        (MistralCalls, 'So [TOOL_CALLS]a[CALL_ID]x1y2z3a4b[ARGS]{} done', "So done", ["a"]),
+        (MistralCalls, '[TOOL_CALLS]a{"x": 1}', "", ["a"]),
+        (MistralCalls, '[TOOL_CALLS][{"name":"a","arguments":{}}, ', "", ["a"]),
+        (MistralCalls, '[TOOL_CALLS][{"name":"a","arguments":{}}, {"na', '{"na', ["a"]),
+        (MistralCalls, '[TOOL_CALLS][{"name": "a", "argu', '[TOOL_CALLS][{"name": "a", "argu', []),
+        (MistralCalls, '[TOOL_CALLS][{"name": 1}]', '[TOOL_CALLS][{"name": 1}]', []),
+        (MistralCalls, "[TOOL_CALLS]", "[TOOL_CALLS]", []),
+        (MistralCalls, "[TOOL_CALLS][1]", "[TOOL_CALLS][1]", []),
+        (MistralCalls, "[TOOL_CALLS]I will {not}", "[TOOL_CALLS]I will {not}", []),
+        (MistralCalls, "[TOOL_CALLS]a[ARGS]{no JSON}", "[TOOL_CALLS]a[ARGS]{no JSON}", []),
+        (MistralCalls, '[TOOL_CALLS][TOOL_CALLS]a[ARGS]{"x":1}', "[TOOL_CALLS]", ["a"]),
+        (MistralCalls, "a [TOOL_CALL", "a [TOOL_CALL", []),
+        (MistralCalls, "a [b] {c}", "a [b] {c}", []),
     ],
-)
+)  # fmt: skip
 def test_calls_in_text(parser: Any, text: str, content: str, names: list[str], size: int) -> None:
     found = parser()
     said, calls = "", list[Call]()
@@ -274,6 +293,79 @@ def test_calls_in_text(parser: Any, text: str, content: str, names: list[str], s
     assert said + more == content
     assert [call.name for call in calls + new] == names
     assert all(isinstance(json.loads(call.arguments), dict) for call in calls + new)
+    if parser is MistralCalls:
+        assert all(re.fullmatch("[a-z0-9]{9}", call.id) for call in calls + new)
+        assert "[CALL_ID]" not in text or calls[0].id == "x1y2z3a4b"
+
+
+def test_a_call_is_given_out_when_it_is_complete() -> None:
+    parser = MistralCalls()
+    first, second = '[TOOL_CALLS][{"name":"a","arguments":{}}', ',{"name":"b","arguments":{}}]'
+    assert [call.name for call in parser.push(first)[1]] == ["a"]
+    assert [call.name for call in parser.push(second)[1]] == ["b"]
+
+
+def test_arguments_that_take_long_are_read_once() -> None:
+    parser = MistralCalls()
+    parser.push("[TOOL_CALLS]write[ARGS]")
+    piece = '"' + "x" * 8 + '": {"y": [1, 2]},'
+    begin = time.perf_counter()
+    parser.push("{")
+    for _ in range(20_000):
+        assert parser.push(piece) == ("", [])
+    assert time.perf_counter() - begin < 5
+    assert parser.push('"end": 1}')[1][0].name == "write"
+
+
+@pytest.fixture(scope="module", params=sorted(MISTRAL))
+def mistral(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[OpenAI]:
+    folder = tmp_path_factory.mktemp("mistral") / "tiny"
+    folder.mkdir()
+    save(folder, MISTRAL[request.param], MISTRAL_SPECIAL)
+    limits = ("--max-num-seqs", "4", "--max-num-batched-tokens", "128")
+    with serving(str(folder), *limits, folder=folder.parent) as server:
+        yield OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+        assert server.end() == 0
+
+
+def test_mistrals_calls(mistral: OpenAI) -> None:
+    """Special tokens begin them, which are no text otherwise; and the answer goes back into the template."""
+    names = set()
+    for seed in range(5):
+        given: dict[str, Any] = {"messages": HELLO, "tools": [WEATHER, TIME], "tool_choice": "required"}
+        given |= {"model": "tiny", "seed": seed, "max_tokens": 100}
+        answer = mistral.chat.completions.create(**given).choices[0]
+        assert answer.finish_reason == "tool_calls"
+        assert answer.message.content is None
+        (call,) = answer.message.tool_calls
+        check_call(call, call.function.name)
+        assert len(call.id) == 9
+        names.add(call.function.name)
+        streamed = [c.choices[0] for c in mistral.chat.completions.create(**given, stream=True)]
+        (delta,) = [call for choice in streamed for call in choice.delta.tool_calls or ()]
+        assert (delta.function.name, delta.function.arguments) == (
+            call.function.name,
+            call.function.arguments,
+        )
+        assert "".join(choice.delta.content or "" for choice in streamed) == ""
+        assert streamed[-1].finish_reason == "tool_calls"
+        told = {"role": "tool", "tool_call_id": call.id, "content": "sunny"}
+        again = mistral.chat.completions.create(
+            model="tiny", messages=[*HELLO, answer.message, told], tools=[WEATHER, TIME], max_tokens=3
+        )
+        assert again.usage.completion_tokens > 0
+    assert names == {"weather", "time"}
+
+
+def test_special_tokens_are_text_only_where_calls_are_looked_for(mistral: OpenAI) -> None:
+    ids = mistral.post("/../tokenize", body={"prompt": "[TOOL_CALLS][INST]"}, cast_to=object)["tokens"]
+    assert len(ids) == 2
+    bias: Any = {"logit_bias": {str(token): 100 for token in ids}}
+    ask: Any = {"model": "tiny", "messages": HELLO, "max_tokens": 40, "seed": 2, **bias}
+    assert mistral.chat.completions.create(**ask).choices[0].message.content == ""
+    said = mistral.chat.completions.create(**ask, tools=[TIME]).choices[0].message.content
+    assert said
+    assert set(said.split("[TOOL_CALLS]")) == {""}
 
 
 def test_formats_are_known_by_the_template() -> None:
@@ -281,13 +373,18 @@ def test_formats_are_known_by_the_template() -> None:
         def __init__(self, source: str | None) -> None:
             self.tool_template = source
 
+        def encode(self, text: str, special: bool) -> list[int]:
+            return [7]
+
     def name(source: str | None) -> str | None:
         found = detect(Fake(source))  # type: ignore[arg-type]
         return found.name if found else None
 
     assert name("{% if tools %}<tool_call>{% endif %}") == "hermes"
     assert name('{% if tools %}{"name": ..., "parameters": ...}{% endif %}') == "llama"
-    assert name("{% if tools %}[TOOL_CALLS]{% endif %}") is None
+    assert name("{% if tools %}[TOOL_CALLS]{% endif %}") == "mistral"
+    assert name("{% if tools %}[TOOL_CALLS]name[ARGS]{% endif %}") == "mistral-named"
+    assert name("{% if tools %}<function>{% endif %}") is None
     assert name("{{ messages }}") is None
     assert name(None) is None
     assert detect(None) is None

@@ -122,10 +122,17 @@ def test_json_logs_are_one_object_a_line(locked: Server) -> None:
 def test_prompts_are_logged_when_asked_and_the_world_is_warned_of(model: Path, tmp_path: Path) -> None:
     options = ("--log-prompts", "--host", "0.0.0.0")
     with serving(str(model), *SMALL, *options, folder=tmp_path, env={"OSTINATO_API_KEY": ""}) as server:
-        answer = post(f"{server.url}/v1/completions", {"prompt": SECRET, "max_tokens": 2, "user": "ada"})[1]
+        answer = post(
+            f"{server.url}/v1/completions",
+            {"prompt": SECRET, "max_tokens": 2, "user": "ada\nforged: line\x1b[2J"},
+        )[1]
         assert answer["id"] in server.log
         assert SECRET in server.log
         assert "ada" in server.log
+        assert not any(line.startswith("forged") for line in server.log.splitlines())
+        assert "\x1b" not in server.log
+        page = get(f"{server.url}/")[2]
+        assert "frame-ancestors 'none'" in page["content-security-policy"]
         assert "WARNING" in server.log
         assert "without a key" in server.log
 

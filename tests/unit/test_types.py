@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import inspect
 import json
 import math
+import pickle
 from decimal import Decimal
 from typing import Any
 
@@ -12,7 +16,7 @@ import pytest
 import torch
 
 from ostinato import SamplingParams
-from ostinato.errors import OstinatoError, SamplingParamsError, UnknownOptionError
+from ostinato.errors import OstinatoError, RequestError, SamplingParamsError, UnknownOptionError
 from ostinato.types import MAX_LOGIT_BIAS, Request, SamplerVariant
 
 
@@ -170,3 +174,33 @@ def test_bad_words_ban_the_token_that_would_complete_them() -> None:
     assert r.host_dependent
     r.output_token_ids = [5]
     assert r.banned_next() == (9, 6)
+
+
+def test_a_misspelt_field_is_refused_by_name_and_the_class_stays_a_dataclass() -> None:
+    for call in (
+        lambda: SamplingParams(temprature=1),  # type: ignore[call-arg]
+        lambda: dataclasses.replace(SamplingParams(), temprature=1),  # type: ignore[call-arg]
+    ):
+        with pytest.raises(UnknownOptionError, match="'temprature'; did you mean 'temperature'") as caught:
+            call()
+        assert isinstance(caught.value, TypeError)
+    with pytest.raises(TypeError, match="multiple values"):
+        SamplingParams(1, n=1)  # type: ignore[misc]
+    params = SamplingParams(2, temperature=0.5)
+    assert params.n == 2
+    assert dataclasses.replace(params, n=1) == SamplingParams(temperature=0.5)
+    assert pickle.loads(pickle.dumps(params)) == copy.deepcopy(params) == params
+    names = [f.name for f in dataclasses.fields(SamplingParams)]
+    assert list(inspect.signature(SamplingParams).parameters) == names
+
+
+def test_which_tokens_end_a_request() -> None:
+    assert SamplingParams(stop_token_ids=[5]).stops([2]) == {2, 5}
+    assert SamplingParams(stop_token_ids=[5], ignore_eos=True).stops([2]) == {5}
+    SamplingParams(allowed_token_ids=[2, 5, 6], min_tokens=1, stop_token_ids=[5]).stops([2])
+    SamplingParams(allowed_token_ids=[2], min_tokens=1, ignore_eos=True).stops([2])
+    SamplingParams(allowed_token_ids=[2]).stops([2])
+    with pytest.raises(RequestError, match=r"allowed_token_ids: .*min_tokens=1"):
+        SamplingParams(allowed_token_ids=[2, 5], min_tokens=1, stop_token_ids=[5]).stops([2])
+    with pytest.raises(RequestError, match="stop_token_ids: 65 ids"):
+        SamplingParams(stop_token_ids=range(64)).stops([100])

@@ -23,9 +23,11 @@ from .service import Service
 
 logger = logging.getLogger(__name__)
 
-_UNREAD_SECONDS = 10.0
+UNREAD_SECONDS = 10.0
 """For the client to read what is left once the request's time is over; then the connection is closed."""
 _DONE = b"data: [DONE]\n\n"
+_LINE_ENDS = tuple((char.encode(), b"\\u%04x" % ord(char)) for char in "\x85\u2028\u2029")
+"""Of text, not of events: clients that cut lines by Unicode's rules would tear an event at them."""
 _encode = msgspec.json.Encoder().encode
 
 
@@ -63,7 +65,7 @@ class Answer(Response):
         work = asyncio.ensure_future((self._events if self._stream else self._at_once)(send))
         gone = asyncio.ensure_future(_disconnected(receive))
         try:
-            limit = self._service.options.request_timeout + _UNREAD_SECONDS
+            limit = self._service.options.request_timeout + UNREAD_SECONDS
             await asyncio.wait({work, gone}, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
             if work.done():
                 work.result()
@@ -80,7 +82,7 @@ class Answer(Response):
             async for deltas in self._generation.deltas():
                 for delta in deltas:
                     self._form.keep(delta)
-            body = self._form.whole().model_dump_json(exclude_unset=True).encode()
+            body = await asyncio.to_thread(self._whole) if self._generation.is_large else self._whole()
             status, headers = 200, [(b"content-type", b"application/json")]
         except ApiError as error:
             self._generation.close("error")
@@ -90,6 +92,9 @@ class Answer(Response):
         headers.append((b"content-length", str(len(body)).encode()))
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": body})
+
+    def _whole(self) -> bytes:
+        return self._form.whole().model_dump_json(exclude_unset=True).encode()
 
     async def _events(self, send: Send) -> None:
         headers = [
@@ -118,7 +123,11 @@ class Answer(Response):
 
 
 def _event(chunk: dict[str, Any]) -> bytes:
-    return b"data: " + _encode(chunk) + b"\n\n"
+    data = _encode(chunk)
+    if not data.isascii():
+        for char, written in _LINE_ENDS:
+            data = data.replace(char, written)
+    return b"data: " + data + b"\n\n"
 
 
 async def _disconnected(receive: Receive) -> None:

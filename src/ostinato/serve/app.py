@@ -68,7 +68,8 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     "5XX": {"model": ErrorResponse, "description": "The engine died, or the request took too long."},
 }
 _SECURITY_HEADERS = {
-    "content-security-policy": "default-src 'self' 'unsafe-inline'; connect-src 'self'; img-src 'self' data:",
+    "content-security-policy": "default-src 'self' 'unsafe-inline'; connect-src 'self'; img-src 'self' data:; "
+    "frame-ancestors 'none'; form-action 'self'; base-uri 'none'",
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
 }
@@ -141,7 +142,7 @@ def _add_routes(app: FastAPI, service: Service) -> None:
 
     @app.post("/tokenize", response_model=TokenizeResponse, responses=_ERRORS)
     async def tokenize(request: Request) -> Response:
-        return _json(await _tokenize(service, await read(request, TokenizeRequest)))
+        return await _tokenize(service, await read(request, TokenizeRequest))
 
     @app.post("/detokenize", response_model=DetokenizeResponse, responses=_ERRORS)
     async def detokenize(request: Request) -> Response:
@@ -197,7 +198,7 @@ def _graphs_page(text: str) -> str:
     return html(GraphReport.from_json(text))
 
 
-async def _tokenize(service: Service, body: TokenizeRequest) -> TokenizeResponse:
+async def _tokenize(service: Service, body: TokenizeRequest) -> Response:
     service.check_model(body.model)
     tokenizer = service.need_tokenizer("prompt")
     if (body.prompt is None) == (body.messages is None):
@@ -221,12 +222,13 @@ async def _tokenize(service: Service, body: TokenizeRequest) -> TokenizeResponse
             continues=continues,
         )
     ids = list(prompt.ids)
-    return TokenizeResponse(
-        count=len(ids),
-        max_model_len=service.ready.max_model_len,
-        tokens=ids,
-        token_strs=[tokenizer.token_text(i) for i in ids] if body.return_token_strs else None,
-    )
+
+    def answer() -> Response:
+        strings = [tokenizer.token_text(i) for i in ids] if body.return_token_strs else None
+        longest = service.ready.max_model_len
+        return _json(TokenizeResponse(count=len(ids), max_model_len=longest, tokens=ids, token_strs=strings))
+
+    return await service.run(answer, len(ids) > _LONG_LIST, "prompt")
 
 
 def _card(service: Service, name: str) -> ModelCard:

@@ -47,7 +47,7 @@ async def read(request: Request, model: type[M], limit: int) -> M:
 async def _read(request: Request, limit: int) -> bytes:
     too_long = ApiError(f"the body is longer than {limit} bytes", 413, code="body_too_large")
     length = request.headers.get("content-length", "0")
-    if length.isdigit() and int(length) > limit:
+    if length.isdecimal() and int(length) > limit:
         raise too_long
     data = bytearray()
     try:

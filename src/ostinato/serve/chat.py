@@ -34,6 +34,11 @@ async def chat(service: Service, body: ChatRequest) -> Answer:
     Raises:
         ApiError: the request cannot be served.
     """
+    with service.preparing():
+        return await _chat(service, body)
+
+
+async def _chat(service: Service, body: ChatRequest) -> Answer:
     model = service.check_model(body.model)
     options = stream_options(body.stream, body.stream_options)
     if body.add_special_tokens:
@@ -52,7 +57,8 @@ async def chat(service: Service, body: ChatRequest) -> Answer:
         continues=continues,
     )
     words = service.tokenizer.bad_word_ids(params.bad_words) if service.tokenizer and params.bad_words else ()
-    job = Job([prompt], params, words, grammar)
+    shown = service.tools.special.values() if tools and service.tools else ()
+    job = Job([prompt], params, words, grammar, frozenset(shown))
     generation = service.submit(job)
     form = ChatFormat(service, model, body, options, generation, bool(tools))
     service.log("chat", form.id, job, body.user)

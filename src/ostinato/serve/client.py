@@ -19,6 +19,7 @@ from .errors import ApiError, engine_died
 from .messages import (
     Abort,
     Add,
+    Alive,
     End,
     Failed,
     First,
@@ -42,6 +43,12 @@ logger = logging.getLogger(__name__)
 
 WORKER = (sys.executable, "-m", "ostinato.serve.worker")
 """The engine process; the descriptor of its socket is added."""
+_BEAT_SECONDS = 1.0
+"""Most seconds between two signs of life."""
+_TICKS = 4
+"""How often the time without a sign of life is looked at before it is over."""
+_KILL_SECONDS = 5.0
+"""For a killed process to be gone."""
 
 
 class Inbox:
@@ -91,7 +98,18 @@ class Feed:
     """One completion as it comes from the engine; `tokens` and `logprobs` hold what was not taken yet."""
 
     __slots__ = (
-        *("arrived", "cached_tokens", "end", "first_at", "inbox", "index", "key", "last_at", "listed"),
+        *(
+            "admitted",
+            "arrived",
+            "cached_tokens",
+            "end",
+            "first_at",
+            "inbox",
+            "index",
+            "key",
+            "last_at",
+            "listed",
+        ),
         *("logprobs", "num_tokens", "prompt_logprobs", "tokens"),
     )
 
@@ -106,7 +124,8 @@ class Feed:
         self.prompt_logprobs: list[list[TokenLogprob] | None] | None = None
         self.num_tokens = 0
         self.arrived = time.monotonic()
-        self.first_at = self.last_at = 0.0
+        self.admitted = self.first_at = self.last_at = 0.0
+        """As `arrived`, once there is a token."""
 
 
 class EngineClient:
@@ -124,16 +143,25 @@ class EngineClient:
         self._ready: asyncio.Future[Ready] | None = None
         self._keys = itertools.count()
         self._feeds: dict[int, Feed] = {}
-        self._reports: list[asyncio.Future[GraphsReport]] = []
+        self._report: asyncio.Future[GraphsReport] | None = None
         self._stopping = False
+        self._heard = False
+        self._watching: asyncio.Task[None] | None = None
         self.stats: Stats | None = None
         self.died: asyncio.Future[str] | None = None
         """Done, with the reason, once the engine is gone without having been told to stop."""
 
     # --- its life ----------------------------------------------------------------------
 
-    async def start(self, options: Mapping[str, Any], log_level: str, log_format: str) -> Ready:
+    async def start(
+        self, options: Mapping[str, Any], log_level: str, log_format: str, silence: float
+    ) -> Ready:
         """Start the process and wait until the engine serves.
+
+        Args:
+            options: fields of `EngineOptions`.
+            log_level, log_format: of the process's log.
+            silence: seconds after which an engine that serves and says nothing counts as hung.
 
         Raises:
             OstinatoError: it could not be built; the message is the engine's own.
@@ -148,8 +176,26 @@ class EngineClient:
         ours.setblocking(False)
         transport, _ = await loop.create_connection(lambda: _Wire(self), sock=ours)
         self._transport = transport
-        self._send(Start(dict(options), log_level, log_format))
-        return await self._ready
+        beat = min(silence / (2 * _TICKS), _BEAT_SECONDS)
+        self._send(Start(dict(options), log_level, log_format, beat))
+        ready = await self._ready
+        self._watching = asyncio.ensure_future(self._watch(silence))
+        return ready
+
+    async def _watch(self, silence: float) -> None:
+        """End an engine that hangs.
+
+        Counts ticks instead of seconds: where this process was stopped too, one tick has passed.
+        """
+        silent = 0
+        while silent < _TICKS:
+            self._heard = False
+            await asyncio.sleep(silence / _TICKS)
+            silent = 0 if self._heard else silent + 1
+        if not self._stopping and self.dead is None:
+            logger.critical("the engine process says nothing, and is killed")
+            self.kill()
+            self.gone(f"it said nothing for {silence:g} s (--engine-timeout)")
 
     @property
     def dead(self) -> str | None:
@@ -163,6 +209,8 @@ class EngineClient:
     async def stop(self, seconds: float) -> None:
         """Ask the engine to end, and kill it if it takes longer than that."""
         self._stopping = True
+        if self._watching is not None:
+            self._watching.cancel()
         process = self._process
         if process is None or process.returncode is not None:
             return
@@ -171,7 +219,11 @@ class EngineClient:
             async with asyncio.timeout(seconds):
                 await process.wait()
         self.kill()
-        await process.wait()
+        try:
+            async with asyncio.timeout(_KILL_SECONDS):
+                await process.wait()
+        except TimeoutError:  # a driver may hold it where no signal arrives
+            logger.error("the engine process %d does not end, and is left behind", process.pid)
 
     def kill(self) -> None:
         """End the process at once."""
@@ -219,17 +271,17 @@ class EngineClient:
             feed.inbox.fail(error)
 
     async def graphs_report(self) -> str:
-        """The engine's `GraphReport` as JSON, made between two steps.
+        """The engine's `GraphReport` as JSON, made between two steps; who asks meanwhile gets the same.
 
         Raises:
             ApiError: the engine is gone, or has none.
         """
         if self.dead is not None:
             raise engine_died(self.dead)
-        future: asyncio.Future[GraphsReport] = asyncio.get_running_loop().create_future()
-        self._reports.append(future)
-        self._send(ReportGraphs())
-        report = await future
+        if self._report is None:
+            self._report = asyncio.get_running_loop().create_future()
+            self._send(ReportGraphs())
+        report = await asyncio.shield(self._report)
         if report.error:
             raise ApiError(report.error, 500, kind="server_error")
         return report.json
@@ -242,6 +294,7 @@ class EngineClient:
 
     def receive(self, message: FromEngine) -> None:
         """Take one message of the engine's."""
+        self._heard = True
         match message:
             case Step():
                 self._take_step(message)
@@ -254,9 +307,11 @@ class EngineClient:
                 self._ready.set_result(message)
             case Failed(text):
                 self.gone(text)
+            case Alive():
+                pass
             case GraphsReport():
-                future = self._reports.pop(0)
-                if not future.done():
+                future, self._report = self._report, None
+                if future is not None:
                     future.set_result(message)
 
     def _take_step(self, step: Step) -> None:
@@ -285,7 +340,7 @@ class EngineClient:
     def _take_first(self, first: First, now: float) -> None:
         feed = self._feeds.get(first.key)
         if feed is not None:
-            feed.first_at = now
+            feed.first_at, feed.admitted = now, first.admitted
             feed.cached_tokens = first.num_cached_tokens
             feed.prompt_logprobs = first.prompt_logprobs
 
@@ -302,9 +357,10 @@ class EngineClient:
         feeds, self._feeds = list(self._feeds.values()), {}
         for feed in feeds:
             feed.inbox.fail(error)
-        for future in self._reports:
-            if not future.done():
-                future.set_exception(error)
+        report, self._report = self._report, None
+        if report is not None:
+            report.set_exception(error)
+            report.exception()  # nobody may be left who waits for it
 
 
 class _Wire(asyncio.Protocol):

@@ -36,6 +36,11 @@ async def complete(service: Service, body: CompletionRequest) -> Answer:
     Raises:
         ApiError: the request cannot be served.
     """
+    with service.preparing():
+        return await _complete(service, body)
+
+
+async def _complete(service: Service, body: CompletionRequest) -> Answer:
     model = service.check_model(body.model)
     options = stream_options(body.stream, body.stream_options)
     wanted = body.prompt_logprobs

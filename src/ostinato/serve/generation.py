@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -19,6 +19,8 @@ from .errors import ApiError
 from .messages import TokenLogprob
 from .metrics import Metrics
 
+_LARGE = 2000
+"""Tokens and their alternatives."""
 _DEFAULTS = SamplingParams()
 _NOT_SENT = frozenset(
     ("n", "seed", "stop", "include_stop_str_in_output", "skip_special_tokens", "bad_words", "output_kind")
@@ -43,6 +45,8 @@ class Job:
     params: SamplingParams
     bad_words: Sequence[Sequence[int]] = ()
     grammar: str | None = None
+    shown: Collection[int] = ()
+    """Special tokens that are text all the same."""
 
     @property
     def num_choices(self) -> int:
@@ -69,11 +73,9 @@ class Delta:
 class Choice:
     """One completion under way."""
 
-    def __init__(
-        self, feed: Feed, prompt: Prompt, params: SamplingParams, tokenizer: Tokenizer | None
-    ) -> None:
-        self.feed, self.prompt, self._params = feed, prompt, params
-        self._sink = tokenizer.stream(params, prompt.ids) if tokenizer is not None else None
+    def __init__(self, feed: Feed, prompt: Prompt, job: Job, tokenizer: Tokenizer | None) -> None:
+        self.feed, self.prompt, self._params = feed, prompt, job.params
+        self._sink = tokenizer.stream(job.params, prompt.ids, job.shown) if tokenizer is not None else None
         self._sent = 0
         self.num_tokens = 0
         self.finish_reason: str | None = None
@@ -135,10 +137,12 @@ class Generation:
         self._inbox = Inbox()
         n = job.params.n
         self.choices = [
-            Choice(Feed(index, self._inbox), job.prompts[index // n], job.params, tokenizer)
+            Choice(Feed(index, self._inbox), job.prompts[index // n], job, tokenizer)
             for index in range(job.num_choices)
         ]
         self._open = set(range(len(self.choices)))
+        self._left = [n] * len(job.prompts)
+        """Completions of each prompt that have not ended."""
         late = ApiError(
             f"the request took longer than {timeout:g} s", 504, kind="server_error", code="timeout"
         )
@@ -195,12 +199,24 @@ class Generation:
         return sum(choice.num_tokens for choice in self.choices)
 
     @property
+    def is_large(self) -> bool:
+        """Whether writing it all takes longer than an event loop should."""
+        params = self.job.params
+        prompts = self.job.num_prompt_tokens * params.n * (params.prompt_logprobs or 0)
+        return self.num_generated * ((params.logprobs or 0) + 1) + prompts > _LARGE
+
+    @property
     def num_cached(self) -> int:
         """Prompt tokens that the prefix cache supplied, each prompt counted once."""
         return sum(choice.feed.cached_tokens for choice in self.choices[:: self.job.params.n])
 
     def _observe(self, choice: Choice, reason: str) -> None:
         self._metrics.ended(choice.feed, reason, len(choice.prompt.ids), choice.num_tokens, time.monotonic())
+        n = self.job.params.n
+        prompt = choice.feed.index // n
+        self._left[prompt] -= 1
+        if not self._left[prompt]:
+            self._metrics.longest(max(c.num_tokens for c in self.choices[prompt * n : (prompt + 1) * n]))
 
 
 def wire(params: SamplingParams) -> dict[str, Any]:

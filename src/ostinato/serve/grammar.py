@@ -7,7 +7,7 @@ compiles them (`Compiler`) and walks them with the tokens that were sampled (`Wa
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from llguidance import LLMatcher, LLTokenizer
@@ -58,12 +58,20 @@ def lark(text: str) -> str:
 
 
 def json_between(before: str, schema: dict[str, Any], after: str) -> str:
-    """The grammar of a JSON text with fixed text around it."""
-    options = {"x-guidance": _JSON_OPTIONS}
-    text = (
-        f"start: {json.dumps(before)} value {json.dumps(after)}\nvalue: %json {json.dumps(schema | options)}"
-    )
-    return lark(text)
+    """The grammar of a JSON text between two others, which are in Lark."""
+    return lark(f"start: {before} value {after}\nvalue: {_json_rule(schema)}")
+
+
+def json_named(before: str, between: str, schemas: Mapping[str, dict[str, Any]]) -> str:
+    """The grammar of one of these names and a JSON text of its schema; `before` and `between` are in Lark."""
+    rules = [f"start: {before} ({' | '.join(f'call{n}' for n in range(len(schemas)))})"]
+    for n, (name, schema) in enumerate(schemas.items()):
+        rules += [f"call{n}: {json.dumps(name)} {between} json{n}", f"json{n}: {_json_rule(schema)}"]
+    return lark("\n".join(rules))
+
+
+def _json_rule(schema: dict[str, Any]) -> str:
+    return f"%json {json.dumps(schema | {'x-guidance': _JSON_OPTIONS})}"
 
 
 def check(grammar: str) -> str | None:
@@ -92,7 +100,7 @@ class Compiler:
             self._made = LLTokenizer(self._tokenizer.to_json(), n_vocab=size, eos_token=self._eos or None)
         matcher = LLMatcher(self._made, grammar, log_level=0)
         if matcher.is_error():
-            raise RequestError(f"the grammar cannot be used: {matcher.get_error()}")
+            raise RequestError(str(matcher.get_error()))
         return Walk(matcher)
 
 

@@ -36,6 +36,8 @@ class Start(_Message, frozen=True):
     """Fields of `EngineOptions`."""
     log_level: str
     log_format: str
+    beat_seconds: float
+    """How often the loop says that it comes round."""
 
 
 class Add(_Message, frozen=True):
@@ -75,6 +77,7 @@ class Ready(_Message, frozen=True):
     max_model_len: int
     max_num_seqs: int
     vocab_size: int
+    eos_token_ids: list[int]
     num_kv_tokens: int
     """Tokens that the whole KV cache holds."""
     config: dict[str, str]
@@ -100,6 +103,8 @@ class First(_Message, frozen=True):
 
     key: int
     num_cached_tokens: int
+    admitted: float
+    """When it first got a row: `time.monotonic`, which the processes of a machine share."""
     prompt_logprobs: list[list[TokenLogprob] | None] | None
 
 
@@ -142,6 +147,10 @@ class Step(_Message, frozen=True):
     stats: Stats | None = None
 
 
+class Alive(_Message, frozen=True):
+    """The loop has come round; an engine that says nothing for long hangs."""
+
+
 class GraphsReport(_Message, frozen=True):
     """A `GraphReport` as JSON, or why there is none."""
 
@@ -150,7 +159,7 @@ class GraphsReport(_Message, frozen=True):
 
 
 ToEngine: TypeAlias = Start | Add | Abort | ReportGraphs | Stop
-FromEngine: TypeAlias = Ready | Failed | Refused | Step | GraphsReport
+FromEngine: TypeAlias = Ready | Failed | Refused | Step | Alive | GraphsReport
 
 _ENCODER = msgspec.msgpack.Encoder()
 _TO_ENGINE: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)

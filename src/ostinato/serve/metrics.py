@@ -95,9 +95,19 @@ _DISTRIBUTIONS: dict[str, tuple[str, Sequence[float]]] = {
     "inter_token_latency_seconds": ("Seconds between two tokens of a completion.", _GAP),
     "request_time_per_output_token_seconds": ("Mean of a completion's seconds between tokens.", _GAP),
     "e2e_request_latency_seconds": ("Seconds from a completion's arrival to its end.", _REQUEST),
+    "request_queue_time_seconds": ("Seconds from a completion's arrival until it first ran.", _REQUEST),
+    "request_prefill_time_seconds": (
+        "Seconds from when a completion first ran to its first token.",
+        _REQUEST,
+    ),
+    "request_inference_time_seconds": (
+        "Seconds from when a completion first ran to its last token.",
+        _REQUEST,
+    ),
     "request_decode_time_seconds": ("Seconds from a completion's first token to its last.", _REQUEST),
     "request_prompt_tokens": ("Prompt tokens of a completion.", _TOKENS),
     "request_generation_tokens": ("Tokens generated for a completion.", _TOKENS),
+    "request_max_num_generation_tokens": ("Tokens of a prompt's longest completion.", _TOKENS),
     "request_params_n": ("The parameter n of requests.", _N),
     "request_params_max_tokens": ("The parameter max_tokens of requests.", _TOKENS),
 }
@@ -162,10 +172,18 @@ class Metrics:
         self._observe("e2e_request_latency_seconds", now - feed.arrived)
         self._observe("request_prompt_tokens", prompt_tokens)
         self._observe("request_generation_tokens", tokens)
+        if tokens:
+            self._observe("request_queue_time_seconds", feed.admitted - feed.arrived)
+            self._observe("request_prefill_time_seconds", feed.first_at - feed.admitted)
+            self._observe("request_inference_time_seconds", feed.last_at - feed.admitted)
         if tokens > 1:
             seconds = feed.last_at - feed.first_at
             self._observe("request_decode_time_seconds", seconds)
             self._observe("request_time_per_output_token_seconds", seconds / (tokens - 1))
+
+    def longest(self, tokens: int) -> None:
+        """The last completion of a prompt has ended; the longest has this many tokens."""
+        self._observe("request_max_num_generation_tokens", tokens)
 
     def refused(self, status: int) -> None:
         """A request was answered with an error."""
@@ -202,6 +220,12 @@ class Metrics:
             histogram = HistogramMetricFamily(f"ostinato:{name}", text, labels=label)
             histogram.add_metric(model, found.buckets(), found.sum)
             yield histogram
+        # vLLM's former name, which older dashboards have.
+        old = HistogramMetricFamily(
+            "ostinato:time_per_output_token_seconds", "As inter_token_latency_seconds.", labels=label
+        )
+        old.add_metric(model, self._gaps.buckets(), self._gaps.sum)
+        yield old
         yield counter("prompt_tokens", "Prompt tokens of accepted prompts.", self._prompt_tokens)
         yield counter("generation_tokens", "Tokens generated.", self._generation_tokens)
         ended = CounterMetricFamily(

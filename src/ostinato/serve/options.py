@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -35,6 +36,9 @@ class ServeOptions:
     """Completions that may wait beside those that run."""
     request_timeout: float = 600.0
     """Seconds"""
+    engine_timeout: float = 300.0
+    """Seconds without a sign of life after which the engine counts as hung. A step and what it captures or
+    compiles must fit."""
     shutdown_timeout: float = 30.0
     """Seconds that open requests get to end after SIGTERM."""
     max_body_size: int = 16 << 20
@@ -58,10 +62,10 @@ class ServeOptions:
             raise ConfigError(f"--port must be 0 to 65535, got {self.port}")
         if self.max_waiting < 0:
             raise ConfigError(f"--max-waiting must be at least 0, got {self.max_waiting}")
-        for name in ("request_timeout", "max_body_size"):
-            if not getattr(self, name) > 0:
+        for name in ("request_timeout", "engine_timeout", "max_body_size"):
+            if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"--{name.replace('_', '-')} must be positive, got {getattr(self, name)}")
-        if not self.shutdown_timeout >= 0:
+        if not 0 <= self.shutdown_timeout < math.inf:
             raise ConfigError(f"--shutdown-timeout must be at least 0, got {self.shutdown_timeout}")
         if any(not key or not key.isascii() for key in self.api_keys):
             raise ConfigError("--api-key must not be empty, and plain ASCII: it travels in a header")
@@ -96,6 +100,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-waiting", type=int, default=1024, help="completions that may wait; 429 beyond (default: 1024)"
     )
     http.add_argument("--request-timeout", type=float, default=600.0, metavar="S", help="default: 600")
+    http.add_argument(
+        "--engine-timeout", type=float, default=300.0, metavar="S",
+        help="seconds after which an engine that says nothing counts as hung; one step must fit (default: 300)",
+    )  # fmt: skip
     http.add_argument(
         "--shutdown-timeout", type=float, default=30.0, metavar="S",
         help="seconds for open requests to end after SIGTERM (default: 30)",
@@ -162,6 +170,7 @@ def from_arguments(args: argparse.Namespace, engine: Sequence[str]) -> ServeOpti
         api_keys=tuple(keys),
         max_waiting=args.max_waiting,
         request_timeout=args.request_timeout,
+        engine_timeout=args.engine_timeout,
         shutdown_timeout=args.shutdown_timeout,
         max_body_size=args.max_body_size,
         cors_origins=tuple(args.cors_origin),

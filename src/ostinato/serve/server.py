@@ -1,7 +1,7 @@
 """The life of a server: start the engine, serve, drain, end.
 
 SIGTERM or Ctrl-C: no new requests, open ones may end within the time limit, exit status 0. A second
-one ends everything at once. If the engine dies, every open request is answered with an error,
+one ends everything at once. If the engine dies or hangs, every open request is answered with an error,
 `/health` says 503 for a moment, and the exit status is 1, so that a supervisor starts anew.
 """
 
@@ -24,9 +24,12 @@ from ..errors import ConfigError
 from ..models.hub import DEFAULT_MODEL_NAME, resolve
 from ..tokenizer import Tokenizer
 from . import logs
+from .answers import UNREAD_SECONDS
 from .app import make_app
+from .checker import Checker
 from .client import EngineClient
 from .errors import shutting_down
+from .http import HttpProtocol
 from .metrics import Metrics
 from .options import KEY_VARIABLE, ServeOptions
 from .service import Service
@@ -36,6 +39,8 @@ logger = logging.getLogger(__name__)
 
 _LAST_SECONDS = 1.0
 """For which a server without an engine still says so."""
+_LONGEST_UNREAD = 1e6
+"""Seconds"""
 _ENGINE_SECONDS = 5.0
 """For the engine to end when asked to."""
 
@@ -68,6 +73,7 @@ class _Server:
         self._options = options
         self._stop = asyncio.Event()
         self._engine = EngineClient(self._on_token)
+        self._checker = Checker()
         self._metrics: Metrics | None = None
 
     def _on_token(self, feed: Any, gap: float | None) -> None:
@@ -99,6 +105,7 @@ class _Server:
                 return await self._serve(service, sock)
             finally:
                 stopping.cancel()
+                await self._checker.close()
                 await self._engine.stop(_ENGINE_SECONDS)
 
     async def _start(self) -> Service:
@@ -108,7 +115,9 @@ class _Server:
         path = await asyncio.to_thread(_model_path, options.engine)
         engine = {**options.engine, "model": str(path)} if path is not None else options.engine
         tokenizer_at = await asyncio.to_thread(_tokenizer_path, options.engine, path)
-        building = asyncio.ensure_future(self._engine.start(engine, options.log_level, options.log_format))
+        building = asyncio.ensure_future(
+            self._engine.start(engine, options.log_level, options.log_format, options.engine_timeout)
+        )
         try:
             tokenizer = (
                 await asyncio.to_thread(Tokenizer.load, tokenizer_at) if tokenizer_at is not None else None
@@ -121,12 +130,23 @@ class _Server:
         names = options.names or (_name(options.engine.get("model")),)
         self._metrics = Metrics(names[0], ready)
         tools = detect(tokenizer)
-        return Service(options, self._engine, ready, tokenizer, tools, names, self._metrics, int(time.time()))
+        return Service(
+            options,
+            self._engine,
+            self._checker,
+            ready,
+            tokenizer,
+            tools,
+            names,
+            self._metrics,
+            int(time.time()),
+        )
 
     async def _serve(self, service: Service, sock: socket.socket) -> int:
         options = self._options
         config = uvicorn.Config(
             make_app(service),
+            http=HttpProtocol,
             log_config=None,
             log_level=options.log_level,
             access_log=False,
@@ -152,6 +172,8 @@ class _Server:
         stopping = asyncio.ensure_future(self._stop.wait())
         ends: set[asyncio.Future[Any]] = {serving, stopping, self._engine.died}
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        service.draining = True
+        await self._checker.close()
         if self._engine.dead is not None:
             logger.critical("the engine died: %s", self._engine.dead)
             await asyncio.sleep(_LAST_SECONDS)
@@ -167,7 +189,6 @@ class _Server:
 
     async def _drain(self, service: Service) -> None:
         """Let open requests end, within the time limit or until the engine dies."""
-        service.draining = True
         limit = time.monotonic() + self._options.shutdown_timeout
         if service.num_open:
             logger.info(
@@ -175,7 +196,11 @@ class _Server:
                 service.num_open,
                 self._options.shutdown_timeout,
             )
-        while service.num_open and time.monotonic() < limit and self._engine.dead is None:
+        while (
+            (service.num_open or service.num_preparing)
+            and time.monotonic() < limit
+            and self._engine.dead is None
+        ):
             await asyncio.sleep(0.02)
         if service.num_open:
             logger.warning("shutting down: ended %d requests that were not done", service.num_open)
@@ -189,6 +214,11 @@ def _bound(options: ServeOptions) -> Iterator[socket.socket]:
     family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # Connections have these from here: nothing else ends one whose client never reads, or is gone unheard.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):
+            unread = min(options.request_timeout + UNREAD_SECONDS, _LONGEST_UNREAD)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(unread * 1000))
         try:
             sock.bind((options.host, options.port))
         except OSError as error:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import OstinatoError, RequestError, SamplingParamsError
 from ..tokenizer import Tokenizer
 from ..types import SamplingParams
+from .checker import Checker
 from .client import EngineClient
 from .errors import ApiError, engine_died, shutting_down
 from .generation import Generation, Job, Prompt
@@ -46,6 +48,7 @@ class Service:
 
     options: ServeOptions
     engine: EngineClient
+    checker: Checker
     ready: Ready
     tokenizer: Tokenizer | None
     tools: ToolFormat | None
@@ -54,6 +57,8 @@ class Service:
     metrics: Metrics
     created: int
     draining: bool = False
+    num_preparing: int = 0
+    """Requests that were read, and are not in the queue yet."""
     num_open: int = 0
     """Requests that generate, their last bytes included."""
 
@@ -155,6 +160,11 @@ class Service:
         given = {name: value for name in _SAME_NAMES if (value := getattr(body, name)) is not None}
         for token in given.get("logit_bias", ()):
             self._check_id(token, f"logit_bias.{token}")
+        if len(given.get("allowed_token_ids", ())) > self.ready.vocab_size:
+            raise ApiError(
+                f"allowed_token_ids: there are more than the {self.ready.vocab_size} tokens of the vocabulary",
+                param="allowed_token_ids",
+            )
         for name in ("stop_token_ids", "allowed_token_ids"):
             for index, token in enumerate(given.get(name, ())):
                 self._check_id(token, f"{name}[{index}]")
@@ -163,8 +173,10 @@ class Service:
                 if getattr(body, name) is not None:
                     self.need_tokenizer(name)
         try:
-            return SamplingParams(**given | own)
-        except SamplingParamsError as error:
+            params = SamplingParams(**given | own)
+            params.stops(self.ready.eos_token_ids)
+            return params
+        except (SamplingParamsError, RequestError) as error:
             field = re.match(r"\w+", str(error))
             raise ApiError(str(error), param=field[0] if field else None) from error
 
@@ -193,27 +205,55 @@ class Service:
         return await self.check_grammar(body, field, make)
 
     async def check_grammar(self, body: SamplingBody, field: str, make: Callable[[], str]) -> str:
-        """Make a grammar on a thread and check it."""
+        """Make a grammar, and have it checked in a process of its own."""
         for name in ("min_tokens", "ignore_eos", "allowed_token_ids", "bad_words"):
             if getattr(body, name):
                 raise ApiError(f"{name}: cannot be combined with {field}", param=name)
         self.need_tokenizer(field)
 
-        def checked() -> str:
-            from .grammar import check
-
+        def made() -> str:
             try:
-                text = make()
-                problem = check(text)
+                return make()
             except (ValueError, RecursionError) as error:
-                problem = str(error)
-            if problem:
-                raise RequestError(f"{field}: {problem[:500]}")
-            return text
+                raise RequestError(f"{field}: {str(error)[:500]}") from error
 
-        return await self.run(checked, True, field)
+        text = await self.run(made, True, field)
+        problem = await self.checker.check(text)
+        if problem is not None:
+            raise ApiError(f"{field}: {problem[:500]}", param=field)
+        return text
 
     # --- the queue ---------------------------------------------------------------------
+
+    @property
+    def _room(self) -> int:
+        """Completions that may run or wait."""
+        return self.ready.max_num_seqs + self.options.max_waiting
+
+    def _full(self) -> ApiError:
+        return ApiError(
+            f"too many requests: {self.engine.num_open} completions run or wait, {self.num_preparing} requests "
+            f"are being read, and {self._room} may",
+            429,
+            kind="rate_limit_error",
+            code="too_many_waiting",
+            headers={"Retry-After": "1"},
+        )
+
+    @contextlib.contextmanager
+    def preparing(self) -> Iterator[None]:
+        """Around the work on a request before `submit`: texts and grammars wait for threads, but not without end.
+
+        Raises:
+            ApiError: 429, too many do already.
+        """
+        if self.engine.num_open + self.num_preparing >= self._room:
+            raise self._full()
+        self.num_preparing += 1
+        try:
+            yield
+        finally:
+            self.num_preparing -= 1
 
     def submit(self, job: Job) -> Generation:
         """Put a job into the queue, whole or not at all.
@@ -226,19 +266,13 @@ class Service:
         if self.draining:
             raise shutting_down()
         self._check_lengths(job)
-        room = self.ready.max_num_seqs + self.options.max_waiting
+        room = self._room
         if job.num_choices > room:
             raise ApiError(
                 f"n: {job.num_choices} completions in one request; {room} can run or wait at once", param="n"
             )
         if self.engine.num_open + job.num_choices > room:
-            raise ApiError(
-                f"too many requests: {self.engine.num_open} completions run or wait, and {room} may",
-                429,
-                kind="rate_limit_error",
-                code="too_many_waiting",
-                headers={"Retry-After": "1"},
-            )
+            raise self._full()
         return Generation(self.engine, self.tokenizer, self.metrics, job, self.options.request_timeout)
 
     def _check_lengths(self, job: Job) -> None:
@@ -262,7 +296,7 @@ class Service:
                     param="max_tokens",
                     code="context_length_exceeded",
                 )
-            if prompt.text is None:
+            if prompt.text is None and max(prompt.ids) >= self.ready.vocab_size:
                 for place, token in enumerate(prompt.ids):
                     if token >= self.ready.vocab_size:
                         self._check_id(token, f"{where}[{place}]")

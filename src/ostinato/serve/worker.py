@@ -21,6 +21,7 @@ from . import logs
 from .messages import (
     Abort,
     Add,
+    Alive,
     Channel,
     End,
     Failed,
@@ -53,8 +54,9 @@ _COMPILING_SECONDS = 0.005
 class Worker:
     """Runs an engine for whoever is at the other end of the channel."""
 
-    def __init__(self, engine: Engine, channel: Channel) -> None:
+    def __init__(self, engine: Engine, channel: Channel, beat_seconds: float) -> None:
         self._engine, self._channel = engine, channel
+        self._beat_seconds, self._beat_due = beat_seconds, 0.0
         self._stats_due = 0.0
         self._idle_told = False
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="grammar")
@@ -67,11 +69,12 @@ class Worker:
         channel, engine = self._channel, self._engine
         while True:
             idle = not engine.has_unfinished
-            timeout = 0.0 if not idle else _COMPILING_SECONDS if self._compiling else None
+            timeout = 0.0 if not idle else _COMPILING_SECONDS if self._compiling else self._beat_seconds
             for message in channel.receive(timeout):
                 self._take(message)
             if self._stopped or channel.closed:
                 break
+            self._beat()
             self._take_compiled()
             if engine.has_unfinished:
                 self._tell(engine.advance())
@@ -80,17 +83,19 @@ class Worker:
         self._threads.shutdown(wait=False, cancel_futures=True)
         engine.close()
 
+    def _beat(self) -> None:
+        now = time.monotonic()
+        if now >= self._beat_due:
+            self._beat_due = now + self._beat_seconds
+            self._channel.send(Alive())
+
     def _take(self, message: ToEngine) -> None:
         match message:
             case Add():
                 if message.grammar is None:
                     self._add(message, None)
                 else:
-                    if self._compiler is None:
-                        from .grammar import Compiler
-
-                        self._compiler = Compiler(self._engine)
-                    future = self._threads.submit(self._compiler.compile, message.grammar)
+                    future = self._threads.submit(self._compile, message.grammar)
                     self._compiling[message.key] = (message, future)
             case Abort(keys):
                 for key in keys:
@@ -105,14 +110,27 @@ class Worker:
             case Start():
                 raise ValueError("a second Start")
 
+    def _compile(self, grammar: str) -> Walk:
+        """On the second thread, which alone uses the compiler."""
+        from .grammar import Compiler
+
+        if self._compiler is None:
+            self._compiler = Compiler(self._engine)
+        return self._compiler.compile(grammar)
+
     def _take_compiled(self) -> None:
         for key, (message, future) in list(self._compiling.items()):
             if future.done():
                 del self._compiling[key]
-                try:
+                error = future.exception()
+                if error is None:
                     self._add(message, future.result())
-                except OstinatoError as error:
-                    self._channel.send(Refused(key, str(error)))
+                    continue
+                if not isinstance(
+                    error, OstinatoError
+                ):  # a panic of the library's, too: it is this request's alone
+                    logger.error("a grammar could not be compiled", exc_info=error)
+                self._channel.send(Refused(key, f"the grammar cannot be used: {error}"))
 
     def _add(self, message: Add, grammar: TokenGrammar | None) -> None:
         try:
@@ -141,7 +159,9 @@ class Worker:
             if request.params.logprobs is not None:
                 logprobs[key] = _candidates(request.logprobs[-1])
             if len(output) == 1:
-                firsts.append(First(key, request.num_cached_tokens, _prompt_candidates(request)))
+                firsts.append(
+                    First(key, request.num_cached_tokens, request.admitted, _prompt_candidates(request))
+                )
             if request.finished:
                 ended.append(request)
                 reason = request.finish_reason or FinishReason.ERROR
@@ -212,6 +232,7 @@ def ready(engine: Engine) -> Ready:
         max_model_len=config.max_model_len,
         max_num_seqs=config.max_num_seqs,
         vocab_size=engine.spec.vocab_size,
+        eos_token_ids=sorted(engine.eos_token_ids),
         num_kv_tokens=allocator.num_usable * config.block_size,
         config={
             name: str(getattr(config, name))
@@ -243,7 +264,7 @@ def serve(channel: Channel) -> int:
         logger.exception("the engine could not be built")
         return _last_words(channel, f"{type(error).__name__}: {error}")
     channel.send(ready(engine))
-    worker = Worker(engine, channel)
+    worker = Worker(engine, channel, first.beat_seconds)
     try:
         for message in messages[1:]:
             worker._take(message)
