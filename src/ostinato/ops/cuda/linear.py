@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from triton import cdiv
 
 from ...errors import KernelError
 from .. import Linear, NextNorm
@@ -141,7 +140,7 @@ class Products:
         tile = _tile(kind, next(size for size in ROWS if rows <= size), version)
         kernel = self._kernel(kind, tile)
         columns = tile.groups * (32 if kind is Product.GATE else 64)
-        tiles, chunks = cdiv(n, columns), cdiv(k, tile.depth)
+        tiles, chunks = -(-n // columns), -(-k // tile.depth)
         pointers = (
             weight,
             x,
