@@ -5,7 +5,8 @@
 Starts the server, sends all requests at once, twice (the second run counts: kernels and graphs are
 there by then), stops it, and does the same with `LLM.generate`. A text is right if it is the offline greedy
 text, up to the first token whose two best logits lie closer than the tolerance.
-On a GPU: `--streams 256 --model ... --max-num-seqs 256`.
+On a GPU: `--streams 256 --model llama-3.2-1b --load-format dummy --tokenizer made-up --no-check
+--max-num-seqs 256 --output-len 256`: random weights, and a tokenizer of bytes and invented words.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model")
-    parser.add_argument("--tokenizer")
+    parser.add_argument(
+        "--tokenizer", help="made-up: bytes, and invented words for the rest of the vocabulary"
+    )
     parser.add_argument("--load-format", default="auto")
     parser.add_argument("--streams", type=int, default=200)
     parser.add_argument("--warmup", type=int, help="streams of the first run (default: as many)")
@@ -37,6 +40,29 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
 
+    if args.tokenizer == "made-up":
+        with tempfile.TemporaryDirectory() as folder:
+            args.tokenizer = made_up_tokenizer(Path(folder), args.model)
+            return run(args)
+    return run(args)
+
+
+def made_up_tokenizer(folder: Path, shape: str) -> str:
+    """A tokenizer.json whose ids are all words: bytes first, then inventions."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    from ostinato.models.shapes import SHAPES
+
+    words = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words += [f"\u0120w{number}" for number in range(SHAPES[shape]["vocab_size"] - len(words))]
+    made = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=[]))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    made.save(str(folder / "tokenizer.json"))
+    return str(folder)
+
+
+def run(args: argparse.Namespace) -> int:
     from benchmarks.environment import describe
     from ostinato.bench.serve import random_asks, summary, table
 

@@ -2,12 +2,13 @@
 
     python benchmarks/soak.py [--shape smollm2-135m] [--replays 100000] [--verify-every 40]
     python benchmarks/soak.py --part 1/4 --json soak.json; ...; python benchmarks/soak.py --part 4/4 --json soak.json
+    python benchmarks/soak.py --parallel 4 --json soak.json
 
 Requests of random lengths and sampling parameters come and go; every so many replays one is run
 both ways on live rows and compared bit for bit. At the end every captured key is tried at every
 size, its pointers are audited, and its values held against a second capture. A run that is too
 long for one call is split: each part has its share of the replays and traffic of its own, and FILE
-holds the sum of the parts so far.
+holds the sum of the parts so far. `--parallel` runs the parts at once, each in a process of its own on the one GPU.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import subprocess
 import sys
+import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -215,6 +218,39 @@ def merge(parts: dict[str, dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def together(args: argparse.Namespace) -> dict[str, Any]:
+    """All parts at once; returns what they make together. A part that failed is an error."""
+    parts = args.parallel
+    options = [
+        "--shape",
+        args.shape,
+        "--replays",
+        str(args.replays),
+        "--verify-every",
+        str(args.verify_every),
+    ]
+    options += ["--seconds", str(args.seconds), "--seed", str(args.seed)]
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / f"{number}.json" for number in range(1, parts + 1)]
+        running = [
+            subprocess.Popen(
+                [sys.executable, __file__, *options, "--part", f"{number}/{parts}", "--json", str(file)],
+                stdout=subprocess.DEVNULL,
+            )
+            for number, file in enumerate(files, 1)
+        ]
+        failed = [number for number, process in enumerate(running, 1) if process.wait() != 0]
+        result: dict[str, Any] = {}
+        target = args.json or Path(folder) / "all.json"
+        for number, file in enumerate(files, 1):
+            if number not in failed:
+                found = json.loads(file.read_text())["parts"][str(number)]
+                result = add_part(target, number, parts, found)
+    if failed:
+        raise SystemExit(f"parts {failed} of the soak failed; the others: {json.dumps(result)}")
+    return result
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", default="smollm2-135m")
@@ -223,8 +259,12 @@ if __name__ == "__main__":
     parser.add_argument("--seconds", type=float, default=300.0, help="of traffic, in this call")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--part", type=part_of, default=(1, 1), metavar="I/N")
+    parser.add_argument("--parallel", type=int, default=0, metavar="N", help="N parts at once")
     parser.add_argument("--json", type=Path, help="add this part's result to FILE")
     args = parser.parse_args()
+    if args.parallel:
+        print(json.dumps(together(args), indent=1))
+        raise SystemExit
     number, parts = args.part
     share = -(-args.replays // parts)
     found = measure(args.shape, share, args.verify_every, args.seconds, parts * args.seed + number)
