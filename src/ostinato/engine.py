@@ -521,7 +521,8 @@ def build(options: EngineOptions, backend: GraphBackend | None = None) -> Engine
                 stages.done("kernel versions")
                 _warm_up(program_over(1), buffers)
             addresses.observe("library workspace")  # what warm-up left behind is the libraries' and the ops'
-            memory.append(MemoryLine("workspaces of kernels", ops.workspace_bytes()))
+            own = sum(t.numel() * t.element_size() for t in ops.workspaces().values())
+            memory.append(MemoryLine("workspaces of kernels", own))
         stages.done("warm-up")
         graphs = config.cudagraph_mode is not CudaGraphMode.NONE
         predicted = None

@@ -263,6 +263,7 @@ def registered(llm: LLM) -> dict[str, torch.Tensor]:
     return {
         **llm.engine.buffers.tensors(),
         **program.model.tensors(),
+        **program.ops.workspaces(),
         "kv_cache": program.cache.data,
         "arena": program.arena.data,
     }
@@ -356,11 +357,14 @@ def test_a_decode_step_points_to_registered_memory(llm: LLM, decode_captures: An
     assert all(not f.certain for f in report.unregistered), "our own kernels read registered buffers alone"
 
 
-def test_a_decode_step_has_no_programmatic_edge_yet(decode_captures: Any) -> None:
+def test_a_decode_step_is_a_chain_of_dependent_launches(decode_captures: Any) -> None:
     _, graph, *_ = decode_captures
     counts = inspect.summary(graph)
-    assert counts.programmatic_edges == 0
     assert counts.edges == counts.nodes - 1, "a chain"
+    if torch.cuda.get_device_capability()[0] == 9:  # a library's kernel would break it twice
+        assert counts.programmatic_edges == counts.edges
+    else:
+        assert counts.programmatic_edges == 0
     assert all(n.dependencies == ((n.index - 1,) if n.index else ()) for n in graph)
 
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Mapping
@@ -43,6 +44,8 @@ L = TypeVar("L", bound=Hashable, contravariant=True)
 
 TIMED_TRIALS = 3
 """Trials of a key before its times are believed."""
+SLOWER = 0.02
+"""Share of the eager time that a replay has to lose by: less is noise, and eager costs the host more."""
 
 
 class Checker(Protocol[L]):
@@ -264,7 +267,9 @@ class GraphCache(Generic[K]):
         record.eager_us.append(trial.eager_us(self.backend))
         record.replay_us.append(trial.replay_us(self.backend))
         saved = record.saved_us
-        if self._drop_slower and len(record.replay_us) >= TIMED_TRIALS and saved is not None and saved < 0:
+        assert saved is not None
+        lost = -saved > SLOWER * statistics.median(record.eager_us)
+        if self._drop_slower and len(record.replay_us) >= TIMED_TRIALS and lost:
             logger.warning(
                 "%s: replay is %.0f us slower than eager; the graph is dropped", record.key, -saved
             )

@@ -43,8 +43,8 @@ class DebugOps:
         found = getattr(self._inner, name)
         if (
             not callable(found)
-            or name.endswith(("_words", "_bytes"))
-            or name in ("tune", "versions", "reset")
+            or name.endswith("_words")
+            or name in ("load", "tune", "versions", "reset", "workspaces")
         ):
             return found
 

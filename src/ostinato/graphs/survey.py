@@ -77,7 +77,8 @@ def survey(engine: Engine, *, chains: bool = False) -> GraphReport:
 def buffers(engine: Engine) -> dict[str, torch.Tensor]:
     """What a step may read and write besides weights, by name."""
     program = engine.program
-    return {**engine.buffers.tensors(), "arena": program.arena.data, "kv_cache": program.cache.data}
+    own = {"arena": program.arena.data, "kv_cache": program.cache.data}
+    return {**engine.buffers.tensors(), **own, **program.ops.workspaces()}
 
 
 def audit(engine: Engine) -> dict[GraphKey, AuditReport]:

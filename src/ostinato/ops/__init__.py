@@ -250,8 +250,8 @@ class OpSet(Protocol):
         """Put right what a step that failed halfway may have left behind on the device."""
         ...
 
-    def workspace_bytes(self) -> int:
-        """Device memory that the op set holds beyond what it is passed; made by the engine's warm-up."""
+    def workspaces(self) -> dict[str, torch.Tensor]:
+        """Device memory that the op set holds beyond what it is passed, by name; made by the engine's warm-up."""
         ...
 
     def attention_words(self, shape: AttentionShape, max_seqs: int) -> int:

@@ -57,8 +57,8 @@ class ReferenceOps:
     def reset(self) -> None:
         pass
 
-    def workspace_bytes(self) -> int:
-        return 0
+    def workspaces(self) -> dict[str, torch.Tensor]:
+        return {}
 
     def attention_words(self, shape: AttentionShape, max_seqs: int) -> int:
         return 0

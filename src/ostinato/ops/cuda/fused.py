@@ -140,9 +140,9 @@ class FusedDecode:
         bound.decode.launch(_pack(pointers) + struct.pack("<ffi4x", stack.norm_eps, a.scale * LOG2_E, seqs))
         bound.finish.launch(_pack(results) + struct.pack("<i4x", seqs))
 
-    def workspace(self) -> list[torch.Tensor]:
-        """All that it keeps on the device."""
-        return [cells for bound in self._bound.values() for cells in bound.cells.values()]
+    def workspaces(self) -> dict[str, torch.Tensor]:
+        """All that it keeps on the device, by name."""
+        return {name: cells for bound in self._bound.values() for name, cells in bound.cells.items()}
 
     def models(self) -> list[tuple[int, int]]:
         """(vocabulary, hidden size) of each model that has run."""

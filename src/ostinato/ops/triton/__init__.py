@@ -219,10 +219,13 @@ class TritonOps:
             found = self._workspaces[device] = decode.Workspace.on(device)
         return found
 
-    def workspace_bytes(self) -> int:
-        own = [t for w in self._workspaces.values() for t in (w.semaphores, w.partials)]
-        own += self._fused.workspace() if self._fused is not None else []
-        return sum(t.numel() * t.element_size() for t in own)
+    def workspaces(self) -> dict[str, torch.Tensor]:
+        found: dict[str, torch.Tensor] = {}
+        for workspace in self._workspaces.values():
+            found |= {"ops.semaphores": workspace.semaphores, "ops.partials": workspace.partials}
+        if self._fused is not None:
+            found |= {f"fused.{name}": cells for name, cells in self._fused.workspaces().items()}
+        return found
 
     def attention_words(self, shape: AttentionShape, max_seqs: int) -> int:
         return max_seqs * shape.heads * SPLITS * (shape.head_dim + 2)
