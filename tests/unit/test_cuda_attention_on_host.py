@@ -24,6 +24,7 @@ from test_triton_ops import EPS, Seq, World, make_world
 from ostinato.ops import AttentionShape
 from ostinato.ops.cuda import attention
 from ostinato.ops.cuda.attention import MOST, Grid, cut, macros, pack
+from ostinato.ops.cuda.program import source_text
 from ostinato.ops.reference import ReferenceOps
 from ostinato.types import StepKind
 
@@ -35,7 +36,7 @@ pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++")
 
 def host_source() -> str:
     """The kernel's source without what is written in assembler, which the header has."""
-    pieces = re.split(r"(?m)^(?=__device__ __forceinline__ )", attention.SOURCE.read_text())
+    pieces = re.split(r"(?m)^(?=__device__ __forceinline__ )", source_text(attention.SOURCE))
     kept = []
     for piece in pieces:
         function, end, rest = piece.partition("\n}\n")

@@ -7,6 +7,7 @@ import ctypes
 import hashlib
 import logging
 import os
+import re
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -18,6 +19,8 @@ from ...errors import KernelError
 from ...paths import cache_dir
 
 logger = logging.getLogger(__name__)
+
+_INCLUDE = re.compile(r'#include "(\w+\.cuh)"')
 
 
 class Kernel:
@@ -113,9 +116,17 @@ def _module(source: Path, macros: tuple[tuple[str, int], ...], device: torch.dev
     """A loaded program; one for all engines of a process, as modules are never unloaded."""
     from cuda.bindings import driver
 
-    binary = compile_cubin(source.read_text(), source.name, dict(macros), arch(device))
+    binary = compile_cubin(source_text(source), source.name, dict(macros), arch(device))
     torch.cuda.current_stream()  # there is a context
     return _check(driver.cuModuleLoadData(binary), f"loading {source.name}")
+
+
+def source_text(path: Path) -> str:
+    """A source file with the files beside it that it includes."""
+    lines = path.read_text().splitlines(keepends=True)
+    return "".join(
+        source_text(path.with_name(m[1])) if (m := _INCLUDE.match(line)) else line for line in lines
+    )
 
 
 def arch(device: torch.device) -> str:

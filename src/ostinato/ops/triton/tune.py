@@ -450,7 +450,15 @@ class Store:
     def here(cls) -> Store:
         """For the current GPU, in the cache folder."""
         folder = cache_dir() / "kernels"
-        names = ("decode.py", "matmul.py", "tune.py", "../cuda/linear.cu", "../cuda/linear.py")
+        names = (
+            "decode.py",
+            "matmul.py",
+            "tune.py",
+            "../cuda/linear.cu",
+            "../cuda/linear.py",
+            "../cuda/common.cuh",
+            "../cuda/ring.cuh",
+        )
         sources = b"".join((Path(__file__).parent / name).read_bytes() for name in names)
         return cls(
             folder,

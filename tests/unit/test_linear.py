@@ -1,0 +1,229 @@
+"""`linear.cu` as far as it can be seen without a GPU: how products are cut, and what a launch is given."""
+
+from __future__ import annotations
+
+import struct
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from ostinato.errors import KernelError
+from ostinato.ops import Linear, NextNorm, squares_words
+from ostinato.ops.cuda import linear
+from ostinato.ops.cuda.fused import POINTERS
+from ostinato.ops.cuda.linear import ROWS, SHARED_BYTES, Product, Products, tile_of
+from ostinato.ops.triton import tune
+from ostinato.ops.triton.tune import Kind, Problem, Table, Version
+
+GPU = torch.device("cuda", 0)
+BF16 = torch.bfloat16
+MODELS = {  # hidden, QKV, queries, intermediate, vocabulary
+    "llama-3.2-1b": (2048, 3072, 2048, 8192, 128256),
+    "qwen3-0.6b": (1024, 4096, 2048, 3072, 151936),
+    "llama-3.1-8b": (4096, 6144, 4096, 14336, 128256),
+    "llama-2-7b": (4096, 12288, 4096, 11008, 32000),
+    "smollm2-135m": (576, 960, 576, 1536, 49152),
+}
+PRODUCTS = {
+    "norm_linear": Product.STORE,
+    "linear_add": Product.ADD,
+    "norm_gate_up": Product.GATE,
+    "norm_head": Product.WIDE,
+}
+
+
+def problems(rows: int, dtype: torch.dtype = BF16, fp8: bool = False) -> list[Problem]:
+    return [
+        Problem(op, columns, depth, rows, dtype, fp8)
+        for hidden, qkv, queries, inner, vocab in MODELS.values()
+        for op, columns, depth in (
+            ("norm_linear", qkv, hidden), ("linear_add", hidden, queries), ("norm_gate_up", inner, hidden),
+            ("linear_add", hidden, inner), ("norm_head", vocab, hidden),
+        )
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("rows", [16, 32, 64])
+def test_every_candidate_fits_for_every_number_of_rows(rows: int) -> None:
+    for problem in problems(rows):
+        versions = [v for v in tune.candidates(problem, tiles=True) if v.kind is Kind.TILE]
+        assert versions
+        assert tune.default(problem, tiles=True) in versions
+        for v in versions:
+            for size in (n for n in ROWS if n <= rows):
+                tile = tile_of(PRODUCTS[problem.op], size, v.columns // 64, v.splits, v.depth)
+                assert tile is not None, (problem, v, size)
+                assert tile.stages >= 2
+                assert tile.stages * tile.stage_bytes + tile.parts_bytes + 1024 <= SHARED_BYTES
+                assert v.splits <= 8, "the most blocks of a cluster that every Hopper GPU has room for"
+
+
+def test_narrow_products_are_shared_by_about_one_block_a_multiprocessor() -> None:
+    chosen = {(p.op, p.columns, p.depth): tune.default(p, tiles=True).splits for p in problems(16)}
+    assert chosen["norm_linear", 3072, 2048] == 2
+    assert chosen["linear_add", 2048, 2048] == 4
+    assert chosen["linear_add", 2048, 8192] == 4
+    assert chosen["linear_add", 1024, 3072] == 8
+    assert chosen["norm_linear", 12288, 4096] == 1
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        Problem("norm_linear", 3072, 2048, 1, BF16, False),
+        Problem("norm_linear", 3072, 2048, 16, torch.float16, False),
+        Problem("norm_linear", 3072, 2048, 16, BF16, True),
+        Problem("norm_linear", 3072, 72, 16, BF16, False),
+        Problem("linear_add", 72, 2048, 16, BF16, False),
+    ],
+)
+def test_what_it_does_not_multiply_is_left_to_others(problem: Problem) -> None:
+    assert all(v.kind is not Kind.TILE for v in tune.candidates(problem, tiles=True))
+    assert tune.default(problem, tiles=True) == tune.default(problem)
+
+
+def test_without_it_nothing_changes() -> None:
+    for problem in problems(16):
+        assert all(v.kind is not Kind.TILE for v in tune.candidates(problem))
+    assert (
+        Table(tiles=True)("linear_add", Linear(torch.zeros(64, 128, dtype=BF16)), 8, BF16).kind is Kind.TILE
+    )
+    assert Table()("linear_add", Linear(torch.zeros(64, 128, dtype=BF16)), 8, BF16).kind is not Kind.TILE
+
+
+class FakeKernel:
+    def __init__(self, macros: dict[str, int], options: dict[str, Any]) -> None:
+        self.macros, self.options = macros, options
+        self.handle, self.launches = 77, []  # type: ignore[var-annotated]
+
+    def launch(self, params: bytes, grid: int) -> None:
+        self.launches.append((params, grid))
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[FakeKernel]:
+    """A GPU that compiles anything, and remembers."""
+    found: list[FakeKernel] = []
+
+    def build(source: Any, name: str, macros: dict[str, int], **options: Any) -> FakeKernel:
+        found.append(FakeKernel(macros, options))
+        return found[-1]
+
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132)
+    )
+    monkeypatch.setattr(linear, "build", build)
+    monkeypatch.setattr(linear, "_encode", lambda *what: repr(what).encode()[:128].ljust(128))
+    return found
+
+
+def test_a_launch_is_given_what_the_source_reads(made: list[FakeKernel]) -> None:
+    """The C++ struct is read here, so that a field moved there cannot go unnoticed."""
+    source = linear.SOURCE.read_text()
+    lines = [
+        line.split("//")[0].strip(" ;")
+        for line in source.split("struct Params {\n")[1].split("};")[0].splitlines()
+    ]
+    names = [n.strip(" *") for line in lines if "*" in line for n in line[line.index("*") :].split(",")]
+    numbers = [n.strip() for line in lines if "*" not in line for n in line.split(" ", 1)[1].split(",")]
+    assert numbers == [
+        "rows",
+        "n",
+        "k",
+        "tiles",
+        "chunks",
+        "unused",
+        "eps",
+        "unused_too",
+        "weight_map",
+        "x_map",
+    ]
+    rows, n, k = 5, 256, 512
+    x, out, weight = (
+        torch.zeros(rows, k, dtype=BF16),
+        torch.zeros(rows, n, dtype=BF16),
+        torch.zeros(n, k, dtype=BF16),
+    )
+    squares = torch.zeros(k // 64, rows)
+    then = NextNorm(
+        torch.zeros(n, dtype=BF16), torch.zeros(rows, n, dtype=BF16), torch.zeros(squares_words(rows, n))
+    )
+    version = Version(Kind.TILE, False, 16, 64, 128, 4)
+    Products(GPU).run(Product.ADD, version, x, Linear(weight), out, squares=squares, eps=1e-5, then=then)
+    (kernel,) = made
+    ((params, grid),) = kernel.launches
+    assert grid == n // 64 * 4
+    assert len(params) == 128 + 2 * 128
+    expected = {
+        "weight": weight, "x": x, "out": out, "bias": None, "squares": squares, "gain": then.weight, "y": then.scaled,
+        "next_squares": then.squares,
+    }  # fmt: skip
+    assert list(expected) == names
+    found = struct.unpack("<8Q", params[:64])
+    assert found == tuple(0 if t is None else t.data_ptr() for t in expected.values())
+    assert struct.unpack("<6ifi", params[64:96]) == (rows, n, k, 4, 4, 0, pytest.approx(1e-5), 0)
+    assert POINTERS.pop(kernel.handle) == len(names)
+    assert kernel.options["cluster"] == 4
+    assert kernel.macros["TOK"] == 8
+    listed = source[source.index("// Macros:") :].split("\n\n")[0]
+    assert all(name in listed or f"{name} " in source for name in kernel.macros)
+
+
+def test_rows_choose_the_narrowest_tile(made: list[FakeKernel]) -> None:
+    products, version = Products(GPU), Version(Kind.TILE, False, 64, 64, 64)
+    for rows in (1, 8, 9, 17, 33, 64):
+        x = torch.zeros(rows, 64, dtype=BF16)
+        products.run(
+            Product.WIDE, version, x, Linear(torch.zeros(640, 64, dtype=BF16)), torch.zeros(rows, 640)
+        )
+    assert [kernel.macros["TOK"] for kernel in made] == [8, 16, 32, 64], "each is compiled once"
+
+
+def test_gates_and_ups_are_interleaved_by_the_map(
+    made: list[FakeKernel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    maps: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(linear, "_encode", lambda *what: maps.append(what) or bytes(128))
+    k, n = 128, 96
+    weight = torch.zeros(2 * n, k, dtype=BF16)
+    version = Version(Kind.TILE, False, 16, 64, 64)
+    Products(GPU).run(
+        Product.GATE, version, torch.zeros(3, k, dtype=BF16), Linear(weight), torch.zeros(3, n, dtype=BF16)
+    )
+    address, sizes, strides, box = maps[0]
+    assert (address, sizes, box) == (weight.data_ptr(), (k, 8, 2, n // 8), (64, 8, 2, 4))
+    plain = torch.arange(2 * n).view(2, n // 8, 8)
+    for group in range(n // 8):
+        for half in range(2):
+            for row in range(8):
+                at = row * strides[0] + half * strides[1] + group * strides[2]
+                assert at == int(plain[half, group, row]) * 2 * k
+
+
+def test_what_cannot_be_compiled_leaves_it_to_others(
+    made: list[FakeKernel], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert Products.on(GPU) is not None
+
+    def broken(*args: Any, **more: Any) -> Any:
+        raise KernelError("libnvrtc cannot be found")
+
+    monkeypatch.setattr(linear, "build", broken)
+    assert Products.on(GPU) is None
+    assert "libnvrtc cannot be found" in caplog.text
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert Products.on(GPU) is None
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setenv("OSTINATO_TILES", "0")
+    monkeypatch.setattr(linear, "build", lambda *a, **m: pytest.fail("compiled"))
+    assert Products.on(GPU) is None
+
+
+def test_a_version_that_does_not_fit_is_an_error() -> None:
+    with pytest.raises(KernelError, match="does not fit into shared memory for 64 rows"):
+        linear._tile(Product.ADD, 64, Version(Kind.TILE, False, 64, 128, 256, 4))
