@@ -18,7 +18,7 @@ COUNTS = (1, 5, 8, 13, 16, 31, 64, 100, 128)
 CASES = [
     (Product.STORE, 3072, 2048, (1, 2, 128)),
     (Product.STORE, 960, 576, (1, 1, 128)),
-    (Product.STORE, 200, 136, (1, 4, 64)),
+    (Product.STORE, 200, 136, (1, 2, 64)),
     (Product.ADD, 2048, 2048, (1, 4, 128)),
     (Product.ADD, 2048, 8192, (2, 8, 64)),
     (Product.ADD, 576, 1536, (1, 8, 64)),

@@ -224,6 +224,16 @@ def test_what_cannot_be_compiled_leaves_it_to_others(
     assert Products.on(GPU) is None
 
 
+def test_blocks_without_a_share_are_refused(made: list[FakeKernel]) -> None:
+    """They would send sums that they never began."""
+    problem = Problem("linear_add", 64, 128, 16, BF16, False)
+    assert {v.splits for v in tune.candidates(problem, tiles=True) if v.kind is Kind.TILE} == {1}
+    x, out = torch.zeros(2, 128, dtype=BF16), torch.zeros(2, 64, dtype=BF16)
+    version = Version(Kind.TILE, False, 16, 64, 128, 2)
+    with pytest.raises(KernelError, match="128 inputs are too few to be shared by 2 blocks"):
+        Products(GPU).run(Product.ADD, version, x, Linear(torch.zeros(64, 128, dtype=BF16)), out)
+
+
 def test_a_version_that_does_not_fit_is_an_error() -> None:
     with pytest.raises(KernelError, match="does not fit into shared memory for 64 rows"):
         linear._tile(Product.ADD, 64, Version(Kind.TILE, False, 64, 128, 256, 4))

@@ -135,12 +135,17 @@ class Products:
             squares: [k / 64, rows] of a norm whose weight x already has; None: x is as it is.
             eps: of that norm.
             then: ADD: what the next norm needs.
+
+        Raises:
+            KernelError: it does not fit, or does not compile.
         """
         (rows, k), n, weight = x.shape, out.shape[1], linear.weight
         tile = _tile(kind, next(size for size in ROWS if rows <= size), version)
         kernel = self._kernel(kind, tile)
         columns = tile.groups * (32 if kind is Product.GATE else 64)
         tiles, chunks = -(-n // columns), -(-k // tile.depth)
+        if chunks < tile.splits:
+            raise KernelError(f"{version}: {k} inputs are too few to be shared by {tile.splits} blocks")
         pointers = (
             weight,
             x,

@@ -152,7 +152,9 @@ def candidates(problem: Problem, tiles: bool = False) -> list[Version]:
     found: list[Version | None] = [default(problem, tiles), LIBRARY]
     if tiles and (tile := _tile(problem)):
         if problem.op in ("norm_linear", "linear_add"):
-            found += [replace(tile, splits=n) for n in (tile.splits * 2, tile.splits // 2) if 1 <= n <= 8]
+            stages = cdiv(problem.depth, tile.depth)  # each block has one at least
+            others = (tile.splits * 2, tile.splits // 2)
+            found += [replace(tile, splits=n) for n in others if 1 <= n <= min(8, stages)]
         elif tile.columns == 64:
             found.append(replace(tile, columns=128, depth=64))
         else:
