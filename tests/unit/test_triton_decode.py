@@ -334,9 +334,9 @@ def test_nothing_is_measured_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         return table(p.op, Linear(weight, None, torch.ones(1) if p.fp8 else None), p.rows, p.dtype)
 
     monkeypatch.setattr(tune, "measure", measure)
-    monkeypatch.setattr(tune, "default", lambda problem: LIBRARY)
+    monkeypatch.setattr(tune, "default", lambda problem, tiles: LIBRARY)
     first = chosen(4)
-    monkeypatch.setattr(tune, "default", lambda problem: pytest.fail("decided again"))
+    monkeypatch.setattr(tune, "default", lambda problem, tiles: pytest.fail("decided again"))
     second, larger = chosen(4), chosen(6)
     assert asked == [t.problem for t in (*some[:4], *some[4:6])]
     for table in (first, second):
