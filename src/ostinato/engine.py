@@ -661,7 +661,7 @@ def _device_context(device: torch.device) -> Callable[[], AbstractContextManager
 
     @contextlib.contextmanager
     def enter() -> Any:
-        if getattr(entered, "yes", False):  # changing streams costs more than a step's launch
+        if getattr(entered, "yes", False):  # a call that runs many steps has entered it for all of them
             yield
             return
         with torch.inference_mode(), torch.cuda.stream(stream):

@@ -22,7 +22,7 @@ from test_triton_ops import Seq, World, make_world
 
 from ostinato.ops import AttentionShape
 from ostinato.ops.cuda.attention import DecodeAttention, grid_of
-from ostinato.ops.cuda.fused import POINTERS
+from ostinato.ops.cuda.program import POINTERS
 from ostinato.ops.reference import ReferenceOps
 from ostinato.ops.triton import TritonOps
 from ostinato.types import StepKind

@@ -30,7 +30,8 @@ from ostinato.ops.cuda.attention import (
     unsupported,
     warps_of,
 )
-from ostinato.ops.cuda.fused import LOG2_E, POINTERS
+from ostinato.ops.cuda.fused import LOG2_E
+from ostinato.ops.cuda.program import POINTERS
 
 GPU = torch.device("cuda", 0)
 LLAMA_1B = AttentionShape(32, 8, 64)

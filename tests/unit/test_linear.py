@@ -14,8 +14,8 @@ pytest.importorskip("triton")
 from ostinato.errors import KernelError
 from ostinato.ops import Linear, NextNorm, squares_words
 from ostinato.ops.cuda import linear
-from ostinato.ops.cuda.fused import POINTERS
 from ostinato.ops.cuda.linear import ROWS, SHARED_BYTES, Product, Products, tile_of
+from ostinato.ops.cuda.program import POINTERS
 from ostinato.ops.triton import tune
 from ostinato.ops.triton.tune import Kind, Problem, Table, Version
 
@@ -136,9 +136,7 @@ def test_a_launch_is_given_what_the_source_reads(made: list[FakeKernel]) -> None
         "k",
         "tiles",
         "chunks",
-        "unused",
         "eps",
-        "unused_too",
         "weight_map",
         "x_map",
     ]
@@ -165,7 +163,7 @@ def test_a_launch_is_given_what_the_source_reads(made: list[FakeKernel]) -> None
     assert list(expected) == names
     found = struct.unpack("<8Q", params[:64])
     assert found == tuple(0 if t is None else t.data_ptr() for t in expected.values())
-    assert struct.unpack("<6ifi", params[64:96]) == (rows, n, k, 4, 4, 0, pytest.approx(1e-5), 0)
+    assert struct.unpack("<5if", params[64:88]) == (rows, n, k, 4, 4, pytest.approx(1e-5))
     assert POINTERS.pop(kernel.handle) == len(names)
     assert kernel.options["cluster"] == 4
     assert kernel.macros["TOK"] == 8

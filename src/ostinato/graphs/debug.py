@@ -44,7 +44,7 @@ class DebugOps:
         if (
             not callable(found)
             or name.endswith("_words")
-            or name in ("load", "tune", "versions", "reset", "workspaces")
+            or name in ("tune", "versions", "reset", "workspaces")
         ):
             return found
 

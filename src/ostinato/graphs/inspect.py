@@ -838,7 +838,7 @@ class _Auditor:
 
 def _struct_pointers(function: int) -> int:
     """How many pointers the parameter of one of our CUDA kernels begins with; 0 for other kernels."""
-    own = sys.modules.get(f"{__name__.split('.')[0]}.ops.cuda.fused")
+    own = sys.modules.get(f"{__name__.split('.')[0]}.ops.cuda.program")
     return own.POINTERS.get(function, 0) if own is not None else 0
 
 

@@ -8,7 +8,6 @@ nothing else of its neighbours.
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
 import struct
@@ -19,8 +18,8 @@ import torch
 
 from ...errors import KernelError
 from .. import AttentionShape, StepView
-from .fused import LOG2_E, POINTERS
-from .program import Kernel, build
+from .fused import LOG2_E
+from .program import POINTERS, Kernel, addresses, build, has_bindings
 
 logger = logging.getLogger(__name__)
 
@@ -129,10 +128,7 @@ class DecodeAttention:
             return None
         if torch.cuda.get_device_capability(device) < (8, 0):
             return None
-        # Looking for a module inside a package that is not there is an error.
-        if importlib.util.find_spec("cuda") is None or importlib.util.find_spec("cuda.bindings") is None:
-            return None
-        return cls(device)
+        return cls(device) if has_bindings() else None
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -215,9 +211,8 @@ def macros(
 
 def pack(pointers: tuple[torch.Tensor | None, ...], eps: float, scale: float, rows: int, grid: Grid) -> bytes:
     """`struct Params`; the softmax is in powers of two."""
-    addresses = (0 if t is None else t.data_ptr() for t in pointers)
     numbers = (eps, scale * LOG2_E, rows, grid.splits, grid.primary)
-    return struct.pack(f"<{len(pointers)}Qffiii4x", *addresses, *numbers)
+    return addresses(pointers) + struct.pack("<ffiii4x", *numbers)
 
 
 def _up(value: int, unit: int) -> int:

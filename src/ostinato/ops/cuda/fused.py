@@ -18,7 +18,7 @@ from typing import ClassVar
 import torch
 
 from .. import Linear, Scratch, Stack, StepView
-from .program import Kernel, build
+from .program import POINTERS, Kernel, addresses, build
 
 logger = logging.getLogger(__name__)
 
@@ -44,10 +44,6 @@ class _Bound:
     decode: Kernel
     finish: Kernel
     cells: dict[str, torch.Tensor]
-
-
-POINTERS: dict[int, int] = {}
-"""How many pointers, 8 bytes each, a launched kernel's parameter begins with, by function handle."""
 
 
 class FusedDecode:
@@ -137,8 +133,10 @@ class FusedDecode:
         pointers += [view.positions, view.slots, view.rows, view.seq_lens, view.block_table]
         results = [cells["best"], cells["best_at"], scratch.tokens if greedy else None, cells["steps"]]
         POINTERS[bound.decode.handle], POINTERS[bound.finish.handle] = len(pointers), len(results)
-        bound.decode.launch(_pack(pointers) + struct.pack("<ffi4x", stack.norm_eps, a.scale * LOG2_E, seqs))
-        bound.finish.launch(_pack(results) + struct.pack("<i4x", seqs))
+        bound.decode.launch(
+            addresses(pointers) + struct.pack("<ffi4x", stack.norm_eps, a.scale * LOG2_E, seqs)
+        )
+        bound.finish.launch(addresses(results) + struct.pack("<i4x", seqs))
 
     def workspaces(self) -> dict[str, torch.Tensor]:
         """All that it keeps on the device, by name."""
@@ -273,7 +271,3 @@ def _layer_pointers(
         yield from (w.qkv.bias, w.output.bias)
         yield from (linear.scale for linear in linears)
         yield from cache
-
-
-def _pack(tensors: Sequence[torch.Tensor | None]) -> bytes:
-    return struct.pack(f"<{len(tensors)}Q", *(0 if t is None else t.data_ptr() for t in tensors))

@@ -6,8 +6,8 @@
 // the kernel in front has ended. Half of a multiprocessor's shared memory at most, so that the next
 // product's blocks find room and fill theirs.
 //
-// While the kernel in front still runs they are asked for at the pace of memory, into the L2 cache when the
-// ring is full, and afterwards only FLIGHT stages at a time: a long queue in front of memory would delay
+// While the kernel in front still runs they are asked for at the pace of memory, and afterwards only FLIGHT
+// stages at a time: a long queue in front of memory would delay
 // the few bytes that a step waits for.
 //
 // A narrow output has too few tiles for the multiprocessors. Then the blocks of a cluster share a tile's
@@ -20,7 +20,7 @@
 //
 // Macros: KIND (0 store, 1 add to the residual, 2 gate and up with SiLU, 3 float32), TOK (8, 16, 32, 64, 128: rows of x
 // at most), MW (warp groups: 64 rows of weights each), SPLIT (blocks of a cluster), KA (64 inner indices each,
-// of a stage), STAGES, FLIGHT, PACE (cycles a stage), AHEAD (stages in the L2 cache beyond the ring).
+// of a stage), STAGES, FLIGHT, PACE (cycles a stage), ROTATE (stages from tile to tile).
 
 #include "common.cuh"
 #include "ring.cuh"
@@ -47,8 +47,8 @@ struct Params {
     const u16 *gain;            // ADD: [n], the next norm's weight, or null
     u16 *y;                     // [rows, n] with gain
     float *next_squares;        // [n / 64, rows] with gain
-    int rows, n, k, tiles, chunks, unused;
-    float eps, unused_too;
+    int rows, n, k, tiles, chunks;
+    float eps;
     Map weight_map, x_map;
 };
 
@@ -63,12 +63,6 @@ __device__ __forceinline__ void copy2(u32 to, const Map *map, int a, int b, u32 
         "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint"
         " [%0], [%1, {%3, %4}], [%2], %5;"
         ::"r"(to), "l"(map), "r"(bar), "r"(a), "r"(b), "l"(hint) : "memory");
-}
-__device__ __forceinline__ void prefetch2(const Map *map, int a, int b) {
-    asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];" ::"l"(map), "r"(a), "r"(b) : "memory");
-}
-__device__ __forceinline__ void prefetch4(const Map *map, int a, int d) {
-    asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global.tile [%0, {%1, %2, %2, %3}];" ::"l"(map), "r"(a), "r"(0), "r"(d) : "memory");
 }
 __device__ __forceinline__ void copy4(u32 to, const Map *map, int a, int d, u32 bar, u64 hint) {
     asm volatile(
@@ -188,28 +182,18 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 64) linear(const __grid
             for (int a = 0; a < KA; ++a) copy2(to + a * X_BYTES, &p.x_map, (chunk * KA + a) * 64, 0, full + stage * 8, often);
         };
         int tile = first, chunk = begin, filled = 0;
-        {
-            int next_tile = first, next_chunk = begin, ahead = 0;
-            long long last = clock64() - PACE;
-            while (next_tile < p.tiles && ahead < STAGES + AHEAD && !come(go)) {
-                if (clock64() - last < PACE) continue;
-                last = clock64();
-                const int turn = turned(next_tile, next_chunk);
-                if (ahead < STAGES) {
-                    mbar_expect(full + ahead * 8, STAGE);
-                    weights(ahead, next_tile, next_chunk);
-                    ++filled;
-                } else {
-#pragma unroll
-                    for (int a = 0; a < KA; ++a) {
-                        if (KIND == ACT) prefetch4(&p.weight_map, (turn * KA + a) * 64, next_tile * (ROWS / 16));
-                        else prefetch2(&p.weight_map, (turn * KA + a) * 64, next_tile * ROWS);
-                    }
-                }
-                ++ahead;
-                if (++next_chunk == end) { next_chunk = begin; next_tile += step; }
-            }
+        auto next = [&] {
+            if (++chunk == end) { chunk = begin; tile += step; }
+        };
+        for (long long last = clock64() - PACE; tile < p.tiles && filled < STAGES && !come(go);) {
+            if (clock64() - last < PACE) continue;
+            last = clock64();
+            mbar_expect(full + filled * 8, STAGE);
+            weights(filled++, tile, chunk);
+            next();
         }
+        tile = first;
+        chunk = begin;
         asm volatile("griddepcontrol.wait;" ::: "memory");
         for (int i = 0, stage = 0, parity = 1; tile < p.tiles; ++i) {
             if (i >= STAGES) mbar_wait(empty + stage * 8, parity);
@@ -223,7 +207,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 64) linear(const __grid
             }
             tokens(stage, tile, chunk);
             if (++stage == STAGES) { stage = 0; parity ^= 1; }
-            if (++chunk == end) { chunk = begin; tile += step; }
+            next();
         }
         return;
     }

@@ -15,8 +15,7 @@ import torch
 
 from ...errors import KernelError
 from .. import Linear, NextNorm
-from .fused import POINTERS
-from .program import Kernel, build
+from .program import POINTERS, Kernel, addresses, build
 
 if TYPE_CHECKING:
     from ..triton.tune import Version
@@ -28,7 +27,7 @@ ROWS = (8, 16, 32, 64, 128)
 """Of x in a tile."""
 SHARED_BYTES = 111 << 10
 """Two blocks on a multiprocessor: the next product fills its ring while this one works."""
-TUNING = {"FLIGHT": 3, "PACE": 600, "AHEAD": 0, "ROTATE": 1}
+TUNING = {"FLIGHT": 3, "PACE": 600, "ROTATE": 1}
 """Of the stream of weights, see `linear.cu`."""
 
 
@@ -154,8 +153,7 @@ class Products:
             squares,
             *((then.weight, then.scaled, then.squares) if then else (None,) * 3),
         )
-        params = struct.pack("<8Q", *(0 if t is None else t.data_ptr() for t in pointers))
-        params += struct.pack("<6ifi", rows, n, k, tiles, chunks, 0, eps, 0) + bytes(32)
+        params = addresses(pointers) + struct.pack("<5if40x", rows, n, k, tiles, chunks, eps)
         if kind is Product.GATE:
             params += self._map(
                 weight, (k, 8, 2, n // 8), (2 * k, 2 * k * n, 16 * k), (64, 8, 2, 4 * tile.groups)

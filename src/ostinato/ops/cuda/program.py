@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import hashlib
+import importlib.util
 import logging
 import os
 import re
-from collections.abc import Mapping
+import struct
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,9 @@ from ...errors import KernelError
 from ...paths import cache_dir
 
 logger = logging.getLogger(__name__)
+
+POINTERS: dict[int, int] = {}
+"""How many pointers, 8 bytes each, a launched kernel's parameter begins with, by function handle."""
 
 _INCLUDE = re.compile(r'#include "(\w+\.cuh)"')
 
@@ -119,6 +124,19 @@ def _module(source: Path, macros: tuple[tuple[str, int], ...], device: torch.dev
     binary = compile_cubin(source_text(source), source.name, dict(macros), arch(device))
     torch.cuda.current_stream()  # there is a context
     return _check(driver.cuModuleLoadData(binary), f"loading {source.name}")
+
+
+def addresses(tensors: Sequence[torch.Tensor | None]) -> bytes:
+    """The pointers that a parameter begins with; None is a null pointer."""
+    return struct.pack(f"<{len(tensors)}Q", *(0 if t is None else t.data_ptr() for t in tensors))
+
+
+def has_bindings() -> bool:
+    """Whether the package is there that compiles and launches."""
+    # Looking for a module inside a package that is not there is an error.
+    return (
+        importlib.util.find_spec("cuda") is not None and importlib.util.find_spec("cuda.bindings") is not None
+    )
 
 
 def source_text(path: Path) -> str:

@@ -10,7 +10,6 @@ All tensors have contiguous rows; an activation's leading dimension is the padde
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
 from collections.abc import Sequence
@@ -27,6 +26,7 @@ from .. import AttentionShape, Linear, NextNorm, Scratch, Stack, StepView, Versi
 from ..cuda.attention import DecodeAttention
 from ..cuda.fused import MOST_TOKENS, FusedDecode, unsupported
 from ..cuda.linear import Product, Products
+from ..cuda.program import has_bindings
 from . import attention, decode, pointwise
 from .matmul import matmul_scaled
 from .tune import BUCKETS, SEMAPHORES, Kind, Launch, Problem, Store, Table, Version, choose, problem_of
@@ -577,10 +577,7 @@ def _has_fused(device: torch.device) -> bool:
         return False
     if not torch.cuda.is_available() or torch.cuda.get_device_capability(device)[0] != 9:
         return False
-    # Looking for a module inside a package that is not there is an error.
-    return (
-        importlib.util.find_spec("cuda") is not None and importlib.util.find_spec("cuda.bindings") is not None
-    )
+    return has_bindings()
 
 
 def _mm_widens(device: torch.device) -> bool:
