@@ -74,6 +74,18 @@ def dies_by_itself(server: Server) -> None:
     pass
 
 
+def healths(server: Any, until: float) -> set[int]:
+    """Answers of /health until the server is gone, or until a time."""
+    seen = set()
+    while server.process.poll() is None and time.monotonic() < until:
+        try:
+            seen.add(get(f"{server.url}/health")[0])
+        except OSError:
+            break
+        time.sleep(0.02)
+    return seen
+
+
 @pytest.mark.parametrize(
     ("fault", "die", "said"),
     [
@@ -92,13 +104,7 @@ def test_a_dead_engine_answers_everybody_and_ends_the_server(
             server.wait_for("num_requests_running", 4)
         die(server)
         begin = time.monotonic()
-        seen = set()
-        while server.process.poll() is None and time.monotonic() - begin < 20:
-            try:
-                seen.add(get(f"{server.url}/health")[0])
-            except OSError:
-                break
-            time.sleep(0.02)
+        seen = healths(server, until=begin + 20)
         errors = requests.join()
         assert all(isinstance(error, APIError) for error in errors), errors
         assert all("the engine died" in str(error) for error in errors), errors
@@ -122,13 +128,7 @@ def test_an_engine_that_hangs_is_as_dead(model: Path, tmp_path: Path, busy: bool
         report: list[Any] = []
         asking = threading.Thread(target=lambda: report.append(get(f"{server.url}/graphs")))
         asking.start()
-        seen = set()
-        while server.process.poll() is None and time.monotonic() - begin < 20:
-            try:
-                seen.add(get(f"{server.url}/health")[0])
-            except OSError:
-                break
-            time.sleep(0.02)
+        seen = healths(server, until=begin + 20)
         assert time.monotonic() - begin > 1.5
         for error in requests.join():
             assert isinstance(error, APIError)
