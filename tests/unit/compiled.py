@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+import pytest
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,21 @@ def compile_launches(look: Callable[[Compiled], None], aligned: Collection[str] 
         look(Compiled(self.__name__, named, constexprs, signature, options, ptx, kernel.metadata))
 
     JITFunction.run = build
+
+
+def compiled_here(file: str, folder: Path) -> list[str]:
+    """What a test file prints, a line each, when it runs as a program that compiles its kernels."""
+    from triton import knobs
+
+    try:
+        ptxas = knobs.nvidia.ptxas.path
+    except RuntimeError as error:
+        pytest.skip(f"Triton finds no ptxas: {error}")
+    env = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(folder)}
+    done = subprocess.run([sys.executable, file, ptxas], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    print(done.stdout)
+    return done.stdout.splitlines()
 
 
 def assembled(ptx: str, ptxas: str) -> tuple[int, list[int]]:

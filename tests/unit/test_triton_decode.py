@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -24,7 +23,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton")
 sys.path.append(str(Path(__file__).parent))
-from compiled import Compiled, assembled, compile_launches
+from compiled import Compiled, assembled, compile_launches, compiled_here
 from test_triton_ops import DECODE, SMOLLM, Seq, _interpreter_loops, make_world  # noqa: F401 (a fixture)
 
 from ostinato.models.quantize import FP8, Quantizer
@@ -391,17 +390,8 @@ def test_measuring_leaves_out_what_cannot_run(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.slow
 def test_kernels_compile_for_an_h100(tmp_path: Path) -> None:
     """No register spills; weights are asked for before the wait, and nothing is stored there."""
-    from triton import knobs
-
-    try:
-        ptxas = knobs.nvidia.ptxas.path
-    except RuntimeError as error:
-        pytest.skip(f"Triton finds no ptxas: {error}")
-    env = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run([sys.executable, __file__, ptxas], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    print(done.stdout)
-    assert len(done.stdout.splitlines()) > 20, done.stdout
+    found = compiled_here(__file__, tmp_path)
+    assert len(found) > 20, found
 
 
 def compile_kernels(ptxas: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import struct
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,7 +15,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton")
 sys.path.append(str(Path(__file__).parent))
-from compiled import Compiled, assembled, compile_launches
+from compiled import Compiled, assembled, compile_launches, compiled_here
 from test_triton_ops import _interpreter_loops  # noqa: F401 (a fixture)
 
 from ostinato.models.quantize import FP8, Quantizer
@@ -180,18 +179,8 @@ ROWS = (1, 20, 64, 130)
 @pytest.mark.slow
 def test_kernels_compile_for_an_h100(tmp_path: Path) -> None:
     """No register spills, loads are asynchronous, and large tiles use warp-group products."""
-    from triton import knobs
-
-    try:
-        ptxas = knobs.nvidia.ptxas.path
-    except RuntimeError as error:
-        pytest.skip(f"Triton finds no ptxas: {error}")
-    env = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run([sys.executable, __file__, ptxas], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    print(done.stdout)
-    found = done.stdout.splitlines()
-    assert len(found) > 8, done.stdout
+    found = compiled_here(__file__, tmp_path)
+    assert len(found) > 8, found
 
 
 def compile_kernels(ptxas: str) -> None:
