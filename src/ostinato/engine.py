@@ -497,8 +497,10 @@ def build(options: EngineOptions, backend: GraphBackend | None = None) -> Engine
         )
         for hole in plan.holes(config.max_num_seqs):
             logger.warning("%s", hole)
-        ring = ResultRing(buffers, config.pipeline_depth)
-        context = _device_context(device)
+        # A stream of the engine's own: capture is not allowed on the default one.
+        stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        ring = ResultRing(buffers, config.pipeline_depth, stream)
+        context = _device_context(stream)
 
         def program_over(num_blocks: int) -> StepProgram:
             cache = KVCache.allocate(
@@ -653,17 +655,14 @@ def _eos_ids(checkpoint: Checkpoint | None, tokenizer: Tokenizer | None, vocab_s
     return ends
 
 
-def _device_context(device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
-    """A stream of the engine's own on a GPU: capture is not allowed on the default one."""
-    if device.type != "cuda":
+def _device_context(stream: torch.cuda.Stream | None) -> Callable[[], AbstractContextManager[Any]]:
+    """What device work is done in: the engine's stream on a GPU."""
+    if stream is None:
         return torch.inference_mode
-    stream, entered = torch.cuda.Stream(device), threading.local()
+    entered = threading.local()
 
     @contextlib.contextmanager
     def enter() -> Any:
-        if getattr(entered, "yes", False):  # a call that runs many steps has entered it for all of them
-            yield
-            return
         with torch.inference_mode(), torch.cuda.stream(stream):
             entered.yes = True
             try:
@@ -671,7 +670,9 @@ def _device_context(device: torch.device) -> Callable[[], AbstractContextManager
             finally:
                 entered.yes = False
 
-    return enter
+    nothing = contextlib.nullcontext()
+    # A call that runs many steps has entered it for all of them.
+    return lambda: nothing if getattr(entered, "yes", False) else enter()
 
 
 def _warm_up(program: StepProgram, buffers: StepBuffers) -> None:

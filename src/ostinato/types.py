@@ -620,9 +620,9 @@ class Schedule:
     @property
     def num_seqs(self) -> int:
         """Rows the step spans: for a decode step up to the highest device row, holes included."""
-        if self.kind is StepKind.DECODE:
-            return self.rows[-1].row + 1
-        return len(self.rows)
+        if isinstance(self.rows, SteadyRows):
+            return self.rows.members.rows[-1] + 1  # without making a row
+        return self.rows[-1].row + 1 if self.kind is StepKind.DECODE else len(self.rows)
 
     @property
     def needs_prompt_logprobs(self) -> bool:

@@ -204,8 +204,8 @@ def test_lags_change_nothing(depth: int) -> None:
 
 def test_text_of_the_default_model(pair: Any) -> None:
     graph, _ = pair
-    (output,) = graph.chat(
-        [{"role": "user", "content": "What is the capital of France?"}],
+    (output,) = graph.generate(
+        ["The capital of France is"],
         SamplingParams(temperature=0.0, max_tokens=30),
         use_tqdm=False,
     )

@@ -159,8 +159,8 @@ def test_loading_holds_one_copy() -> None:
 def test_text_of_the_default_model() -> None:
     llm = LLM(default_model(), quantization="fp8", max_model_len=256, max_num_seqs=2)
     try:
-        (output,) = llm.chat(
-            [{"role": "user", "content": "What is the capital of France?"}],
+        (output,) = llm.generate(
+            ["The capital of France is"],
             SamplingParams(temperature=0.0, max_tokens=30),
             use_tqdm=False,
         )

@@ -125,7 +125,9 @@ def test_equals_the_ops(fused: FusedDecode, seed: int, shape: str, quantization:
     exact = wide(model)
     # One piece, its edge, pieces that the reader merges, pieces that the last of them merges.
     lengths = (
-        (1, 100, 256, 257, 1024, 1025, 5000) if shape in ("llama-3.2-1b", "qwen3-0.6b") else (1, 600, 1700)
+        (1, 100, 256, 257, 513, 1025, 2049, 5000)
+        if shape in ("llama-3.2-1b", "qwen3-0.6b")
+        else (1, 600, 1700)
     )
     for length in lengths:
         ours, theirs = (

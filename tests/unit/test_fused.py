@@ -107,7 +107,13 @@ def test_the_ring_has_as_many_chunks_as_the_source_says(shape: str, fp8: bool) -
     spec = spec_from_config(SHAPES[shape])
     a, numbers = spec.attention, dict(fused.TUNING[fp8])
     numbers |= {"HID": spec.hidden_size, "QSIZE": a.q_size, "INTER": spec.intermediate_size, "HD": a.head_dim}
-    numbers |= {"TOKENS": fused.MOST_TOKENS, "FP8": fp8, "WARPS": fused.WARPS, "CHUNK": fused.CHUNK, "QG": 1}
+    numbers |= {
+        "TOKENS": fused.MOST_TOKENS,
+        "FP8": fp8,
+        "WARPS": fused.WARPS,
+        "CHUNK": fused.CHUNKS[a.head_dim],
+        "QG": 1,
+    }
     names: dict[str, Any] = {**numbers, "cmax": max, "sizeof": lambda size: size, "W": 1 if fp8 else 2}
     names["divisor"] = lambda n, most: next(d for d in range(most, 0, -1) if n % d == 0)
     text = fused.SOURCE.read_text().replace("(int)", "").replace("/", "//")

@@ -7,14 +7,11 @@ the purpose; the static buffers are put back afterwards. No request may be under
 from __future__ import annotations
 
 import contextlib
-import json
 import statistics
-import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -134,7 +131,7 @@ def profile_kernels(engine: Engine, key: GraphKey, rows: Rows) -> dict[str, Any]
     """
     from torch.profiler import ProfilerActivity, profile
 
-    from ..graphs.survey import kernels
+    from ..graphs.survey import kernels, replayed_kernels
 
     runner: Any = engine.runner
     backend, graph = runner.backend, runner.cache.graph(key)
@@ -148,7 +145,7 @@ def profile_kernels(engine: Engine, key: GraphKey, rows: Rows) -> dict[str, Any]
         for _ in range(PROFILED_REPLAYS):
             backend.replay(graph)
         backend.wait()
-    return summed(_kernel_events(profiler), nodes, PROFILED_REPLAYS) | {
+    return summed(replayed_kernels(profiler), nodes, PROFILED_REPLAYS) | {
         "batch_size": rows.count,
         "context_len": rows.prompt,
         "replay_undisturbed_us": undisturbed * 1e6,
@@ -188,13 +185,3 @@ def summed(
         "sum_us": sum(row["us_a_step"] for row in rows),
         "replay_under_profiler_us": span / replays,
     }
-
-
-def _kernel_events(profiler: Any) -> list[dict[str, Any]]:
-    """Kernels of graph replays, in the order in which they began."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(path))
-        events = json.loads(path.read_text())["traceEvents"]
-    ran = [e for e in events if e.get("cat") == "kernel" and e.get("args", {}).get("graph node id")]
-    return sorted(ran, key=lambda e: e["ts"])

@@ -21,6 +21,7 @@ from ..kv_cache import KVCache
 from ..models.decoder import Decoder
 from ..ops import AttentionShape, OpSet, Scratch, squares_words
 from ..types import GraphKey, Logprob, SamplerVariant, StepKind, StepResult, TokenLogprobs
+from .cuda import device_to_host
 
 
 class Arena:
@@ -239,6 +240,8 @@ class _RingSlot:
         self.rank = like(state.logprob_rank)
         self.views: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         """Of the tokens, here and on the device, by how many"""
+        self.places = self.tokens.data_ptr(), state.emitted.data_ptr(), self.tokens.element_size()
+        """The same as addresses, and the bytes of one."""
         self.arrived = torch.cuda.Event() if pin else None
         self.ticket = 0
         """Steps that have used the slot."""
@@ -247,9 +250,19 @@ class _RingSlot:
 class ResultRing:
     """As many result slots as there can be steps in flight, and one more."""
 
-    def __init__(self, buffers: StepBuffers, depth: int) -> None:
+    def __init__(self, buffers: StepBuffers, depth: int, stream: torch.cuda.Stream | None = None) -> None:
+        """Nothing is under way.
+
+        Args:
+            buffers: what holds results on the device.
+            depth: most steps in flight.
+            stream: where all steps run; None: whichever is current. Knowing it makes sending cheaper.
+                Whoever drops the ring waits for it first.
+        """
         self._slots = [_RingSlot(buffers) for _ in range(depth + 1)]
         self._turn = 0
+        self._stream = stream
+        self._copy = None if stream is None else device_to_host(stream)
 
     def send(self, batch: Batch, prompt: dict[int, list[TokenLogprobs]]) -> Pending:
         """Start the copy of a step's results, in stream order behind the step."""
@@ -257,16 +270,20 @@ class ResultRing:
         slot.ticket += 1
         self._turn = (self._turn + 1) % len(self._slots)
         state, n = batch.state, batch.num_seqs
-        views = slot.views.get(n)
-        if views is None:
-            views = slot.views[n] = slot.tokens[:n], state.emitted[:n]
-        views[0].copy_(views[1], non_blocking=True)
+        if self._copy is not None:
+            host, device, each = slot.places
+            self._copy(host, device, n * each)
+        else:
+            views = slot.views.get(n)
+            if views is None:
+                views = slot.views[n] = slot.tokens[:n], state.emitted[:n]
+            views[0].copy_(views[1], non_blocking=True)
         if batch.logprobs:
             slot.values[:n].copy_(state.logprob_values[:n], non_blocking=True)
             slot.ids[:n].copy_(state.logprob_ids[:n], non_blocking=True)
             slot.rank[:n].copy_(state.logprob_rank[:n], non_blocking=True)
         if slot.arrived is not None:
-            slot.arrived.record()
+            slot.arrived.record(self._stream)
         return Pending(slot, n, batch.logprobs, prompt)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import statistics
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -201,13 +201,35 @@ def _node_times(engine: Engine, key: GraphKey, kernels: int) -> Any:
     with engine.device_context(), profile(activities=[ProfilerActivity.CUDA]) as profiler:
         runner.on_scratch_rows(key, key.num_seqs, replay)
         runner.backend.wait()
+    ran = replayed_kernels(profiler)
+    return iter([float(e["dur"]) for e in ran[-kernels:]] if len(ran) >= kernels else [])
+
+
+def replayed_kernels(profiler: Any) -> list[dict[str, Any]]:
+    """Kernel events of the graphs that were replayed under torch's profiler, in the order in which they began.
+
+    Not every version of it writes a node's number beside a kernel; all of them say which launch a kernel is of.
+    """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
         events = json.loads(path.read_text())["traceEvents"]
-    ran = [e for e in events if e.get("cat") == "kernel" and e.get("args", {}).get("graph node id")]
-    ran.sort(key=lambda e: e["ts"])
-    return iter([float(e["dur"]) for e in ran[-kernels:]] if len(ran) >= kernels else [])
+    return graph_kernels(events)
+
+
+def graph_kernels(events: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Of a trace's events, the kernels that a graph's launch brought, in the order in which they began."""
+    launches = {
+        event["args"]["correlation"]
+        for event in events
+        if "GraphLaunch" in str(event.get("name")) and "correlation" in event.get("args", {})
+    }
+    ran = [
+        dict(e)
+        for e in events
+        if e.get("cat") == "kernel" and e.get("args", {}).get("correlation") in launches
+    ]
+    return sorted(ran, key=lambda e: float(e["ts"]))
 
 
 def _versions() -> dict[str, str]:

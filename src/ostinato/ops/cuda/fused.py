@@ -28,7 +28,9 @@ MOST_TOKENS = 1
 WARPS = 8
 THREADS = (WARPS + 4) * 32
 SHARED_BYTES = 227 * 1024
-SPLITS, CHUNK = 16, 256
+SPLITS = 16
+CHUNKS = {64: 512, 128: 256}
+"""Fewest tokens in a split of a context, by head_dim; measured on an H200 up to 900 tokens of context."""
 TUNING = {
     False: {"MOST_SLICES": 22, "FLIGHT": 3, "LEAD": 16, "PACE": 900},
     True: {"MOST_SLICES": 45, "FLIGHT": 1, "LEAD": 8, "PACE": 1800},
@@ -162,7 +164,7 @@ class FusedDecode:
             "BLOCK_SIZE": block_size, "WINDOW": a.sliding_window or 0, "TABLE_WIDTH": table_width,
             "TOKENS": MOST_TOKENS, "FP8": first.qkv.scale is not None, "QKNORM": first.q_norm is not None,
             "QKV_BIAS": first.qkv.bias is not None, "O_BIAS": first.output.bias is not None,
-            "GRID": self._grid, "WARPS": WARPS, "MAXS": SPLITS, "CHUNK": CHUNK, "QG": 1, **TUNING[first.qkv.scale is not None],
+            "GRID": self._grid, "WARPS": WARPS, "MAXS": SPLITS, "CHUNK": CHUNKS[a.head_dim], "QG": 1, **TUNING[first.qkv.scale is not None],
         }  # fmt: skip
 
     def _bind(self, stack: Stack, macros: dict[str, int]) -> _Bound:
@@ -255,7 +257,7 @@ def ring_stages(hidden: int, q_size: int, inner: int, head_dim: int, *, fp8: boo
     reduced, attention = WARPS * 16 * MOST_TOKENS, WARPS * (head_dim + 2)
     fixed = MOST_TOKENS * apart(2 * max(sizes)) + 4 * max(2 * reduced, attention) + 4 * WARPS * MOST_TOKENS
     fixed += (
-        4 * 4 * head_dim + 4 * CHUNK + 4 * 32 + 256
+        4 * 4 * head_dim + 4 * CHUNKS[head_dim] + 4 * 32 + 256
     )  # queries, key, value and angles; slots; items; the rest
     return (SHARED_BYTES - fixed) // (stage + 16)
 

@@ -484,12 +484,12 @@ def attention(
                     j = tl.arange(0, SPLITS)
                     used = j < count
                     for q_head in tl.static_range(GROUP):
-                        part = (h * GROUP + q_head) * SPLITS + j
-                        top = tl.load(stats + part * 2, mask=used, other=float("-inf"))
+                        places = (h * GROUP + q_head) * SPLITS + j
+                        top = tl.load(stats + places * 2, mask=used, other=float("-inf"))
                         weight = tl.exp2(top - tl.max(top, 0))
-                        whole = tl.sum(tl.load(stats + part * 2 + 1, mask=used, other=0.0) * weight, 0)
+                        whole = tl.sum(tl.load(stats + places * 2 + 1, mask=used, other=0.0) * weight, 0)
                         parts = tl.load(
-                            space + part[:, None] * DIM + d[None, :],
+                            space + places[:, None] * DIM + d[None, :],
                             mask=used[:, None] & inside_dim[None, :], other=0.0,
                         )  # fmt: skip
                         result = tl.sum(parts * weight[:, None], 0) / whole
