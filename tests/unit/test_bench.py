@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import random
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from ostinato.bench.result import Table, percentile
 from ostinato.bench.step import required_bytes
 from ostinato.bench.workload import PROTOCOLS, Work, nano_vllm, synthetic
 from ostinato.errors import ConfigError, GraphError
+from ostinato.graphs.survey import graph_kernels
 from ostinato.models.checkpoint import open_checkpoint
 from ostinato.models.registry import spec_from_config
 from ostinato.types import GraphKey, SamplerVariant, StepKind
@@ -179,12 +180,36 @@ def test_a_figure_says_where_it_was_measured() -> None:
 NODES = [("gemm", "norm_linear", 0), ("attend", "rope_paged_attention", 0), ("gemm", "norm_linear", 1)]
 
 
-def test_kernel_times_are_summed_by_op_and_kernel() -> None:
-    events = [
-        {"name": "x", "ts": 10.0 * i, "dur": duration}
-        for i, duration in enumerate((4.0, 1.0, 6.0, 4.0, 3.0, 6.0))
+def trace_of(times: Iterable[tuple[float, float]], launch: int = 1) -> list[dict[str, Any]]:
+    """Kernels of a graph's launch that begin and take so long, as a trace has them."""
+    events: list[dict[str, Any]] = [
+        {"cat": "cuda_runtime", "name": "cudaGraphLaunch", "args": {"correlation": launch}}
     ]
-    found = summed(events, NODES, replays=2)
+    events += [
+        {
+            "cat": "kernel",
+            "name": f"kernel of {launch}",
+            "ts": ts,
+            "dur": dur,
+            "args": {"correlation": launch},
+        }
+        for ts, dur in times
+    ]
+    return graph_kernels(events)
+
+
+def test_only_kernels_of_graph_launches_count_and_waiting_inside_a_kernel_does_not() -> None:
+    """The second begins under the first and waits for it; the third lies wholly under the second."""
+    other = {"cat": "kernel", "name": "eager", "ts": 0.0, "dur": 9.0, "args": {"correlation": 7}}
+    found = trace_of([(1.0, 5.0), (2.0, 6.0), (3.0, 1.0), (10.0, 2.0)])
+    assert [event["added"] for event in found] == [5.0, 2.0, 0.0, 2.0]
+    assert graph_kernels([other, {"name": "cudaLaunchKernel", "args": {"correlation": 7}}]) == []
+
+
+def test_kernel_times_are_summed_by_op_and_kernel() -> None:
+    found = summed(
+        trace_of((10.0 * i, d) for i, d in enumerate((4.0, 1.0, 6.0, 4.0, 3.0, 6.0))), NODES, replays=2
+    )
     gemm, attend = found["kernels"]
     assert (gemm["op"], gemm["kernel"], gemm["launches"]) == ("norm_linear", "gemm", 2)
     assert (gemm["us_a_step"], gemm["us_each"]) == (10.0, 5.0)
@@ -194,10 +219,9 @@ def test_kernel_times_are_summed_by_op_and_kernel() -> None:
 
 
 def test_kernels_that_the_profiler_lost_are_not_given_other_names() -> None:
-    events = [{"name": "own name", "ts": float(i), "dur": 1.0} for i in range(5)]
-    found = summed(events, NODES, replays=2)
+    found = summed(trace_of((float(i), 1.0) for i in range(5)), NODES, replays=2)
     assert [(row["op"], row["kernel"], row["launches"]) for row in found["kernels"]] == [
-        ("", "own name", 2.5)
+        ("", "kernel of 1", 2.5)
     ]
 
 

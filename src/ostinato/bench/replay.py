@@ -126,8 +126,8 @@ def replay(engine: Engine, key: GraphKey, rows: Rows) -> tuple[float, float]:
 def profile_kernels(engine: Engine, key: GraphKey, rows: Rows) -> dict[str, Any]:
     """Each kernel's time within a replay, by the profiler.
 
-    A profiler that traces nodes may hold back dependent launches, and kernels that overlap are
-    counted twice: the undisturbed replay is reported beside the sum.
+    A kernel counts from where all before it had ended. A profiler that traces nodes may hold back
+    dependent launches: the undisturbed replay is reported beside the sum.
     """
     from torch.profiler import ProfilerActivity, profile
 
@@ -158,17 +158,17 @@ def summed(
     """Kernel events of several replays by op and kernel, the costliest first; microseconds.
 
     Args:
-        ran: events with `name`, `ts` and `dur`, in the order in which they began.
+        ran: what `graph_kernels` makes of a trace.
         nodes: name, op and layer of each kernel of the graph, in order.
         replays: how often the graph ran.
     """
     times: dict[tuple[str, str], list[float]] = defaultdict(list)
     if len(ran) == len(nodes) * replays:
         for event, (name, op, _) in zip(ran, nodes * replays, strict=True):
-            times[op, name].append(event["dur"])
+            times[op, name].append(event["added"])
     else:  # the profiler lost some, or saw others: the events' own names are all that is sure
         for event in ran:
-            times["", str(event["name"])[:60]].append(event["dur"])
+            times["", str(event["name"])[:60]].append(event["added"])
     rows: list[dict[str, Any]] = [
         {
             "op": op,

@@ -413,7 +413,7 @@ def _notes(llm: LLM, kernels: dict[str, Any] | None) -> list[str]:
     return [
         f"The kernels' times add up to {kernels['sum_us']:.1f} us; a replay takes "
         f"{kernels['replay_undisturbed_us']:.1f} us undisturbed and {kernels['replay_under_profiler_us']:.1f} us under "
-        "the profiler, which may hold back dependent launches. Kernels that overlap are counted twice."
+        "the profiler, which may hold back dependent launches. A kernel counts from where those before it had ended."
     ]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import statistics
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -193,7 +193,7 @@ def _key_report(engine: Engine, record: KeyRecord[GraphKey], chains: bool) -> Ke
 
 
 def _node_times(engine: Engine, key: GraphKey, kernels: int) -> Any:
-    """Microseconds of each kernel of a replay, in order; nothing if the profiler saw another number."""
+    """Microseconds that each kernel of a replay adds, in order; nothing if the profiler saw another number."""
     from torch.profiler import ProfilerActivity, profile
 
     runner = _graph_runner(engine)
@@ -202,7 +202,7 @@ def _node_times(engine: Engine, key: GraphKey, kernels: int) -> Any:
         runner.on_scratch_rows(key, key.num_seqs, replay)
         runner.backend.wait()
     ran = replayed_kernels(profiler)
-    return iter([float(e["dur"]) for e in ran[-kernels:]] if len(ran) >= kernels else [])
+    return iter([float(e["added"]) for e in ran[-kernels:]] if len(ran) >= kernels else [])
 
 
 def replayed_kernels(profiler: Any) -> list[dict[str, Any]]:
@@ -217,19 +217,30 @@ def replayed_kernels(profiler: Any) -> list[dict[str, Any]]:
     return graph_kernels(events)
 
 
-def graph_kernels(events: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Of a trace's events, the kernels that a graph's launch brought, in the order in which they began."""
+def graph_kernels(events: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Of a trace's events, the kernels that graph launches brought, in the order in which they began.
+
+    `added` is the microseconds from where all before it had ended to its own end: under dependent launch a
+    kernel begins early and waits, so the times between begin and end would count the same time twice.
+    """
+    events = list(events)
     launches = {
         event["args"]["correlation"]
         for event in events
         if "GraphLaunch" in str(event.get("name")) and "correlation" in event.get("args", {})
     }
     ran = [
-        dict(e)
-        for e in events
-        if e.get("cat") == "kernel" and e.get("args", {}).get("correlation") in launches
+        dict(event)
+        for event in events
+        if event.get("cat") == "kernel" and event.get("args", {}).get("correlation") in launches
     ]
-    return sorted(ran, key=lambda e: float(e["ts"]))
+    ran.sort(key=lambda event: float(event["ts"]))
+    latest = float("-inf")
+    for event in ran:
+        end = event["ts"] + event["dur"]
+        event["added"] = max(end - max(event["ts"], latest), 0.0)
+        latest = max(latest, end)
+    return ran
 
 
 def _versions() -> dict[str, str]:
