@@ -219,6 +219,8 @@ class Scheduler:
         """Times a row was held back because its next mask depends on an unknown token."""
         self.num_block_stalls = 0
         """Times a running row was held back because no block was free for it."""
+        self.step_tokens: Counter[int] = Counter()
+        """How many steps had how many tokens."""
         self.delayed_steps: Counter[Delay] = Counter()
         """Steps that running requests had to sit out, by reason, whether others ran in them or nobody."""
         self.num_passed_over = 0
@@ -409,6 +411,7 @@ class Scheduler:
 
     def _launch(self, schedule: Schedule) -> Schedule:
         self.num_steps += 1
+        self.step_tokens[schedule.num_tokens] += 1
         self._inflight.append(schedule)
         return schedule
 

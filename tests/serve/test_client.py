@@ -317,6 +317,16 @@ def test_metrics_have_vllms_names(server: Server, client: OpenAI) -> None:
     assert 'model_name="tiny",reason="disabled"' in text
 
 
+def test_tokens_of_steps_are_counted(server: Server, client: OpenAI) -> None:
+    server.wait_for("num_requests_running", 0)
+    steps, tokens = (f"iteration_tokens_total_{kind}" for kind in ("count", "sum"))
+    before = {name: server.metric(name) for name in (steps, tokens)}
+    client.completions.create(model="tiny", prompt="abc", max_tokens=7, extra_body={"ignore_eos": True})
+    # Three prompt tokens in a step of their own, then a token a step; the last one is not computed.
+    server.wait_for(steps, before[steps] + 7)
+    server.wait_for(tokens, before[tokens] + 3 + 6)
+
+
 def test_the_times_of_a_request_add_up(server: Server, client: OpenAI) -> None:
     names = ("queue", "prefill", "decode", "inference")
     totals = [f"request_{name}_time_seconds_sum" for name in names]

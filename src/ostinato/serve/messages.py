@@ -132,6 +132,8 @@ class Stats(_Message, frozen=True):
     graph_memory_bytes: dict[str, int]
     captures: int
     capture_seconds: float
+    step_tokens: dict[int, int]
+    """How many steps had how many tokens."""
 
 
 class Step(_Message, frozen=True):

@@ -89,6 +89,7 @@ _REQUEST = (
 )
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
 _N = (1, 2, 5, 10, 20, 50, 100)
+_STEP = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16_384)
 
 _DISTRIBUTIONS: dict[str, tuple[str, Sequence[float]]] = {
     "time_to_first_token_seconds": ("Seconds from a request's arrival to its first token.", _TTFT),
@@ -121,9 +122,9 @@ class Distribution:
         self.counts = [0] * (len(bounds) + 1)
         self.sum = 0.0
 
-    def observe(self, value: float) -> None:
-        self.counts[bisect_left(self.bounds, value)] += 1
-        self.sum += value
+    def observe(self, value: float, times: int = 1) -> None:
+        self.counts[bisect_left(self.bounds, value)] += times
+        self.sum += value * times
 
     def buckets(self) -> list[tuple[str, float]]:
         """(upper bound, values up to it), as Prometheus wants them."""
@@ -259,6 +260,15 @@ class Metrics:
             "Times a row waited for its last token, on which its mask depends.",
             s.host_dependency,
         )
+        tokens = Distribution(_STEP)
+        for size, times in s.step_tokens.items():
+            tokens.observe(size, times)
+        # vLLM's name; a histogram in spite of its ending.
+        iterations = HistogramMetricFamily(
+            "ostinato:iteration_tokens_total", "Tokens of a step.", labels=label
+        )
+        iterations.add_metric(model, tokens.buckets(), tokens.sum)
+        yield iterations
         steps = CounterMetricFamily(
             "ostinato:cudagraph_iterations",
             "Steps on a graph (mode FULL), and eager ones (mode NONE) by reason.",

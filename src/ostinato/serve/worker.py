@@ -210,6 +210,7 @@ def statistics(engine: Engine) -> Stats:
         },
         captures=sum(record.capture_ms > 0 for record in records),
         capture_seconds=sum(record.capture_ms + record.instantiate_ms for record in records) / 1000,
+        step_tokens=dict(scheduler.step_tokens),
     )
 
 
