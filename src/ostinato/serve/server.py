@@ -32,6 +32,7 @@ from .errors import shutting_down
 from .http import HttpProtocol
 from .metrics import Metrics
 from .options import KEY_VARIABLE, ServeOptions
+from .pauses import spare_what_is_there
 from .service import Service
 from .tools import detect
 
@@ -52,6 +53,7 @@ def run(options: ServeOptions) -> int:
         OstinatoError: the server cannot be started.
     """
     logs.set_up(options.log_level, options.log_format)
+    spare_what_is_there()
     try:
         import uvloop
     except ImportError:

@@ -37,6 +37,7 @@ from .messages import (
     ToEngine,
     TokenLogprob,
 )
+from .pauses import spare_what_is_there
 
 if TYPE_CHECKING:
     from ..engine import Engine
@@ -264,6 +265,7 @@ def serve(channel: Channel) -> int:
     except Exception as error:
         logger.exception("the engine could not be built")
         return _last_words(channel, f"{type(error).__name__}: {error}")
+    spare_what_is_there()
     channel.send(ready(engine))
     worker = Worker(engine, channel, first.beat_seconds)
     try:
