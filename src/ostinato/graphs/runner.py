@@ -7,6 +7,7 @@ pinned host buffers, one event a step.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -257,12 +258,14 @@ class ResultRing:
             buffers: what holds results on the device.
             depth: most steps in flight.
             stream: where all steps run; None: whichever is current. Knowing it makes sending cheaper.
-                Whoever drops the ring waits for it first.
         """
         self._slots = [_RingSlot(buffers) for _ in range(depth + 1)]
         self._turn = 0
         self._stream = stream
         self._copy = None if stream is None else device_to_host(stream)
+        if stream is not None:
+            # torch does not know of these copies, and would give the slots' memory away under them.
+            weakref.finalize(self, stream.synchronize).atexit = False
 
     def send(self, batch: Batch, prompt: dict[int, list[TokenLogprobs]]) -> Pending:
         """Start the copy of a step's results, in stream order behind the step."""
