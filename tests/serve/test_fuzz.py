@@ -33,16 +33,37 @@ def test_all_endpoints_are_tried(document: Any) -> None:
     assert found == set(ENDPOINTS)
 
 
-@pytest.mark.parametrize(("method", "path"), ENDPOINTS)
-def test_no_request_breaks_the_server(document: Any, method: str, path: str) -> None:
+def checks() -> list[Any]:
     from schemathesis.specs.openapi import checks
 
-    tried = [
+    return [
         schemathesis.checks.not_a_server_error,
         checks.status_code_conformance,
         checks.content_type_conformance,
         checks.response_schema_conformance,
     ]
+
+
+@pytest.mark.parametrize(
+    ("path", "asked"),
+    [
+        ("/v1/completions", {"prompt": "abc"}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "abc"}]}),
+    ],
+)
+def test_a_stream_is_as_documented(document: Any, path: str, asked: dict[str, Any]) -> None:
+    """Random requests seldom ask for one that succeeds."""
+    case = document[path]["POST"].Case(
+        body={**asked, "stream": True, "max_tokens": 3}, media_type="application/json"
+    )
+    answer = case.call(timeout=60)
+    assert answer.headers["content-type"][0].startswith("text/event-stream")
+    case.validate_response(answer, checks=checks())
+
+
+@pytest.mark.parametrize(("method", "path"), ENDPOINTS)
+def test_no_request_breaks_the_server(document: Any, method: str, path: str) -> None:
+    tried = checks()
     operation = document[path][method]
     modes = [schemathesis.GenerationMode.POSITIVE]
     if method == "POST":

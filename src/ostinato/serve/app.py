@@ -328,6 +328,15 @@ def _digest(key: bytes) -> bytes:
     return hashlib.sha256(key).digest()
 
 
+_EVENT = {
+    "type": "object",
+    "description": "Each event of the stream: `data` is a chunk as JSON, or [DONE].",
+    "properties": {"data": {"type": "string"}},
+    "required": ["data"],
+}
+"""Before OpenAPI 3.2 the schema of a stream describes one event."""
+
+
 def _openapi(app: FastAPI) -> dict[str, Any]:
     """The document of the routes, with the bodies that they read by themselves."""
     if app.openapi_schema is not None:
@@ -345,6 +354,6 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
         operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": reference}}}
     for path in ("/v1/completions", "/v1/chat/completions"):
         answers = document["paths"][path]["post"]["responses"]["200"]["content"]
-        answers["text/event-stream"] = {"schema": {"type": "string"}}
+        answers["text/event-stream"] = {"schema": _EVENT}
     app.openapi_schema = document
     return document
