@@ -19,10 +19,10 @@ of a token is (m - x) / temperature, m the largest logit; at a depth of 31 its w
     weigh    only in those: exact counts and weights in 1024 fine bins each
     narrow   only in the fine bin or two then left: the tokens themselves, a few dozen of 128256,
              into a list; and for each tile the weight of what is kept for certain
-    draw     bisects the list, which gives the threshold, and draws
+    draw     compares all in the list with each other, which gives the threshold, and draws
 
-The list may be too short where nearly all logits look alike (temperatures of a thousand, say). That
-costs time, not exactness: the whole row is bisected instead.
+A list of hundreds is bisected instead; and where nearly all logits look alike (temperatures of a thousand,
+say) it may be too short, and the whole row is. That costs time, not exactness.
 
 Everything between kernels lies in `scratch`, and nothing there means anything between two calls:
 the first kernel clears what later ones add to. With PDL all kernels are launched dependently, and
@@ -62,7 +62,8 @@ _COARSE = tl.constexpr(128)
 _COARSE_STEP = tl.constexpr(0.125)  # the last bin reaches down to the bottom
 _FINE = tl.constexpr(1024)
 _LIST = tl.constexpr(1024)
-_SHORT = tl.constexpr(256)  # entries of the list, or logits of a row, looked at together
+_SHORT = tl.constexpr(256)  # entries of the list looked at together, and compared with each other
+_FEW = tl.constexpr(16)  # entries that all of those are compared with at once
 _LONG = tl.constexpr(4096)
 _TWO_32 = tl.constexpr(2**32)
 
@@ -277,7 +278,7 @@ def sample(
         inputs.seed.stride(0),
         out,
         TILES_OF_ROW=tiles_of_row,
-        LOG_TILES=(tiles_of_row - 1).bit_length(),
+        TILES_PADDED=triton.next_power_of_2(tiles_of_row),
         num_warps=8,
         **best,
     )
@@ -748,24 +749,32 @@ def _narrow(
 
 
 @triton.jit
+def _in_question(
+    table, i, length, largest, inverse, min_p, first, last, low, high, BY_MASS: tl.constexpr
+):  # fmt: skip
+    """Entries i of `table` [length]: images, whether in fine bins low to high, and what they add, 1 or their weight."""
+    begin, end, scale = _fine_scale(first, last)
+    x = _plain(tl.load(table + i, mask=i < length, other=float("-inf")))
+    depth = _depth(x, largest, inverse)
+    place = _fine(depth, begin, scale)
+    inside = (place >= low) & (place < _after(high)) & (depth < end)
+    amount = _weights(depth, min_p) if BY_MASS else tl.full(i.shape, 1, tl.int64)
+    return _image(x), inside, tl.where(inside, amount, 0)
+
+
+@triton.jit
 def _at_least(
     table, length, image, largest, inverse, min_p, first, last, low, high,
     BY_MASS: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
     """Tokens, or their weight, with that image or a larger one, in fine bins low to high of `table` [length]."""
-    begin, end, scale = _fine_scale(first, last)
     found = tl.zeros((SPAN,), tl.int64)
     start = tl.full((), 0, tl.int32)
     while start < length:
-        i = start + tl.arange(0, SPAN)
-        x = _plain(tl.load(table + i, mask=i < length, other=float("-inf")))
-        depth = _depth(x, largest, inverse)
-        place = _fine(depth, begin, scale)
-        inside = (place >= low) & (place < _after(high)) & (depth < end) & (_image(x) >= image)
-        if BY_MASS:
-            found += tl.where(inside, _weights(depth, min_p), 0)
-        else:
-            found += inside.to(tl.int64)
+        images, _inside, amount = _in_question(
+            table, start + tl.arange(0, SPAN), length, largest, inverse, min_p, first, last, low, high, BY_MASS
+        )
+        found += tl.where(images >= image, amount, 0)
         start += SPAN
     return tl.sum(found, axis=0)
 
@@ -789,6 +798,42 @@ def _bisect(
 
 
 @triton.jit
+def _compare(
+    table, length, target, largest, inverse, min_p, first, last, low, high, BY_MASS: tl.constexpr
+):  # fmt: skip
+    """What `_bisect` finds, where `length` is at most _SHORT: no round waits for the one before."""
+    images, inside, _amount = _in_question(
+        table, tl.arange(0, _SHORT), length, largest, inverse, min_p, first, last, low, high, BY_MASS
+    )
+    found = tl.zeros((_SHORT,), tl.int64)
+    start = tl.full((), 0, tl.int32)
+    while start < length:
+        others, _inside, amount = _in_question(
+            table, start + tl.arange(0, _FEW), length, largest, inverse, min_p, first, last, low, high, BY_MASS
+        )
+        found += tl.sum(tl.where(others[None, :] >= images[:, None], amount[None, :], 0), axis=1)
+        start += _FEW
+    smallest = tl.min(tl.where(inside, images, _TWO_32), axis=0)
+    return tl.max(tl.where(inside & (found >= target), images, smallest), axis=0)
+
+
+@triton.jit
+def _edge(
+    table, length, target, extremes, largest, inverse, min_p, first, last, low, high,
+    BY_MASS: tl.constexpr, SPAN: tl.constexpr,
+):  # fmt: skip
+    """By whichever of the two is faster."""
+    image = tl.full((), 0, tl.int64)
+    if length <= _SHORT:
+        image = _compare(table, length, target, largest, inverse, min_p, first, last, low, high, BY_MASS)
+    else:
+        image = _bisect(
+            table, length, target, extremes, largest, inverse, min_p, first, last, low, high, BY_MASS, SPAN
+        )
+    return image
+
+
+@triton.jit
 def _threshold(
     table, length, numbers, mine, by_mass, share_of, largest, inverse, min_p, SPAN: tl.constexpr
 ):  # fmt: skip
@@ -798,14 +843,14 @@ def _threshold(
     if tl.load(numbers + _BY_COUNT) != 0:
         bin = tl.load(numbers + _BIN_K)
         low = tl.load(numbers + _LOW_K)
-        lowest = _bisect(
+        lowest = _edge(
             table, length, tl.load(mine + _REST_K), mine + _EXTREMES_K,
             largest, inverse, min_p, bin, bin, low, low, False, SPAN,
         )  # fmt: skip
         if by_mass:
             total += _at_least(table, length, lowest, largest, inverse, min_p, bin, bin, low, low, True, SPAN)
     if by_mass:
-        lowest = _bisect(
+        lowest = _edge(
             table, length, _share(total, share_of) - tl.load(mine + _KEPT), mine + _EXTREMES_P,
             largest, inverse, min_p, tl.load(numbers + _FIRST), tl.load(numbers + _LAST),
             tl.load(numbers + _LOW_P), tl.load(numbers + _HIGH_P), True, SPAN,
@@ -817,7 +862,7 @@ def _threshold(
 def _draw(
     logits, rows, chunk_max, chunk_best, temperature, min_p, top_k, top_p, counts, sums, mass,
     list_logit, list_token, positions, seed, seed_stride, out, V: tl.constexpr, TILE: tl.constexpr,
-    TILES_OF_ROW: tl.constexpr, LOG_TILES: tl.constexpr,
+    TILES_OF_ROW: tl.constexpr, TILES_PADDED: tl.constexpr,
     CHUNKS: tl.constexpr, CHUNKS_PADDED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The threshold, then the first token at which the running sum of weights exceeds floor(u * sum)."""
@@ -858,13 +903,6 @@ def _draw(
                     lowest = _threshold(
                         table, V, numbers, mine, by_mass, share_of, largest, inverse, smallest, _LONG
                     )
-            # What the list adds to the weights of its tiles.
-            j = tl.arange(0, _LIST)
-            listed = in_list & (j < entries)
-            y = tl.load(logit_of + j, mask=listed, other=float("-inf"))
-            tile_of = tl.load(list_token + s * _LIST + j, mask=listed, other=0) // TILE
-            extra = _weights(_depth(y, largest, inverse), smallest)
-            extra = tl.where(listed & (_image(y) >= lowest), extra, 0)
             masses = mass + s * TILES_OF_ROW
             if entries > _LIST:
                 for tile in tl.range(0, TILES_OF_ROW):
@@ -873,25 +911,27 @@ def _draw(
                     tl.store(masses + tile, tl.sum(tl.where(_image(x) >= lowest, w, 0), axis=0))
                 tl.debug_barrier()
 
-            TILES_PADDED: tl.constexpr = 1 << LOG_TILES
             i = tl.arange(0, TILES_PADDED)
             of_tile = tl.load(masses + i, mask=i < TILES_OF_ROW, other=0)
-            total = tl.sum(of_tile, axis=0) + tl.sum(extra, axis=0)
+            start = tl.full((), 0, tl.int32)
+            while start < tl.where(in_list, entries, 0):  # what the list adds to the weights of its tiles
+                j = start + tl.arange(0, _FEW)
+                y = tl.load(logit_of + j, mask=j < entries, other=float("-inf"))
+                tile_of = tl.load(list_token + s * _LIST + j, mask=j < entries, other=0) // TILE
+                extra = _weights(_depth(y, largest, inverse), smallest)
+                extra = tl.where((j < entries) & (_image(y) >= lowest), extra, 0)
+                of_tile += tl.sum(tl.where(tile_of[None, :] == i[:, None], extra[None, :], 0), axis=1)
+                start += _FEW
+            up_to = tl.cumsum(of_tile, axis=0)
+            total = tl.max(up_to, axis=0)
             u = _uniform(
                 tl.load(seed + row * seed_stride),
                 tl.load(seed + row * seed_stride + 1),
                 tl.load(positions + s),
             )
             target = tl.minimum((u * total.to(tl.float64)).to(tl.int64), total - 1)
-            # The last tile before which there is no more than the target.
-            tile = 0
-            before = tl.full((), 0, tl.int64)
-            for bit in tl.static_range(LOG_TILES):
-                trial = tile + (TILES_PADDED >> (bit + 1))
-                sum_before = tl.sum(tl.where(i < trial, of_tile, 0), axis=0)
-                sum_before += tl.sum(tl.where(tile_of < trial, extra, 0), axis=0)
-                tile = tl.where(sum_before <= target, trial, tile)
-                before = tl.where(sum_before <= target, sum_before, before)
+            tile = tl.sum((up_to <= target).to(tl.int32), axis=0)
+            before = tl.max(tl.where(up_to <= target, up_to, 0), axis=0)
             x = _load(logits, s, tile * TILE + tl.arange(0, TILE), V)
             w = _weights(_depth(x, largest, inverse), smallest)
             w = tl.where(_image(x) >= lowest, w, 0)
