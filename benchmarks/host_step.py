@@ -48,7 +48,7 @@ class Host:
         from ostinato.graphs.cache import GraphCache
         from ostinato.graphs.keys import KeyBook
         from ostinato.graphs.plan import CudaGraphMode, Plan, default_capture_sizes
-        from ostinato.graphs.runner import ResultRing
+        from ostinato.graphs.results import ResultRing
         from ostinato.inputs import BufferShapes, StepBuffers
         from ostinato.kv_blocks import BlockAllocator
         from ostinato.outputs import OutputAssembler

@@ -16,6 +16,7 @@ from .errors import GraphError, OstinatoError, RequestError
 from .serve.options import KEY_VARIABLE, from_arguments
 from .serve.options import add_arguments as add_serve_arguments
 from .types import RequestOutput, SamplingParams
+from .wake import wake_driver
 
 if TYPE_CHECKING:
     from .llm import LLM
@@ -138,6 +139,7 @@ _ENGINE = (
 
 def _make(args: argparse.Namespace) -> tuple[LLM, SamplingParams]:
     params = SamplingParams(**{name: getattr(args, name) for name in _SAMPLING})  # before anything is loaded
+    wake_driver(args.device)
     from .llm import LLM
 
     return LLM(args.model, **{name: getattr(args, name) for name in _ENGINE}), params
@@ -180,6 +182,7 @@ def _chat(args: argparse.Namespace) -> int:
 
 
 def _inspected(args: argparse.Namespace, **options: Any) -> LLM:
+    wake_driver(args.device)
     from .llm import LLM
 
     named = {name: getattr(args, name) for name in (*_ENGINE, "load_format")}

@@ -26,7 +26,8 @@ from .graphs.inspect import AddressBook
 from .graphs.keys import KeyBook
 from .graphs.plan import CudaGraphMode, Plan, default_prefill_seqs, default_token_sizes
 from .graphs.profile import Profile
-from .graphs.runner import Arena, EagerRunner, Pending, ResultRing, Runner, StepProgram
+from .graphs.results import Pending, ResultRing
+from .graphs.runner import Arena, EagerRunner, Runner, StepProgram
 from .inputs import BufferShapes, StepBuffers
 from .kv_blocks import BlockAllocator
 from .kv_cache import KVCache
@@ -427,9 +428,11 @@ def build(options: EngineOptions, backend: GraphBackend | None = None) -> Engine
     device = config.device
     stages.done("open")
 
-    with ThreadPoolExecutor(2) as pool, torch.inference_mode():
+    with ThreadPoolExecutor(3) as pool, torch.inference_mode():
         tokenizer = _start_tokenizer(pool, options, checkpoint)
         selected = pool.submit(select, device)  # imports what a GPU needs while the weights load
+        if device.type == "cuda":
+            pool.submit(_open_kernel_cache)
         model: Decoder
         if checkpoint is None:
             model = random_decoder(
@@ -673,6 +676,12 @@ def _device_context(stream: torch.cuda.Stream | None) -> Callable[[], AbstractCo
     nothing = contextlib.nullcontext()
     # A call that runs many steps has entered it for all of them.
     return lambda: nothing if getattr(entered, "yes", False) else enter()
+
+
+def _open_kernel_cache() -> None:
+    from .ops.triton.compile import open_cache
+
+    open_cache()
 
 
 def _warm_up(program: StepProgram, buffers: StepBuffers) -> None:

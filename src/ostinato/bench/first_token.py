@@ -8,12 +8,15 @@ import sys
 import time
 from typing import Any
 
+from ..wake import wake_driver
+
 
 def main() -> None:
     """Do what one order from standard input says; answer with one line of JSON."""
     order: dict[str, Any] = json.load(sys.stdin)
     clock = _Clock(order["started"])
     clock.done("interpreter")
+    wake_driver(order["options"].get("device", "auto"))
     from ..llm import LLM
     from ..types import RequestOutputKind, SamplingParams
     from .options import described

@@ -1,6 +1,7 @@
 """`bench startup`: from the command to its first token, in fresh processes.
 
-The first run has empty caches (ostinato's, Triton's, the driver's), the others what it left. With
+The first run has empty caches (ostinato's, Triton's, the driver's; and Python's bytecode, where this process
+writes none), the others what it left. With
 `--shape` the weights are random, but lie in files as a checkpoint's do and are read from there:
 `--weights random` makes them on the device instead. What a run does is what `ostinato generate`
 does, with the prompt as token ids.
@@ -60,6 +61,7 @@ def run(args: argparse.Namespace) -> Result:
         "warm_first_token_seconds": statistics.median(warm),
         "warm_first_token_seconds_all": warm,
         "runs": runs,
+        "bytecode": "kept between the runs" if sys.dont_write_bytecode else "as installed",
         "weights": args.weights if args.shape else "file",
         "engine": runs[0]["engine"],
     }
@@ -99,6 +101,8 @@ def measure(order: Mapping[str, Any], caches: Path) -> dict[str, Any]:
         "TRITON_CACHE_DIR": str(caches / "triton"),
         "CUDA_CACHE_PATH": str(caches / "cuda"),
     }
+    if sys.dont_write_bytecode:  # what is installed here may have none: keep it as other machines do
+        environment |= {"PYTHONPYCACHEPREFIX": str(caches / "python"), "PYTHONDONTWRITEBYTECODE": ""}
     command = [sys.executable, "-m", f"{__package__}.first_token"]
     # The monotonic clock is the machine's, so that the other process can count from here.
     started = time.monotonic()

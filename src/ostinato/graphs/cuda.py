@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..errors import CaptureError, GraphError
+from ..errors import CaptureError
 
 logger = logging.getLogger(__name__)
 
@@ -111,28 +111,6 @@ class TorchBackend:
 
     def wait(self) -> None:
         torch.cuda.synchronize()
-
-
-def device_to_host(stream: torch.cuda.Stream) -> Callable[[int, int, int], None] | None:
-    """Copies between addresses in stream order, without what torch does for a tensor; None without the bindings.
-
-    A step has one such copy, and torch's takes the host longer than launching the step's graph.
-    """
-    try:
-        from cuda.bindings import runtime
-    except ImportError:
-        return None
-    handle, kind = runtime.cudaStream_t(stream.cuda_stream), runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost
-    ok, send = runtime.cudaError_t.cudaSuccess, runtime.cudaMemcpyAsync
-
-    def copy(to: int, source: int, nbytes: int) -> None:
-        (error,) = send(to, source, nbytes, kind, handle)
-        if error != ok:
-            raise GraphError(
-                f"the tokens of a step cannot be copied to the host: cudaMemcpyAsync says {error.name}"
-            )
-
-    return copy
 
 
 def _allocations() -> int:

@@ -16,7 +16,8 @@ from .backend import GraphBackend
 from .cache import GraphCache
 from .inspect import AddressBook
 from .keys import KeyBook, KeyState
-from .runner import EagerRunner, Pending, ResultRing, StepProgram
+from .results import Pending, ResultRing
+from .runner import EagerRunner, StepProgram
 from .scratch import ScratchChecker, observe_step
 from .verify import Observation, Trial, run_both
 

@@ -20,7 +20,8 @@ from ..errors import StrictError
 from ..inputs import Batch, StepBuffers
 from ..kv_cache import GUARD_BLOCK
 from ..types import GraphKey
-from .runner import EagerRunner, Pending, ResultRing, StepProgram
+from .results import Pending, ResultRing
+from .runner import EagerRunner, StepProgram
 from .scratch import poison
 
 _FAR = 2**30

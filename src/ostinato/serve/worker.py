@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import OstinatoError
 from ..types import FinishReason, Request, RequestOutputKind, SamplingParams, TokenGrammar, TokenLogprobs
+from ..wake import wake_driver
 from . import logs
 from .messages import (
     Abort,
@@ -279,6 +280,7 @@ def serve(channel: Channel) -> int:
 
 
 def _build(options: dict[str, Any]) -> Engine:
+    wake_driver(options.get("device", "auto"))
     from ..config import EngineOptions
     from ..engine import build
 

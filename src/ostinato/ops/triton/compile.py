@@ -17,9 +17,21 @@ from concurrent.futures import ThreadPoolExecutor
 import triton
 from triton.runtime.jit import JITFunction
 
-__all__ = ["compile_ahead"]
+__all__ = ["compile_ahead", "open_cache"]
 
 _MOST_THREADS = 16
+
+
+def open_cache() -> None:
+    """What the first look into Triton's cache begins with, a third of a second: a hash of all of Triton.
+
+    For a thread; Triton keeps the hash. Nothing where Triton has no such function.
+    """
+    try:
+        from triton.runtime.cache import triton_key
+    except ImportError:
+        return
+    triton_key()
 
 
 @contextlib.contextmanager

@@ -773,7 +773,7 @@ def _at_least(
     while start < length:
         images, _inside, amount = _in_question(
             table, start + tl.arange(0, SPAN), length, largest, inverse, min_p, first, last, low, high, BY_MASS
-        )
+        )  # fmt: skip
         found += tl.where(images >= image, amount, 0)
         start += SPAN
     return tl.sum(found, axis=0)
@@ -791,7 +791,7 @@ def _bisect(
         middle = lower + ((upper - lower + 1) >> 1)
         found = _at_least(
             table, length, middle, largest, inverse, min_p, first, last, low, high, BY_MASS, SPAN
-        )
+        )  # fmt: skip
         lower = tl.where(found >= target, middle, lower)
         upper = tl.where(found >= target, upper, middle - 1)
     return lower
@@ -804,13 +804,13 @@ def _compare(
     """What `_bisect` finds, where `length` is at most _SHORT: no round waits for the one before."""
     images, inside, _amount = _in_question(
         table, tl.arange(0, _SHORT), length, largest, inverse, min_p, first, last, low, high, BY_MASS
-    )
+    )  # fmt: skip
     found = tl.zeros((_SHORT,), tl.int64)
     start = tl.full((), 0, tl.int32)
     while start < length:
         others, _inside, amount = _in_question(
             table, start + tl.arange(0, _FEW), length, largest, inverse, min_p, first, last, low, high, BY_MASS
-        )
+        )  # fmt: skip
         found += tl.sum(tl.where(others[None, :] >= images[:, None], amount[None, :], 0), axis=1)
         start += _FEW
     smallest = tl.min(tl.where(inside, images, _TWO_32), axis=0)
@@ -829,7 +829,7 @@ def _edge(
     else:
         image = _bisect(
             table, length, target, extremes, largest, inverse, min_p, first, last, low, high, BY_MASS, SPAN
-        )
+        )  # fmt: skip
     return image
 
 
