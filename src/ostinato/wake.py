@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import threading
+from collections.abc import Callable
 
 logger = logging.getLogger(__name__)
 
@@ -36,11 +37,12 @@ def wake_driver(device: str = "auto") -> threading.Thread | None:
 
 def _wake(cuda: ctypes.CDLL) -> None:
     device, context = ctypes.c_int(), ctypes.c_void_p()
-    for name, call in (
+    calls: tuple[tuple[str, Callable[[], int]], ...] = (
         ("cuInit", lambda: cuda.cuInit(0)),
         ("cuDeviceGet", lambda: cuda.cuDeviceGet(ctypes.byref(device), 0)),
         ("cuDevicePrimaryCtxRetain", lambda: cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)),
-    ):
+    )
+    for name, call in calls:
         status = call()
         if status:
             logger.debug("the driver was not woken early: %s says %d", name, status)
