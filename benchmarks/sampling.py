@@ -104,10 +104,11 @@ def microseconds(call: Callable[[], None]) -> float:
     return statistics.median(times)
 
 
-def measure(batch: int, vocab: int, pdl: bool) -> list[dict[str, Any]]:
-    """Every case at one shape."""
+def measure(batch: int, vocab: int, pdl: bool, one_launch: bool) -> list[dict[str, Any]]:
+    """Every case at one shape; `one_launch`: drawn by a cluster of blocks for each row."""
     import torch
 
+    from ostinato.ops.cuda.sample import ClusterSampler
     from ostinato.ops.triton import sampling as kernels
     from ostinato.types import SamplerVariant
 
@@ -115,12 +116,14 @@ def measure(batch: int, vocab: int, pdl: bool) -> list[dict[str, Any]]:
     out = torch.empty_like(rows)
     scratch = torch.empty(kernels.scratch_words(batch, vocab), dtype=torch.int32, device="cuda")
     state = state_of(batch, vocab)
+    draw = ClusterSampler(torch.device("cuda", torch.cuda.current_device())) if one_launch else None
     generator = torch.Generator("cuda").manual_seed(0)
     found = []
 
     def record(logits: str, case: str, call: Callable[[], None]) -> float:
         took = microseconds(call)
-        found.append({"batch": batch, "vocab": vocab, "pdl": pdl, "logits": logits, "case": case, "us": took})
+        shape = {"batch": batch, "vocab": vocab, "pdl": pdl, "one_launch": one_launch}
+        found.append({**shape, "logits": logits, "case": case, "us": took})
         return took
 
     for name, scale in SCALES.items():
@@ -139,6 +142,7 @@ def measure(batch: int, vocab: int, pdl: bool) -> list[dict[str, Any]]:
                 out=out,
                 scratch=scratch,
                 pdl=pdl,
+                draw=draw,
             )
 
         greedy = record(name, "greedy", sampler(SamplerVariant.GREEDY, inputs_of(batch, vocab, 0.0)))
@@ -162,13 +166,14 @@ def main() -> None:
     args = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("needs an NVIDIA GPU")
-    dependent = [False, True] if torch.cuda.get_device_capability() >= (9, 0) else [False]
+    hopper = torch.cuda.get_device_capability() >= (9, 0)
+    ways = [(False, False), (True, False), (True, True)] if hopper else [(False, False)]
     cases = [
         case
         for vocab in map(int, args.vocabs.split(","))
         for batch in map(int, args.batches.split(","))
-        for pdl in dependent
-        for case in measure(batch, vocab, pdl)
+        for pdl, one_launch in ways
+        for case in measure(batch, vocab, pdl, one_launch)
     ]
     print(json.dumps({"environment": describe(), "calls_a_graph": CALLS, "cases": cases}, indent=2))
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch
 pytest.importorskip("triton")
 
 from ostinato.inputs import FLAG_LOGPROBS
+from ostinato.ops.cuda.sample import ClusterSampler
 from ostinato.ops.triton import sampling as kernels
 from ostinato.sampling import philox_uniform, prompt_logprobs
 from ostinato.types import SamplerVariant
@@ -33,6 +35,7 @@ pytestmark = [
 
 GREEDY, SAMPLE, FULL = SamplerVariant.GREEDY, SamplerVariant.SAMPLE, SamplerVariant.FULL
 VOCABS = [49152, 128256]
+MORE_VOCABS = [*VOCABS, 1001, 50257, 151936, 262208]
 HOPPER = pytest.param(
     True,
     marks=pytest.mark.skipif(
@@ -44,6 +47,8 @@ HOPPER = pytest.param(
 
 class OnDevice:
     """One call's tensors on the GPU. `call` is what a graph captures; `reset` puts the logits back."""
+
+    sampler: ClassVar[ClusterSampler | None] = None
 
     def __init__(
         self,
@@ -82,12 +87,27 @@ class OnDevice:
             out=self.out,
             scratch=self.scratch,
             pdl=self.pdl,
+            draw=self.sampler,
         )
 
     def tokens(self) -> list[int]:
         self.reset()
         self.call()
         return self.out.tolist()
+
+
+@pytest.fixture(params=["kernels", "one launch"], autouse=True)
+def drawn_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every test with the Triton kernels, and with the cluster of blocks that does the same."""
+    if request.param == "kernels":
+        yield
+        return
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("clusters need compute capability 9.0")
+    sampler = ClusterSampler(torch.device("cuda", torch.cuda.current_device()))
+    monkeypatch.setattr(OnDevice, "sampler", sampler)
+    yield
+    assert all(sampler._kernels.values()), "it was not built"
 
 
 def sample_case(
@@ -144,7 +164,7 @@ def test_greedy(vocab: int) -> None:
     assert device.tokens() == run(logits, inputs, rows=rows, variant=GREEDY)
 
 
-@pytest.mark.parametrize("vocab", VOCABS)
+@pytest.mark.parametrize("vocab", MORE_VOCABS)
 @pytest.mark.parametrize("scale", [0.05, 1.0, 4.0])
 def test_sample_equals_the_cpu(vocab: int, scale: float) -> None:
     n = 33

@@ -27,6 +27,7 @@ from ..cuda.attention import DecodeAttention
 from ..cuda.fused import MOST_TOKENS, FusedDecode, unsupported
 from ..cuda.linear import Product, Products
 from ..cuda.program import has_bindings
+from ..cuda.sample import ClusterSampler
 from . import attention, decode, pointwise
 from .matmul import matmul_scaled
 from .tune import BUCKETS, SEMAPHORES, Kind, Launch, Problem, Store, Table, Version, choose, problem_of
@@ -115,6 +116,7 @@ class TritonOps:
         self._whole: Stack | None = None
         """The model that the one kernel was loaded for."""
         self._attention = DecodeAttention.claim(self._device) if gpu else None
+        self._sampler = ClusterSampler.on(self._device) if gpu else None
         self._wide_mm = gpu and _mm_widens(self._device)
         self._pdl = gpu and torch.cuda.get_device_capability(self._device) >= (9, 0)
         # Few in the interpreter, so that programs have several pieces of work there too.
@@ -410,7 +412,7 @@ class TritonOps:
 
         sample(
             logits, rows, positions, inputs, state,
-            variant=variant, out=out, scratch=workspace, pdl=self._pdl,
+            variant=variant, out=out, scratch=workspace, pdl=self._pdl, draw=self._sampler,
         )  # fmt: skip
 
     def advance(self, batch: Batch, view: StepView, tokens: torch.Tensor) -> None:

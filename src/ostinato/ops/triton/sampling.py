@@ -11,6 +11,8 @@ Launches, all with fixed grids; a row that does not need one leaves it at once:
     SAMPLE   best of each chunk -> count -> weigh -> narrow -> draw
     FULL     copy of the raw logits, top 20 -> bias and stop ids -> mask and penalties -> SAMPLE -> rank
 
+Where a GPU has clusters, `ops/cuda/sample.cu` does all of SAMPLE in one launch, in the same way.
+
 The least likely token that top-k or top-p keeps is found by narrowing, never by sorting. The depth
 of a token is (m - x) / temperature, m the largest logit; at a depth of 31 its weight is 0.
 
@@ -33,7 +35,7 @@ Not here: penalty counts, which another op advances.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
@@ -42,6 +44,9 @@ import triton.language as tl
 from ...inputs import FLAG_BIAS, FLAG_LOGPROBS, FLAG_MASK, FLAG_PENALTIES, StaticInputs, StepState
 from ...sampling import MAX_INVERSE_TEMPERATURE, MAX_VOCAB, WEIGHT_BITS
 from ...types import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_IDS, SamplerVariant
+
+if TYPE_CHECKING:
+    from ..cuda.sample import ClusterSampler
 
 _INVERSE_LIMIT = tl.constexpr(MAX_INVERSE_TEMPERATURE)
 _WEIGHT_OF_ONE = tl.constexpr(float(2**WEIGHT_BITS))
@@ -176,12 +181,14 @@ def sample(
     out: torch.Tensor,
     scratch: torch.Tensor,
     pdl: bool = False,
+    draw: ClusterSampler | None = None,
 ) -> None:
     """Choose one token for each sequence of a step; see `ostinato.sampling.sample`.
 
     Allocates nothing and never waits for the device. `scratch`: at least
     `scratch_words(S, V, variant)` words, i32 or f32, contiguous, at a multiple of 16 bytes.
-    `pdl`: launch dependently (compute capability 9.0 and later).
+    `pdl`: launch dependently (compute capability 9.0 and later). `draw`: does all from the count to the draw
+    in one kernel, where it can.
 
     Raises:
         ValueError: a tensor has another type or shape, or scratch is too small.
@@ -253,9 +260,46 @@ def sample(
             *partials, rows, out, BLOCKS=chunks, BLOCKS_PADDED=cut["CHUNKS_PADDED"], num_warps=4, **launch
         )
         return
+    if draw is None or not draw.run(logits, rows, positions, inputs, out=out):
+        _draw_by_kernels(logits, rows, positions, inputs, out, t, cut, launch)
 
-    # Up to there BLOCK is one load of a program; from here on a program goes through tiles.
-    whole = (t["counts"], t["sums"])
+    if variant is SamplerVariant.FULL:
+        _count_above[grid](rows, inputs.flags, t["raw"], out, t["above"], **cut)
+        _report[(num_seqs,)](
+            rows,
+            inputs.flags,
+            t["raw"],
+            t["raw_max"],
+            t["chunk_exp"],
+            t["top"],
+            t["above"],
+            out,
+            state.logprob_values,
+            state.logprob_ids,
+            state.logprob_rank,
+            state.logprob_values.stride(0),
+            state.logprob_ids.stride(0),
+            TOP_PADDED=triton.next_power_of_2(chunks * MAX_LOGPROBS),
+            **(cut | {"num_warps": 8}),
+        )
+
+
+def _draw_by_kernels(
+    logits: torch.Tensor,
+    rows: torch.Tensor,
+    positions: torch.Tensor,
+    inputs: StaticInputs,
+    out: torch.Tensor,
+    t: dict[str, torch.Tensor],
+    cut: dict[str, Any],
+    launch: dict[str, Any],
+) -> None:
+    """SAMPLE, launch by launch."""
+    num_seqs, vocab = logits.shape
+    chunks = cut["CHUNKS"]
+    # BLOCK is one load of a program; from `_weigh` on a program goes through tiles.
+    grid = (num_seqs, chunks)
+    partials, whole = (t["chunk_max"], t["chunk_best"]), (t["counts"], t["sums"])
     clear = triton.next_power_of_2(-(-_SUMS.value // chunks))
     _chunk_best[grid](logits, rows, *partials, *whole, CLEAR=clear, **cut)
     params = (inputs.temperature, inputs.min_p, inputs.top_k, inputs.top_p)
@@ -282,26 +326,6 @@ def sample(
         num_warps=8,
         **best,
     )
-
-    if variant is SamplerVariant.FULL:
-        _count_above[grid](rows, inputs.flags, t["raw"], out, t["above"], **cut)
-        _report[(num_seqs,)](
-            rows,
-            inputs.flags,
-            t["raw"],
-            t["raw_max"],
-            t["chunk_exp"],
-            t["top"],
-            t["above"],
-            out,
-            state.logprob_values,
-            state.logprob_ids,
-            state.logprob_rank,
-            state.logprob_values.stride(0),
-            state.logprob_ids.stride(0),
-            TOP_PADDED=triton.next_power_of_2(chunks * MAX_LOGPROBS),
-            **(cut | {"num_warps": 8}),
-        )
 
 
 def _launch(pdl: bool) -> dict[str, Any]:
