@@ -4,7 +4,7 @@
 // Meaning, integers and random numbers are those of ostinato/sampling.py. A threshold is found by counting,
 // never by sorting. Tokens are ordered by a 64-bit key: the depth (m - x) / temperature in 2^-26ths, then
 // the logit itself from above. First 512 bins of a sixteenth of depth count tokens; that says in which one the k-th
-// lies, and bounds each bin's weight, so that two or three remain for top-p. Those are cut into 256 with
+// lies, and bounds each bin's weight, so that two or three remain for top-p. Those are cut into 128 with
 // exact weights; then the few tokens of one such bin are compared with each other. Were they too many, their bin
 // would be cut again. Sums are of integers: no order of additions, and no cut of the row, shows in a token.
 //
@@ -14,12 +14,15 @@
 
 constexpr int T = THREADS;
 constexpr int SLICE = EACH * T;
-constexpr int COARSE = 512, FINE = 256, LIST = T;
+constexpr int COARSE = 512, FINE_BITS = 7, FINE = 1 << FINE_BITS;
+constexpr int LIST = T / CLUSTER;   // most tokens of a bin that a block may contribute
+constexpr int PART_BITS = 15;       // of a weight: sums of a block in 32 bits
 constexpr int UNIT_BITS = 26, COARSE_BITS = UNIT_BITS - 4;   // of a depth in 2^-26ths; a sixteenth
 constexpr float BOTTOM = 31.f;                               // exp(-31) * 2^44 < 1
 constexpr float WEIGHT_OF_ONE = 17592186044416.f, BOUND_OF_ONE = 1099511627776.f;   // 2^44, 2^40
 static_assert(CLUSTER * SLICE >= VOCAB && EACH % 4 == 0, "the row fits");
-static_assert(T >= COARSE && T <= 1024 && CLUSTER % (T / COARSE) == 0, "a thread for each bin");
+static_assert(T >= COARSE && T <= 1024 && CLUSTER % (T / COARSE * 2) == 0, "a thread for each bin");
+static_assert(SLICE < 1 << 16 && SLICE <= 1 << (32 - PART_BITS) && 3 * PART_BITS > 44, "parts of weights add up");
 
 struct Params {
     const float *logits;       // [S, VOCAB]
@@ -32,20 +35,17 @@ struct Params {
 };
 
 struct Shared {
-    u64 fine[FINE], fine_all[FINE];          // this block's, the cluster's
-    u64 above, all;                          // this block's; for the cluster to read
-    u64 above_of[CLUSTER], all_of[CLUSTER];
-    u64 total_of[CLUSTER];
-    u64 list_amount[LIST], got_amount[LIST];
+    u64 fine[FINE];                          // this block's, for the cluster to read
+    u64 above_of[CLUSTER], all_of[CLUSTER], total_of[CLUSTER];
+    u64 amount_of[CLUSTER * LIST], amount[CLUSTER * LIST];   // by block, and one behind the other
     u64 sums[4][32];
     u64 kept;
-    u32 coarse[COARSE], coarse_all[COARSE];
-    u32 count[FINE], count_all[FINE];
-    u32 list_image[LIST], got_image[LIST];
-    u32 list_n, list_of[CLUSTER];
-    u32 found_n;
-    u32 words[4][32];
+    u32 coarse[COARSE / 2], coarse_all[COARSE];   // this block's, two in a word; the cluster's
+    u32 part[3][FINE], count[FINE];
+    u32 image_of[CLUSTER * LIST], image[CLUSTER * LIST], length_of[CLUSTER];
+    u32 words[3][32];
     u32 peak_of[CLUSTER], where_of[CLUSTER];
+    u32 slot;
 };
 
 __device__ __forceinline__ u32 shared_of(const void *p, u32 rank) {
@@ -70,9 +70,11 @@ __device__ __forceinline__ void push32(u32 *p, u32 rank, u32 v) {
 __device__ __forceinline__ void push64(u64 *p, u32 rank, u64 v) {
     asm volatile("st.shared::cluster.u64 [%0], %1;" ::"r"(shared_of(p, rank)), "l"(v) : "memory");
 }
-__device__ __forceinline__ void cluster_meets() {
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
+__device__ __forceinline__ void cluster_arrives() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+__device__ __forceinline__ void cluster_waits() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+__device__ __forceinline__ void cluster_meets() { cluster_arrives(); cluster_waits(); }
+// The order in which a block goes through the others: not all ask the same one at once.
+__device__ __forceinline__ u32 peer(u32 rank, int i) { return (rank + i) % CLUSTER; }
 
 // The same order as the logits, never 0.
 __device__ __forceinline__ u32 image(float x) {
@@ -111,16 +113,23 @@ __device__ __forceinline__ u64 warp_up_to(u64 v) {
     }
     return v;
 }
-// Sum of v over the threads up to this one, and over all.
-__device__ __forceinline__ u64 block_up_to(u64 v, u64 *space, u64 &total) {
+// Sums of each of N numbers over the threads up to this one, and over all.
+template <int N>
+__device__ __forceinline__ void block_up_to(u64 (&v)[N], u64 (&total)[N], u64 (*space)[32]) {
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-    v = warp_up_to(v);
-    if (lane == 31) space[warp] = v;
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+        v[i] = warp_up_to(v[i]);
+        if (lane == 31) space[i][warp] = v[i];
+    }
     __syncthreads();
-    u64 warps = warp_up_to(lane < T / 32 ? space[lane] : 0);
-    total = __shfl_sync(~0u, warps, 31);
-    u64 before = __shfl_sync(~0u, warps, warp ? warp - 1 : 0);
-    return warp ? v + before : v;
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+        u64 warps = warp_up_to(lane < T / 32 ? space[i][lane] : 0);
+        total[i] = __shfl_sync(~0u, warps, 31);
+        u64 before = __shfl_sync(~0u, warps, warp ? warp - 1 : 0);
+        if (warp) v[i] += before;
+    }
 }
 
 // The image of the least likely token that a filter keeps: the largest at which what is there or above, tokens
@@ -128,23 +137,30 @@ __device__ __forceinline__ u64 block_up_to(u64 v, u64 *space, u64 &total) {
 template <bool BY_WEIGHT>
 __device__ __forceinline__ u32 threshold(Shared &sh, const Row &row, const float (&x)[EACH], u32 rank, u64 k, float share) {
     const int tid = threadIdx.x;
-    if (tid < COARSE) sh.coarse[tid] = sh.coarse_all[tid] = 0;
-    if (tid < FINE) { sh.fine[tid] = 0; sh.count[tid] = 0; }
-    if (tid == 0) sh.list_n = 0;
+    if (tid < COARSE / 2) sh.coarse[tid] = 0;
+    if (tid < COARSE) sh.coarse_all[tid] = 0;
+    if (tid < FINE) sh.part[0][tid] = sh.part[1][tid] = sh.part[2][tid] = sh.count[tid] = 0;
+    if (tid == 0) sh.slot = 0;
     __syncthreads();
 #pragma unroll
     for (int j = 0; j < EACH; ++j) {
         float d = row.depth(x[j]);
-        if (d < BOTTOM) atomicAdd(&sh.coarse[units(d) >> COARSE_BITS], 1u);
+        u32 bin = units(d) >> COARSE_BITS;
+        if (d < BOTTOM) atomicAdd(&sh.coarse[bin / 2], 1u << bin % 2 * 16);
     }
     cluster_meets();
     {
-        constexpr int PARTS = T / COARSE;
-        const int bin = tid % COARSE, part = tid / COARSE;
-        u32 n = 0;
+        constexpr int PARTS = T / (COARSE / 2), SHARE = CLUSTER / PARTS;
+        const int word = tid % (COARSE / 2), part = tid / (COARSE / 2);
+        u32 even = 0, odd = 0;
 #pragma unroll
-        for (int r = 0; r < CLUSTER / PARTS; ++r) n += remote32(&sh.coarse[bin], part * (CLUSTER / PARTS) + r);
-        atomicAdd(&sh.coarse_all[bin], n);
+        for (int i = 0; i < SHARE; ++i) {
+            u32 two = remote32(&sh.coarse[word], peer(rank, part * SHARE + i));
+            even += two & 0xffff;
+            odd += two >> 16;
+        }
+        atomicAdd(&sh.coarse_all[2 * word], even);
+        atomicAdd(&sh.coarse_all[2 * word + 1], odd);
     }
     __syncthreads();
     const bool has = tid < COARSE;
@@ -153,120 +169,129 @@ __device__ __forceinline__ u32 threshold(Shared &sh, const Row &row, const float
     if (BY_WEIGHT) {
         // Bounds of the bin's weight, in 2^40ths of the most likely token's. A thousandth covers exp.
         const float most_each = __expf(-tid * 0.0625f) * 1.001f, least_each = __expf(-(tid + 1) * 0.0625f) * 0.999f;
-        const u64 most = most_each < row.min_p ? 0 : n * ((u64)(most_each * BOUND_OF_ONE) + 1);
-        const u64 least = least_each < row.min_p ? 0 : n * (u64)(least_each * BOUND_OF_ONE);
-        u64 most_all, least_all;
-        const u64 most_above = block_up_to(most, sh.sums[0], most_all), least_above = block_up_to(least, sh.sums[1], least_all);
+        u64 bounds[2], all[2];   // at most and at least: up to this bin, and of all
+        bounds[0] = most_each < row.min_p ? 0 : n * ((u64)(most_each * BOUND_OF_ONE) + 1);
+        bounds[1] = least_each < row.min_p ? 0 : n * (u64)(least_each * BOUND_OF_ONE);
+        block_up_to(bounds, all, sh.sums);
         // The threshold is the first at which above * (1 - share) >= below * share.
         const float rest = 1.f - share;
-        const bool never = (float)most_above * rest < (float)(least_all - least_above) * share;
-        const bool surely = (float)least_above * rest >= (float)(most_all - most_above) * share;
+        const bool never = (float)bounds[0] * rest < (float)(all[1] - bounds[1]) * share;
+        const bool surely = (float)bounds[1] * rest >= (float)(all[0] - bounds[0]) * share;
         first = min(__syncthreads_count(has && never), COARSE - 1);
         last = max(first, min(__syncthreads_count(has && !surely), COARSE - 1));
     } else {
-        u64 all;
-        const u64 up_to = block_up_to(n, sh.sums[0], all);
-        if (all < k) return 0;
-        first = last = __syncthreads_count(has && up_to < k);
+        u64 up_to[1] = {n}, all[1];
+        block_up_to(up_to, all, sh.sums);
+        if (all[0] < k) {
+            cluster_meets();   // all have read what the next call clears
+            return 0;
+        }
+        first = last = __syncthreads_count(has && up_to[0] < k);
     }
 
-    // Cut what is left of the order of keys, until its tokens fit the list.
-    u64 base = (u64)((u32)first << COARSE_BITS) << 32;
-    int shift = 32 + COARSE_BITS - 8 + (32 - __clz(last - first));
-    u64 kept, target = k;
-    int found;
+    // Cut what is left of the order of keys, until the tokens of a bin are few.
+    u64 base = (u64)((u32)first << COARSE_BITS) << 32, kept, target = k;
+    int shift = 32 + COARSE_BITS - FINE_BITS + (32 - __clz(last - first)), found;
+    auto bin_of = [&](float d, float logit) -> u64 {   // huge for those before it
+        if (shift >= 32) {
+            u32 q = units(d), from = (u32)(base >> 32);
+            return q < from ? ~0ull : (u64)(q - from) >> (shift - 32);
+        }
+        u64 key = (u64)units(d) << 32 | (u32)~image(logit);
+        return key < base ? ~0ull : key - base >> shift;
+    };
     for (;;) {
-        u64 above = 0, all = 0;
+        u64 sums[2] = {0, 0}, all[2];   // before it, and of all
 #pragma unroll
         for (int j = 0; j < EACH; ++j) {
             float d = row.depth(x[j]);
             if (!(d < BOTTOM)) continue;
-            u64 amount = BY_WEIGHT ? row.weight(d) : 1;
-            u64 key = (u64)units(d) << 32 | (u32)~image(x[j]);
-            if (BY_WEIGHT) all += amount;
-            if (key < base) { above += amount; continue; }
-            u64 bin = (key - base) >> shift;
-            if (bin < FINE) { atomicAdd(&sh.count[bin], 1u); atomicAdd(&sh.fine[bin], amount); }
-        }
-        u64 sum;
-        block_up_to(above, sh.sums[0], sum);
-        if (tid == 0) sh.above = sum;
-        if (BY_WEIGHT) {
-            block_up_to(all, sh.sums[1], sum);
-            if (tid == 0) sh.all = sum;
-        }
-        cluster_meets();
-        if (tid < FINE) {
-            u64 v = 0;
+            u64 amount = BY_WEIGHT ? row.weight(d) : 1, bin = bin_of(d, x[j]);
+            if (BY_WEIGHT) sums[1] += amount;
+            if (bin == ~0ull) sums[0] += amount;
+            if (bin < FINE) {
+                atomicAdd(&sh.count[bin], 1u);
+                if (BY_WEIGHT)
 #pragma unroll
-            for (int r = 0; r < CLUSTER; ++r) v += remote64(&sh.fine[tid], r);
-            sh.fine_all[tid] = v;
-        } else if (tid < 2 * FINE) {
-            u32 v = 0;
-#pragma unroll
-            for (int r = 0; r < CLUSTER; ++r) v += remote32(&sh.count[tid - FINE], r);
-            sh.count_all[tid - FINE] = v;
+                    for (int i = 0; i < 3; ++i) atomicAdd(&sh.part[i][bin], (u32)(amount >> (i * PART_BITS)) & ((1u << PART_BITS) - 1));
+            }
         }
+        block_up_to(sums, all, sh.sums + 2);
         if (tid < CLUSTER) {
-            sh.above_of[tid] = remote64(&sh.above, tid);
-            if (BY_WEIGHT) sh.all_of[tid] = remote64(&sh.all, tid);
+            push64(&sh.above_of[rank], tid, all[0]);
+            if (BY_WEIGHT) push64(&sh.all_of[rank], tid, all[1]);
         }
-        __syncthreads();
-        u64 before = 0;
+        if (tid < FINE)
+            sh.fine[tid] = BY_WEIGHT ? sh.part[0][tid] + ((u64)sh.part[1][tid] << PART_BITS) + ((u64)sh.part[2][tid] << 2 * PART_BITS)
+                                     : sh.count[tid];
+        cluster_meets();
+        u64 up_to[1] = {0}, unused[1];
+        if (tid < FINE)
 #pragma unroll
-        for (int r = 0; r < CLUSTER; ++r) before += sh.above_of[r];
+            for (int i = 0; i < CLUSTER; ++i) up_to[0] += remote64(&sh.fine[tid], peer(rank, i));
+        const u64 here = up_to[0];
+        u64 before = 0, whole = 0;
+#pragma unroll
+        for (int i = 0; i < CLUSTER; ++i) {
+            before += sh.above_of[i];
+            if (BY_WEIGHT) whole += sh.all_of[i];
+        }
         if (BY_WEIGHT) {
-            u64 whole = 0;
-#pragma unroll
-            for (int r = 0; r < CLUSTER; ++r) whole += sh.all_of[r];
             target = (u64)((double)share * (double)whole);
             if (target == 0) target = 1;
         }
-        const u64 here = tid < FINE ? sh.fine_all[tid] : 0;
-        u64 unused;
-        const u64 up_to = before + block_up_to(here, sh.sums[2], unused);
-        found = min(__syncthreads_count(tid < FINE && up_to < target), FINE - 1);
-        if (tid == found) { sh.kept = up_to - here; sh.found_n = sh.count_all[found]; }
-        __syncthreads();
+        block_up_to(up_to, unused, sh.sums);
+        up_to[0] += before;
+        found = min(__syncthreads_count(tid < FINE && up_to[0] < target), FINE - 1);
+        if (tid == found) sh.kept = up_to[0] - here;
+        const u32 own = sh.count[found];
+        if (own <= LIST && own > 0) {
+#pragma unroll
+            for (int j = 0; j < EACH; ++j) {
+                float d = row.depth(x[j]);
+                if (!(d < BOTTOM) || bin_of(d, x[j]) != (u64)found) continue;
+                u32 at = atomicAdd(&sh.slot, 1u);
+                sh.image[at] = image(x[j]);
+                sh.amount[at] = BY_WEIGHT ? row.weight(d) : 1;
+            }
+            __syncthreads();
+            if (tid / CLUSTER < own) {   // to each block by a thread of its own
+                push32(&sh.image_of[rank * LIST + tid / CLUSTER], tid % CLUSTER, sh.image[tid / CLUSTER]);
+                push64(&sh.amount_of[rank * LIST + tid / CLUSTER], tid % CLUSTER, sh.amount[tid / CLUSTER]);
+            }
+        }
+        if (tid < CLUSTER) push32(&sh.length_of[rank], tid, own);
+        cluster_meets();
         kept = sh.kept;
-        if (sh.found_n <= LIST) break;
+        u32 longest = 0;
+#pragma unroll
+        for (int i = 0; i < CLUSTER; ++i) longest = max(longest, sh.length_of[i]);
+        if (longest <= LIST) break;
         base += (u64)found << shift;
         if (shift == 0) return ~(u32)base;   // all of them are the same logit
-        shift = max(shift - 8, 0);
-        cluster_meets();
-        if (tid < FINE) { sh.fine[tid] = 0; sh.count[tid] = 0; }
-        __syncthreads();
+        shift = max(shift - FINE_BITS, 0);
+        if (tid < FINE) sh.part[0][tid] = sh.part[1][tid] = sh.part[2][tid] = sh.count[tid] = 0;
+        if (tid == 0) sh.slot = 0;
+        cluster_meets();   // all have read the lengths
     }
 
+    // Each token of the bin with each.
+    u32 length = 0, at = 0;
 #pragma unroll
-    for (int j = 0; j < EACH; ++j) {
-        float d = row.depth(x[j]);
-        if (!(d < BOTTOM)) continue;
-        u64 key = (u64)units(d) << 32 | (u32)~image(x[j]);
-        if (key >= base && (key - base) >> shift == (u64)found) {
-            u32 slot = atomicAdd(&sh.list_n, 1u);
-            sh.list_image[slot] = image(x[j]);
-            sh.list_amount[slot] = BY_WEIGHT ? row.weight(d) : 1;
-        }
+    for (int i = 0; i < CLUSTER; ++i) {
+        if (i == tid / LIST) at = length;
+        length += sh.length_of[i];
     }
-    cluster_meets();
-    if (tid < CLUSTER) sh.list_of[tid] = remote32(&sh.list_n, tid);
+    if (tid % LIST < sh.length_of[tid / LIST]) {
+        sh.image[at + tid % LIST] = sh.image_of[tid];
+        sh.amount[at + tid % LIST] = sh.amount_of[tid];
+    }
     __syncthreads();
-    int at = tid, length = 0, owner = -1;
-    for (int r = 0; r < CLUSTER; ++r) {
-        int theirs = sh.list_of[r];
-        if (owner < 0) { if (at < theirs) owner = r; else at -= theirs; }
-        length += theirs;
-    }
     u32 own = 0;
-    if (owner >= 0) {
-        own = sh.got_image[tid] = remote32(&sh.list_image[at], owner);
-        sh.got_amount[tid] = remote64(&sh.list_amount[at], owner);
-    }
-    __syncthreads();
-    if (owner >= 0) {
+    if (tid < length) {
+        own = sh.image[tid];
         u64 sum = kept;
-        for (int i = 0; i < length; ++i) sum += sh.got_image[i] >= own ? sh.got_amount[i] : 0;
+        for (u32 i = 0; i < length; ++i) sum += sh.image[i] >= own ? sh.amount[i] : 0;
         if (sum < target) own = 0;
     }
     return block_max(own, sh.words[2]);
@@ -289,15 +314,11 @@ __device__ __forceinline__ double uniform(u32 k0, u32 k1, u32 position) {
 extern "C" __global__ void __launch_bounds__(T, 1) sample(const __grid_constant__ Params p) {
     __shared__ Shared sh;
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+    cluster_arrives();
     asm volatile("griddepcontrol.wait;" ::: "memory");
     u32 rank;
     asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
     const int s = blockIdx.x / CLUSTER, tid = threadIdx.x;
-    const int r = p.rows[s];
-    if (r < 0) {
-        if (rank == 0 && tid == 0) p.out[s] = 0;
-        return;
-    }
     const float none = -__int_as_float(0x7f800000);
     const int begin = rank * SLICE + tid * EACH;   // a thread's logits stand side by side: sums go in their order
     const float *from = p.logits + (long long)s * VOCAB + begin;
@@ -311,8 +332,15 @@ extern "C" __global__ void __launch_bounds__(T, 1) sample(const __grid_constant_
 #pragma unroll
             for (int i = 0; i < 4; ++i) x[j + i] = begin + j + i < VOCAB ? __ldcg(from + j + i) : none;
     }
-    const float temperature = p.temperature[r], share = p.top_p[r];
+    const int r = p.rows[s], position = p.positions[s];
+    if (r < 0) {
+        if (rank == 0 && tid == 0) p.out[s] = 0;
+        return;
+    }
+    const float temperature = p.temperature[r], share = p.top_p[r], min_p = p.min_p[r];
     const int k = p.top_k[r];
+    const int *seed = p.seed + (long long)r * p.seed_stride;
+    const double u = uniform(seed[0], seed[1], position);
     u32 top = 0;
 #pragma unroll
     for (int j = 0; j < EACH; ++j) {
@@ -320,7 +348,7 @@ extern "C" __global__ void __launch_bounds__(T, 1) sample(const __grid_constant_
         top = max(top, image(x[j]));
     }
     top = block_max(top, sh.words[0]);
-    cluster_meets();   // every block runs: its memory may be written
+    cluster_waits();   // every block runs: its memory may be written
     if (tid < CLUSTER) push32(&sh.peak_of[rank], tid, top);
     cluster_meets();
 #pragma unroll
@@ -343,13 +371,12 @@ extern "C" __global__ void __launch_bounds__(T, 1) sample(const __grid_constant_
         return;
     }
     row.inverse = fminf(__fdiv_rn(1.f, temperature), 1e30f);
-    row.min_p = p.min_p[r];
+    row.min_p = min_p;
     const bool by_count = k > 0 && k < VOCAB, by_weight = share < 1.f;
     if (by_count) {
         u32 lowest = threshold<false>(sh, row, x, rank, k, 0.f);
 #pragma unroll
         for (int j = 0; j < EACH; ++j) if (image(x[j]) < lowest) x[j] = none;
-        if (by_weight) cluster_meets();   // all have read what is cleared next
     }
     if (by_weight) {
         u32 lowest = threshold<true>(sh, row, x, rank, 0, share);
@@ -358,20 +385,20 @@ extern "C" __global__ void __launch_bounds__(T, 1) sample(const __grid_constant_
     }
 
     // The first token at which the running sum of weights exceeds the target.
-    u64 own = 0, total;
+    u64 own = 0, total = 0;
 #pragma unroll
     for (int j = 0; j < EACH; ++j) own += row.weight(row.depth(x[j]));
-    u64 before = block_up_to(own, sh.sums[3], total) - own;
-    if (tid < CLUSTER) push64(&sh.total_of[rank], tid, total);
+    u64 up_to[1] = {own}, all[1];
+    block_up_to(up_to, all, sh.sums + 3);
+    u64 before = up_to[0] - own;
+    if (tid < CLUSTER) push64(&sh.total_of[rank], tid, all[0]);
     cluster_meets();
-    total = 0;
 #pragma unroll
     for (int i = 0; i < CLUSTER; ++i) {
         if (i < (int)rank) before += sh.total_of[i];
         total += sh.total_of[i];
     }
-    const int *seed = p.seed + (long long)r * p.seed_stride;
-    u64 target = (u64)(uniform(seed[0], seed[1], p.positions[s]) * (double)total);
+    u64 target = (u64)(u * (double)total);
     if (target >= total) target = total - 1;
     if (before <= target && target < before + own) {
         int chosen = 0;

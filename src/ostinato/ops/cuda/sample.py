@@ -23,7 +23,7 @@ SOURCE = Path(__file__).with_name("sample.cu")
 THREADS = 512
 CLUSTERS = (8, 16)
 """Blocks of a row. 16 are faster, as long as the rows' blocks find room side by side."""
-FEW_SEQS = 8
+FEW_SEQS = 4
 """Sequences up to which it is 16; measured on an H200."""
 MOST_EACH = 48
 """Logits that a thread can keep in registers."""
