@@ -51,6 +51,8 @@ constexpr int TPI = 32 / DL;                // tokens that a warp looks at toget
 constexpr int U = QG == 1 && HD == 64 ? 8 : 4;         // such groups that it looks at together
 constexpr int FEW = 4;                      // splits that the reader merges
 constexpr int KEPT = 4;                     // items of attention that a block remembers
+// Every block has tiles of some ops, so the first one, at its end, knows that all have read `steps`.
+constexpr bool COUNTS = INTER / 8 >= GRID && VOCAB / 16 >= GRID;
 
 constexpr int chunk_of(int k) { return divisor(k / SW, MOST_SLICES) * SW; }
 constexpr int stride_of(int ck) { return apart(ck * (int)sizeof(W)); }
@@ -86,7 +88,7 @@ struct Params {
     u64 *x, *qkv, *attn, *act; // tagged pairs: [B, HID / 2], [B, QKVN / 2], [B, QSIZE / 2], [B, INTER / 2]
     u64 *parts;                // [B, HEADS, MAXS, HD + 2] float32 with a tag each
     u32 *semaphores;           // [B, UNITS], zero before and after
-    u32 *steps;                // steps so far; `finish` counts
+    u32 *steps;                // steps so far; `finish` counts where this kernel cannot
     float *logits;             // [B, VOCAB], or null: only the best
     float *best;               // [B, GRID]
     int *best_at;              // [B, GRID]
@@ -895,9 +897,10 @@ extern "C" __global__ void __launch_bounds__(NT + PW * 32, 1) decode(const __gri
     }
     consume<HID, true, BEST, CELLS>(ring, share, sh, p, p.x, last, p.final_norm, VOCAB / 16, VOCAB, p.head_scale, nullptr, nullptr,
                                     0, 0);
+    if (COUNTS && blockIdx.x == 0 && threadIdx.x == 0) *p.steps = *(volatile u32 *)p.steps + 1;
 }
 
-// Behind `decode`: counts the step, and finds each token's best among the blocks' (tokens may be null).
+// Behind `decode`: counts the step if that is left to do, and finds each token's best among the blocks' (tokens may be null).
 struct FinishParams {
     const float *best;
     const int *best_at;
@@ -909,7 +912,7 @@ extern "C" __global__ void __launch_bounds__(256) finish(const __grid_constant__
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
     asm volatile("griddepcontrol.wait;" ::: "memory");
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-    if (threadIdx.x == 0) *p.steps += 1;
+    if (!COUNTS && threadIdx.x == 0) *p.steps += 1;
     if (!p.tokens || warp >= p.num_seqs) return;
     float best = -__int_as_float(0x7f800000);
     int at = 0x7fffffff;

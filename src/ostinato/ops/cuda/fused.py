@@ -45,6 +45,8 @@ class _Bound:
 
     decode: Kernel
     finish: Kernel
+    counts: bool
+    """Whether `decode` itself counts the step: `COUNTS` there"""
     cells: dict[str, torch.Tensor]
 
 
@@ -138,7 +140,8 @@ class FusedDecode:
         bound.decode.launch(
             addresses(pointers) + struct.pack("<ffi4x", stack.norm_eps, a.scale * LOG2_E, seqs)
         )
-        bound.finish.launch(addresses(results) + struct.pack("<i4x", seqs))
+        if greedy or not bound.counts:
+            bound.finish.launch(addresses(results) + struct.pack("<i4x", seqs))
 
     def workspaces(self) -> dict[str, torch.Tensor]:
         """All that it keeps on the device, by name."""
@@ -190,7 +193,8 @@ class FusedDecode:
             device=self._device, grid=self._grid, block=THREADS, shared_bytes=SHARED_BYTES,
         )  # fmt: skip
         finish = build(SOURCE, "finish", numbers, device=self._device, grid=1, block=256, shared_bytes=0)
-        return _Bound(decode, finish, cells)
+        counts = min(macros["INTER"] // 8, macros["VOCAB"] // 16) >= self._grid
+        return _Bound(decode, finish, counts, cells)
 
 
 def unsupported(stack: Stack) -> str | None:
