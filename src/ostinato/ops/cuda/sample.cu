@@ -1,5 +1,5 @@
 // Temperature, top-k, top-p and min-p, and the draw, in one launch: a cluster of blocks for each row, which
-// keeps the row in registers. What the blocks find out they exchange through each other's shared memory.
+// keeps the row in shared memory. What the blocks find out they exchange through each other's shared memory.
 //
 // Meaning, integers and random numbers are those of ostinato/sampling.py. A threshold is found by counting,
 // never by sorting. Tokens are ordered by a 64-bit key: the depth (m - x) / temperature in 2^-26ths, then
@@ -7,6 +7,8 @@
 // lies, and bounds each bin's weight, so that two or three remain for top-p. Those are cut into 128 with
 // exact weights; then the few tokens of one such bin are compared with each other. Were they too many, their bin
 // would be cut again. Sums are of integers: no order of additions, and no cut of the row, shows in a token.
+//
+// Loops stay loops: in a decode step this code runs once, from a cold cache, where every line of it costs time.
 //
 // Macros: VOCAB CLUSTER THREADS EACH (logits of a thread, a multiple of 4)
 
@@ -16,6 +18,7 @@ constexpr int T = THREADS;
 constexpr int SLICE = EACH * T;
 constexpr int COARSE = 512, FINE_BITS = 7, FINE = 1 << FINE_BITS;
 constexpr int LIST = T / CLUSTER;   // most tokens of a bin that a block may contribute
+constexpr int UNROLL = 2;
 constexpr int PART_BITS = 15;       // of a weight: sums of a block in 32 bits
 constexpr int UNIT_BITS = 26, COARSE_BITS = UNIT_BITS - 4;   // of a depth in 2^-26ths; a sixteenth
 constexpr float BOTTOM = 31.f;                               // exp(-31) * 2^44 < 1
@@ -35,10 +38,11 @@ struct Params {
 };
 
 struct Shared {
+    float row[SLICE];                        // logit j of thread t at [j * T + t]
     u64 fine[FINE];                          // this block's, for the cluster to read
     u64 above_of[CLUSTER], all_of[CLUSTER], total_of[CLUSTER];
     u64 amount_of[CLUSTER * LIST], amount[CLUSTER * LIST];   // by block, and one behind the other
-    u64 sums[4][32];
+    u64 sums[6][32];
     u64 kept;
     u32 coarse[COARSE / 2], coarse_all[COARSE];   // this block's, two in a word; the cluster's
     u32 part[3][FINE], count[FINE];
@@ -47,6 +51,8 @@ struct Shared {
     u32 peak_of[CLUSTER], where_of[CLUSTER];
     u32 slot;
 };
+
+static_assert(sizeof(Shared) <= 4 * SLICE + 24 * T + 10240, "what ops/cuda/sample.py asks for");
 
 __device__ __forceinline__ u32 shared_of(const void *p, u32 rank) {
     u32 mine, theirs;
@@ -113,38 +119,33 @@ __device__ __forceinline__ u64 warp_up_to(u64 v) {
     }
     return v;
 }
-// Sums of each of N numbers over the threads up to this one, and over all.
-template <int N>
-__device__ __forceinline__ void block_up_to(u64 (&v)[N], u64 (&total)[N], u64 (*space)[32]) {
+struct Sums { u64 a, b, all_a, all_b; };
+// Sums of two numbers over the threads up to this one, and over all. `space`: two rows.
+__device__ __noinline__ Sums block_up_to(u64 a, u64 b, u64 (*space)[32]) {
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-        v[i] = warp_up_to(v[i]);
-        if (lane == 31) space[i][warp] = v[i];
-    }
+    Sums own = {warp_up_to(a), warp_up_to(b), 0, 0};
+    if (lane == 31) { space[0][warp] = own.a; space[1][warp] = own.b; }
     __syncthreads();
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-        u64 warps = warp_up_to(lane < T / 32 ? space[i][lane] : 0);
-        total[i] = __shfl_sync(~0u, warps, 31);
-        u64 before = __shfl_sync(~0u, warps, warp ? warp - 1 : 0);
-        if (warp) v[i] += before;
-    }
+    u64 warps_a = warp_up_to(lane < T / 32 ? space[0][lane] : 0), warps_b = warp_up_to(lane < T / 32 ? space[1][lane] : 0);
+    own.all_a = __shfl_sync(~0u, warps_a, 31);
+    own.all_b = __shfl_sync(~0u, warps_b, 31);
+    u64 before_a = __shfl_sync(~0u, warps_a, warp ? warp - 1 : 0), before_b = __shfl_sync(~0u, warps_b, warp ? warp - 1 : 0);
+    if (warp) { own.a += before_a; own.b += before_b; }
+    return own;
 }
 
-// The image of the least likely token that a filter keeps: the largest at which what is there or above, tokens
-// (BY_WEIGHT false) or their weight, reaches `k` or the share of all. 0: it keeps everything.
-template <bool BY_WEIGHT>
-__device__ __forceinline__ u32 threshold(Shared &sh, const Row &row, const float (&x)[EACH], u32 rank, u64 k, float share) {
+// The image of the least likely token that a filter keeps: the largest at which what is there or above, tokens or,
+// `by_weight`, their weight, reaches `k` or the share of all. 0: it keeps everything.
+__device__ __noinline__ u32 threshold(Shared &sh, const Row row, u32 rank, bool by_weight, u64 k, float share) {
     const int tid = threadIdx.x;
     if (tid < COARSE / 2) sh.coarse[tid] = 0;
     if (tid < COARSE) sh.coarse_all[tid] = 0;
     if (tid < FINE) sh.part[0][tid] = sh.part[1][tid] = sh.part[2][tid] = sh.count[tid] = 0;
     if (tid == 0) sh.slot = 0;
     __syncthreads();
-#pragma unroll
+#pragma unroll UNROLL
     for (int j = 0; j < EACH; ++j) {
-        float d = row.depth(x[j]);
+        float d = row.depth(sh.row[j * T + tid]);
         u32 bin = units(d) >> COARSE_BITS;
         if (d < BOTTOM) atomicAdd(&sh.coarse[bin / 2], 1u << bin % 2 * 16);
     }
@@ -153,7 +154,7 @@ __device__ __forceinline__ u32 threshold(Shared &sh, const Row &row, const float
         constexpr int PARTS = T / (COARSE / 2), SHARE = CLUSTER / PARTS;
         const int word = tid % (COARSE / 2), part = tid / (COARSE / 2);
         u32 even = 0, odd = 0;
-#pragma unroll
+#pragma unroll 4
         for (int i = 0; i < SHARE; ++i) {
             u32 two = remote32(&sh.coarse[word], peer(rank, part * SHARE + i));
             even += two & 0xffff;
@@ -166,93 +167,85 @@ __device__ __forceinline__ u32 threshold(Shared &sh, const Row &row, const float
     const bool has = tid < COARSE;
     const u64 n = has ? sh.coarse_all[tid] : 0;
     int first, last;
-    if (BY_WEIGHT) {
+    if (by_weight) {
         // Bounds of the bin's weight, in 2^40ths of the most likely token's. A thousandth covers exp.
         const float most_each = __expf(-tid * 0.0625f) * 1.001f, least_each = __expf(-(tid + 1) * 0.0625f) * 0.999f;
-        u64 bounds[2], all[2];   // at most and at least: up to this bin, and of all
-        bounds[0] = most_each < row.min_p ? 0 : n * ((u64)(most_each * BOUND_OF_ONE) + 1);
-        bounds[1] = least_each < row.min_p ? 0 : n * (u64)(least_each * BOUND_OF_ONE);
-        block_up_to(bounds, all, sh.sums);
+        // At most and at least: up to this bin, and of all.
+        const Sums up_to = block_up_to(most_each < row.min_p ? 0 : n * ((u64)(most_each * BOUND_OF_ONE) + 1),
+                                       least_each < row.min_p ? 0 : n * (u64)(least_each * BOUND_OF_ONE), sh.sums);
         // The threshold is the first at which above * (1 - share) >= below * share.
         const float rest = 1.f - share;
-        const bool never = (float)bounds[0] * rest < (float)(all[1] - bounds[1]) * share;
-        const bool surely = (float)bounds[1] * rest >= (float)(all[0] - bounds[0]) * share;
+        const bool never = (float)up_to.a * rest < (float)(up_to.all_b - up_to.b) * share;
+        const bool surely = (float)up_to.b * rest >= (float)(up_to.all_a - up_to.a) * share;
         first = min(__syncthreads_count(has && never), COARSE - 1);
         last = max(first, min(__syncthreads_count(has && !surely), COARSE - 1));
     } else {
-        u64 up_to[1] = {n}, all[1];
-        block_up_to(up_to, all, sh.sums);
-        if (all[0] < k) {
+        const Sums up_to = block_up_to(n, 0, sh.sums);
+        if (up_to.all_a < k) {
             cluster_meets();   // all have read what the next call clears
             return 0;
         }
-        first = last = __syncthreads_count(has && up_to[0] < k);
+        first = last = __syncthreads_count(has && up_to.a < k);
     }
 
     // Cut what is left of the order of keys, until the tokens of a bin are few.
     u64 base = (u64)((u32)first << COARSE_BITS) << 32, kept, target = k;
     int shift = 32 + COARSE_BITS - FINE_BITS + (32 - __clz(last - first)), found;
     auto bin_of = [&](float d, float logit) -> u64 {   // huge for those before it
-        if (shift >= 32) {
-            u32 q = units(d), from = (u32)(base >> 32);
-            return q < from ? ~0ull : (u64)(q - from) >> (shift - 32);
-        }
         u64 key = (u64)units(d) << 32 | (u32)~image(logit);
         return key < base ? ~0ull : key - base >> shift;
     };
     for (;;) {
-        u64 sums[2] = {0, 0}, all[2];   // before it, and of all
-#pragma unroll
+        u64 before = 0, whole = 0;
+#pragma unroll UNROLL
         for (int j = 0; j < EACH; ++j) {
-            float d = row.depth(x[j]);
+            float x = sh.row[j * T + tid], d = row.depth(x);
             if (!(d < BOTTOM)) continue;
-            u64 amount = BY_WEIGHT ? row.weight(d) : 1, bin = bin_of(d, x[j]);
-            if (BY_WEIGHT) sums[1] += amount;
-            if (bin == ~0ull) sums[0] += amount;
+            u64 amount = by_weight ? row.weight(d) : 1, bin = bin_of(d, x);
+            whole += amount;
+            if (bin == ~0ull) before += amount;
             if (bin < FINE) {
                 atomicAdd(&sh.count[bin], 1u);
-                if (BY_WEIGHT)
+                if (by_weight)
 #pragma unroll
                     for (int i = 0; i < 3; ++i) atomicAdd(&sh.part[i][bin], (u32)(amount >> (i * PART_BITS)) & ((1u << PART_BITS) - 1));
             }
         }
-        block_up_to(sums, all, sh.sums + 2);
+        const Sums sums = block_up_to(before, whole, sh.sums + 2);
         if (tid < CLUSTER) {
-            push64(&sh.above_of[rank], tid, all[0]);
-            if (BY_WEIGHT) push64(&sh.all_of[rank], tid, all[1]);
+            push64(&sh.above_of[rank], tid, sums.all_a);
+            push64(&sh.all_of[rank], tid, sums.all_b);
         }
         if (tid < FINE)
-            sh.fine[tid] = BY_WEIGHT ? sh.part[0][tid] + ((u64)sh.part[1][tid] << PART_BITS) + ((u64)sh.part[2][tid] << 2 * PART_BITS)
+            sh.fine[tid] = by_weight ? sh.part[0][tid] + ((u64)sh.part[1][tid] << PART_BITS) + ((u64)sh.part[2][tid] << 2 * PART_BITS)
                                      : sh.count[tid];
         cluster_meets();
-        u64 up_to[1] = {0}, unused[1];
+        u64 here = 0;
         if (tid < FINE)
-#pragma unroll
-            for (int i = 0; i < CLUSTER; ++i) up_to[0] += remote64(&sh.fine[tid], peer(rank, i));
-        const u64 here = up_to[0];
-        u64 before = 0, whole = 0;
-#pragma unroll
+#pragma unroll 4
+            for (int i = 0; i < CLUSTER; ++i) here += remote64(&sh.fine[tid], peer(rank, i));
+        before = whole = 0;
+#pragma unroll 1
         for (int i = 0; i < CLUSTER; ++i) {
             before += sh.above_of[i];
-            if (BY_WEIGHT) whole += sh.all_of[i];
+            whole += sh.all_of[i];
         }
-        if (BY_WEIGHT) {
+        if (by_weight) {
             target = (u64)((double)share * (double)whole);
             if (target == 0) target = 1;
         }
-        block_up_to(up_to, unused, sh.sums);
-        up_to[0] += before;
-        found = min(__syncthreads_count(tid < FINE && up_to[0] < target), FINE - 1);
-        if (tid == found) sh.kept = up_to[0] - here;
+        const u64 up_to = before + block_up_to(here, 0, sh.sums).a;
+        found = min(__syncthreads_count(tid < FINE && up_to < target), FINE - 1);
+        if (tid == found) sh.kept = up_to - here;
         const u32 own = sh.count[found];
         if (own <= LIST && own > 0) {
-#pragma unroll
+#pragma unroll UNROLL
             for (int j = 0; j < EACH; ++j) {
-                float d = row.depth(x[j]);
-                if (!(d < BOTTOM) || bin_of(d, x[j]) != (u64)found) continue;
+                float x = sh.row[j * T + tid], d = row.depth(x);
+                if (!(d < BOTTOM) || bin_of(d, x) != (u64)found) continue;
                 u32 at = atomicAdd(&sh.slot, 1u);
-                sh.image[at] = image(x[j]);
-                sh.amount[at] = BY_WEIGHT ? row.weight(d) : 1;
+                sh.image[at] = image(x);
+                sh.amount[at] = by_weight ? row.weight(d) : 1;
             }
             __syncthreads();
             if (tid / CLUSTER < own) {   // to each block by a thread of its own
@@ -264,7 +257,7 @@ __device__ __forceinline__ u32 threshold(Shared &sh, const Row &row, const float
         cluster_meets();
         kept = sh.kept;
         u32 longest = 0;
-#pragma unroll
+#pragma unroll 1
         for (int i = 0; i < CLUSTER; ++i) longest = max(longest, sh.length_of[i]);
         if (longest <= LIST) break;
         base += (u64)found << shift;
@@ -277,7 +270,7 @@ __device__ __forceinline__ u32 threshold(Shared &sh, const Row &row, const float
 
     // Each token of the bin with each.
     u32 length = 0, at = 0;
-#pragma unroll
+#pragma unroll 1
     for (int i = 0; i < CLUSTER; ++i) {
         if (i == tid / LIST) at = length;
         length += sh.length_of[i];
@@ -291,6 +284,7 @@ __device__ __forceinline__ u32 threshold(Shared &sh, const Row &row, const float
     if (tid < length) {
         own = sh.image[tid];
         u64 sum = kept;
+#pragma unroll 2
         for (u32 i = 0; i < length; ++i) sum += sh.image[i] >= own ? sh.amount[i] : 0;
         if (sum < target) own = 0;
     }
@@ -300,7 +294,7 @@ __device__ __forceinline__ u32 threshold(Shared &sh, const Row &row, const float
 // 53 random bits: Philox4x32-10 of the counter (position, 0, 0, 0).
 __device__ __forceinline__ double uniform(u32 k0, u32 k1, u32 position) {
     u32 c0 = position, c1 = 0, c2 = 0, c3 = 0;
-#pragma unroll
+#pragma unroll 2
     for (int i = 0; i < 10; ++i) {
         u32 high0 = __umulhi(c0, 0xD2511F53u), low0 = c0 * 0xD2511F53u;
         u32 high1 = __umulhi(c2, 0xCD9E8D57u), low1 = c2 * 0xCD9E8D57u;
@@ -311,8 +305,9 @@ __device__ __forceinline__ double uniform(u32 k0, u32 k1, u32 position) {
     return (double)(((u64)(c0 >> 5) << 26) + (c1 >> 6)) * 1.1102230246251565e-16;
 }
 
-extern "C" __global__ void __launch_bounds__(T, 1) sample(const __grid_constant__ Params p) {
-    __shared__ Shared sh;
+extern "C" __global__ void __launch_bounds__(T, 1024 / T) sample(const __grid_constant__ Params p) {
+    extern __shared__ __align__(16) unsigned char memory[];
+    Shared &sh = *(Shared *)memory;
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
     cluster_arrives();
     asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -322,16 +317,20 @@ extern "C" __global__ void __launch_bounds__(T, 1) sample(const __grid_constant_
     const float none = -__int_as_float(0x7f800000);
     const int begin = rank * SLICE + tid * EACH;   // a thread's logits stand side by side: sums go in their order
     const float *from = p.logits + (long long)s * VOCAB + begin;
-    float x[EACH];
-#pragma unroll
-    for (int j = 0; j < EACH; j += 4) {
-        if (VOCAB % 4 == 0) {
-            float4 v = begin + j < VOCAB ? __ldcg((const float4 *)(from + j)) : make_float4(none, none, none, none);
-            x[j] = v.x; x[j + 1] = v.y; x[j + 2] = v.z; x[j + 3] = v.w;
-        } else
-#pragma unroll
-            for (int i = 0; i < 4; ++i) x[j + i] = begin + j + i < VOCAB ? __ldcg(from + j + i) : none;
-    }
+    // The first two are on their way while the row's parameters are.
+    auto load = [&](int j) {
+        float4 v = make_float4(none, none, none, none);
+        if constexpr (VOCAB % 4 == 0) {
+            if (begin + j < VOCAB) v = __ldcg((const float4 *)(from + j));
+        } else {
+            if (begin + j < VOCAB) v.x = __ldcg(from + j);
+            if (begin + j + 1 < VOCAB) v.y = __ldcg(from + j + 1);
+            if (begin + j + 2 < VOCAB) v.z = __ldcg(from + j + 2);
+            if (begin + j + 3 < VOCAB) v.w = __ldcg(from + j + 3);
+        }
+        return v;
+    };
+    float4 one = load(0), two = EACH > 4 ? load(4) : one;
     const int r = p.rows[s], position = p.positions[s];
     if (r < 0) {
         if (rank == 0 && tid == 0) p.out[s] = 0;
@@ -342,29 +341,40 @@ extern "C" __global__ void __launch_bounds__(T, 1) sample(const __grid_constant_
     const int *seed = p.seed + (long long)r * p.seed_stride;
     const double u = uniform(seed[0], seed[1], position);
     u32 top = 0;
-#pragma unroll
-    for (int j = 0; j < EACH; ++j) {
-        x[j] = x[j] != x[j] ? none : x[j] + 0.f;   // NaN is -inf; -0.0 and 0.0 tie
-        top = max(top, image(x[j]));
+    auto keep = [&](int j, float x) {
+        x = x != x ? none : x + 0.f;   // NaN is -inf; -0.0 and 0.0 tie
+        sh.row[j * T + tid] = x;
+        top = max(top, image(x));
+    };
+#pragma unroll 1
+    for (int j = 0; j < EACH; j += 4) {
+        float4 now = one;
+        one = two;
+        if (EACH > 8 && j + 8 < EACH) two = load(j + 8);
+        keep(j, now.x);
+        keep(j + 1, now.y);
+        keep(j + 2, now.z);
+        keep(j + 3, now.w);
     }
     top = block_max(top, sh.words[0]);
     cluster_waits();   // every block runs: its memory may be written
     if (tid < CLUSTER) push32(&sh.peak_of[rank], tid, top);
     cluster_meets();
-#pragma unroll
+#pragma unroll 1
     for (int i = 0; i < CLUSTER; ++i) top = max(top, sh.peak_of[i]);
 
     Row row;
     row.largest = logit_of(top);
     if (!(temperature > 0.f && row.largest > none && row.largest < -none)) {   // the best, the first of equals
         u32 last = 0;
-#pragma unroll
+#pragma unroll 1
         for (int j = EACH - 1; j >= 0; --j)
-            if (image(x[j]) == top) last = ~(u32)(begin + j);
+            if (image(sh.row[j * T + tid]) == top) last = ~(u32)(begin + j);
         last = block_max(last, sh.words[1]);
         if (tid == 0) push32(&sh.where_of[rank], 0, last);
         cluster_meets();
         if (rank == 0 && tid == 0) {
+#pragma unroll 1
             for (int i = 0; i < CLUSTER; ++i) last = max(last, sh.where_of[i]);
             p.out[s] = ~last;
         }
@@ -373,27 +383,25 @@ extern "C" __global__ void __launch_bounds__(T, 1) sample(const __grid_constant_
     row.inverse = fminf(__fdiv_rn(1.f, temperature), 1e30f);
     row.min_p = min_p;
     const bool by_count = k > 0 && k < VOCAB, by_weight = share < 1.f;
-    if (by_count) {
-        u32 lowest = threshold<false>(sh, row, x, rank, k, 0.f);
-#pragma unroll
-        for (int j = 0; j < EACH; ++j) if (image(x[j]) < lowest) x[j] = none;
-    }
-    if (by_weight) {
-        u32 lowest = threshold<true>(sh, row, x, rank, 0, share);
-#pragma unroll
-        for (int j = 0; j < EACH; ++j) if (image(x[j]) < lowest) x[j] = none;
+    // First the tokens, then their weight; the second starts from what the first has kept.
+#pragma unroll 1
+    for (int i = 0; i < 2; ++i) {
+        if (!(i ? by_weight : by_count)) continue;
+        const u32 lowest = threshold(sh, row, rank, i, k, share);
+#pragma unroll UNROLL
+        for (int j = 0; j < EACH; ++j)
+            if (image(sh.row[j * T + tid]) < lowest) sh.row[j * T + tid] = none;
     }
 
     // The first token at which the running sum of weights exceeds the target.
     u64 own = 0, total = 0;
-#pragma unroll
-    for (int j = 0; j < EACH; ++j) own += row.weight(row.depth(x[j]));
-    u64 up_to[1] = {own}, all[1];
-    block_up_to(up_to, all, sh.sums + 3);
-    u64 before = up_to[0] - own;
-    if (tid < CLUSTER) push64(&sh.total_of[rank], tid, all[0]);
+#pragma unroll UNROLL
+    for (int j = 0; j < EACH; ++j) own += row.weight(row.depth(sh.row[j * T + tid]));
+    const Sums sums = block_up_to(own, 0, sh.sums + 4);
+    u64 before = sums.a - own;
+    if (tid < CLUSTER) push64(&sh.total_of[rank], tid, sums.all_a);
     cluster_meets();
-#pragma unroll
+#pragma unroll 1
     for (int i = 0; i < CLUSTER; ++i) {
         if (i < (int)rank) before += sh.total_of[i];
         total += sh.total_of[i];
@@ -402,9 +410,9 @@ extern "C" __global__ void __launch_bounds__(T, 1) sample(const __grid_constant_
     if (target >= total) target = total - 1;
     if (before <= target && target < before + own) {
         int chosen = 0;
-#pragma unroll
+#pragma unroll UNROLL
         for (int j = 0; j < EACH; ++j) {
-            before += row.weight(row.depth(x[j]));
+            before += row.weight(row.depth(sh.row[j * T + tid]));
             chosen += before <= target;
         }
         p.out[s] = begin + chosen;

@@ -20,13 +20,12 @@ from .program import POINTERS, Kernel, addresses, build, has_bindings
 logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("sample.cu")
-THREADS = 512
-CLUSTERS = (8, 16)
-"""Blocks of a row. 16 are faster, as long as the rows' blocks find room side by side."""
+CLUSTERS = {8: 512, 16: 1024}
+"""Blocks of a row, and threads of a block. 16 are faster, as long as the rows' blocks find room side by side."""
 FEW_SEQS = 4
 """Sequences up to which it is 16; measured on an H200."""
-MOST_EACH = 48
-"""Logits that a thread can keep in registers."""
+MOST_LOGITS = 32768
+"""Of a block: what its shared memory has room for."""
 
 
 class ClusterSampler:
@@ -87,15 +86,16 @@ class ClusterSampler:
 
     def _build(self, vocab: int) -> dict[int, Kernel]:
         found = {}
-        for cluster in CLUSTERS:
-            each = -(-vocab // (cluster * THREADS * 4)) * 4
-            if each > MOST_EACH:
+        for cluster, threads in CLUSTERS.items():
+            each = -(-vocab // (cluster * threads * 4)) * 4
+            if each * threads > MOST_LOGITS:
                 continue
             try:
                 found[cluster] = build(
                     SOURCE, "sample",
-                    {"VOCAB": vocab, "CLUSTER": cluster, "THREADS": THREADS, "EACH": each},
-                    device=self._device, grid=cluster, block=THREADS, shared_bytes=0, cluster=cluster,
+                    {"VOCAB": vocab, "CLUSTER": cluster, "THREADS": threads, "EACH": each},
+                    device=self._device, grid=cluster, block=threads, cluster=cluster,
+                    shared_bytes=4 * each * threads + 24 * threads + 10240,
                 )  # fmt: skip
             except KernelError as error:
                 logger.info("tokens are drawn by the Triton kernels: %s", error)
