@@ -20,9 +20,9 @@ from .program import POINTERS, Kernel, addresses, build, has_bindings
 logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("sample.cu")
-CLUSTERS = {8: 512, 16: 1024}
+CLUSTERS = {8: 512, 16: 512}
 """Blocks of a row, and threads of a block. 16 are faster, as long as the rows' blocks find room side by side."""
-FEW_SEQS = 4
+FEW_SEQS = 8
 """Sequences up to which it is 16; measured on an H200."""
 MOST_LOGITS = 32768
 """Of a block: what its shared memory has room for."""
