@@ -21,10 +21,10 @@ of a token is (m - x) / temperature, m the largest logit; at a depth of 31 its w
     weigh    only in those: exact counts and weights in 1024 fine bins each
     narrow   only in the fine bin or two then left: the tokens themselves, a few dozen of 128256,
              into a list; and for each tile the weight of what is kept for certain
-    draw     compares all in the list with each other, which gives the threshold, and draws
+    draw     bisects the list, which gives the threshold, and draws
 
-A list of hundreds is bisected instead; and where nearly all logits look alike (temperatures of a thousand,
-say) it may be too short, and the whole row is. That costs time, not exactness.
+The list may be too short where nearly all logits look alike (temperatures of a thousand, say). That
+costs time, not exactness: the whole row is bisected instead.
 
 Everything between kernels lies in `scratch`, and nothing there means anything between two calls:
 the first kernel clears what later ones add to. With PDL all kernels are launched dependently, and
@@ -67,8 +67,8 @@ _COARSE = tl.constexpr(128)
 _COARSE_STEP = tl.constexpr(0.125)  # the last bin reaches down to the bottom
 _FINE = tl.constexpr(1024)
 _LIST = tl.constexpr(1024)
-_SHORT = tl.constexpr(256)  # entries of the list looked at together, and compared with each other
-_FEW = tl.constexpr(16)  # entries that all of those are compared with at once
+_SHORT = tl.constexpr(256)  # entries of the list, or logits of a row, looked at together
+_FEW = tl.constexpr(16)  # entries of the list added to their tiles at once
 _LONG = tl.constexpr(4096)
 _TWO_32 = tl.constexpr(2**32)
 
@@ -773,32 +773,24 @@ def _narrow(
 
 
 @triton.jit
-def _in_question(
-    table, i, length, largest, inverse, min_p, first, last, low, high, BY_MASS: tl.constexpr
-):  # fmt: skip
-    """Entries i of `table` [length]: images, whether in fine bins low to high, and what they add, 1 or their weight."""
-    begin, end, scale = _fine_scale(first, last)
-    x = _plain(tl.load(table + i, mask=i < length, other=float("-inf")))
-    depth = _depth(x, largest, inverse)
-    place = _fine(depth, begin, scale)
-    inside = (place >= low) & (place < _after(high)) & (depth < end)
-    amount = _weights(depth, min_p) if BY_MASS else tl.full(i.shape, 1, tl.int64)
-    return _image(x), inside, tl.where(inside, amount, 0)
-
-
-@triton.jit
 def _at_least(
     table, length, image, largest, inverse, min_p, first, last, low, high,
     BY_MASS: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
     """Tokens, or their weight, with that image or a larger one, in fine bins low to high of `table` [length]."""
+    begin, end, scale = _fine_scale(first, last)
     found = tl.zeros((SPAN,), tl.int64)
     start = tl.full((), 0, tl.int32)
     while start < length:
-        images, _inside, amount = _in_question(
-            table, start + tl.arange(0, SPAN), length, largest, inverse, min_p, first, last, low, high, BY_MASS
-        )  # fmt: skip
-        found += tl.where(images >= image, amount, 0)
+        i = start + tl.arange(0, SPAN)
+        x = _plain(tl.load(table + i, mask=i < length, other=float("-inf")))
+        depth = _depth(x, largest, inverse)
+        place = _fine(depth, begin, scale)
+        inside = (place >= low) & (place < _after(high)) & (depth < end) & (_image(x) >= image)
+        if BY_MASS:
+            found += tl.where(inside, _weights(depth, min_p), 0)
+        else:
+            found += inside.to(tl.int64)
         start += SPAN
     return tl.sum(found, axis=0)
 
@@ -815,46 +807,10 @@ def _bisect(
         middle = lower + ((upper - lower + 1) >> 1)
         found = _at_least(
             table, length, middle, largest, inverse, min_p, first, last, low, high, BY_MASS, SPAN
-        )  # fmt: skip
+        )
         lower = tl.where(found >= target, middle, lower)
         upper = tl.where(found >= target, upper, middle - 1)
     return lower
-
-
-@triton.jit
-def _compare(
-    table, length, target, largest, inverse, min_p, first, last, low, high, BY_MASS: tl.constexpr
-):  # fmt: skip
-    """What `_bisect` finds, where `length` is at most _SHORT: no round waits for the one before."""
-    images, inside, _amount = _in_question(
-        table, tl.arange(0, _SHORT), length, largest, inverse, min_p, first, last, low, high, BY_MASS
-    )  # fmt: skip
-    found = tl.zeros((_SHORT,), tl.int64)
-    start = tl.full((), 0, tl.int32)
-    while start < length:
-        others, _inside, amount = _in_question(
-            table, start + tl.arange(0, _FEW), length, largest, inverse, min_p, first, last, low, high, BY_MASS
-        )  # fmt: skip
-        found += tl.sum(tl.where(others[None, :] >= images[:, None], amount[None, :], 0), axis=1)
-        start += _FEW
-    smallest = tl.min(tl.where(inside, images, _TWO_32), axis=0)
-    return tl.max(tl.where(inside & (found >= target), images, smallest), axis=0)
-
-
-@triton.jit
-def _edge(
-    table, length, target, extremes, largest, inverse, min_p, first, last, low, high,
-    BY_MASS: tl.constexpr, SPAN: tl.constexpr,
-):  # fmt: skip
-    """By whichever of the two is faster."""
-    image = tl.full((), 0, tl.int64)
-    if length <= _SHORT:
-        image = _compare(table, length, target, largest, inverse, min_p, first, last, low, high, BY_MASS)
-    else:
-        image = _bisect(
-            table, length, target, extremes, largest, inverse, min_p, first, last, low, high, BY_MASS, SPAN
-        )  # fmt: skip
-    return image
 
 
 @triton.jit
@@ -867,14 +823,14 @@ def _threshold(
     if tl.load(numbers + _BY_COUNT) != 0:
         bin = tl.load(numbers + _BIN_K)
         low = tl.load(numbers + _LOW_K)
-        lowest = _edge(
+        lowest = _bisect(
             table, length, tl.load(mine + _REST_K), mine + _EXTREMES_K,
             largest, inverse, min_p, bin, bin, low, low, False, SPAN,
         )  # fmt: skip
         if by_mass:
             total += _at_least(table, length, lowest, largest, inverse, min_p, bin, bin, low, low, True, SPAN)
     if by_mass:
-        lowest = _edge(
+        lowest = _bisect(
             table, length, _share(total, share_of) - tl.load(mine + _KEPT), mine + _EXTREMES_P,
             largest, inverse, min_p, tl.load(numbers + _FIRST), tl.load(numbers + _LAST),
             tl.load(numbers + _LOW_P), tl.load(numbers + _HIGH_P), True, SPAN,
