@@ -85,15 +85,13 @@ class OutputAssembler:
 
     def make(self, changed: Iterable[Request]) -> list[RequestOutput]:
         """Outputs for requests that got a token or ended, in the order given."""
+        prompts, running = self._prompts, RequestStatus.RUNNING
+        # A step of many rows changes little for those that want one output, at the end.
+        wanted = [r.prompt_id for r in changed if r.status is not running or not prompts[r.prompt_id].quiet]
+        if not wanted:
+            return []
         outputs = []
         now: float | None = None
-        prompts, running = self._prompts, RequestStatus.RUNNING
-        wanted = (
-            r.prompt_id
-            for r in changed
-            # A step of many rows changes little for those that want one output, at the end.
-            if r.status is not running or not prompts[r.prompt_id].quiet
-        )
         for prompt_id in dict.fromkeys(wanted):
             entry = prompts[prompt_id]
             if entry.first_token is None and any(r.output_token_ids for r in entry.requests):

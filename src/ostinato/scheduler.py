@@ -727,7 +727,7 @@ class Scheduler:
 
     # --- taking a result ---------------------------------------------------------------
 
-    def commit(self, schedule: Schedule, result: StepResult) -> list[Request]:
+    def commit(self, schedule: Schedule, result: StepResult) -> Sequence[Request]:
         """Take the tokens of the oldest launched step; the requests that got one, finished or not.
 
         Raises:
@@ -773,21 +773,28 @@ class Scheduler:
             self._take(entry, token, end)
         return changed
 
-    def _commit_steady(self, group: _Steady, schedule: Schedule, result: StepResult) -> list[Request]:
+    def _commit_steady(self, group: _Steady, schedule: Schedule, result: StepResult) -> Sequence[Request]:
         """The same for a step of rows that all still run: row by row only where a row needs something."""
-        tokens, requests, entries = group.pick(result.tokens), group.members.requests, group.entries
+        tokens, requests = group.pick(result.tokens), group.members.requests
         if min(tokens) < 0:
             place = next(i for i, token in enumerate(tokens) if token < 0)
             raise self._no_token(schedule, group.members.rows[place], requests[place])
-        group.committed += 1
-        # The fastest loop there is over two lists.
-        deque(map(list.append, group.outputs, tokens), maxlen=0)
+        group.committed = done = group.committed + 1
+        if len(tokens) == 1:
+            group.outputs[0].append(tokens[0])
+        else:  # the fastest loop there is over two lists
+            deque(map(list.append, group.outputs, tokens), maxlen=0)
         for i in group.with_logprobs:
             _keep_logprobs(requests[i], tokens[i], result.logprobs.get(group.members.rows[i]))
-        done, starts = group.committed, group.members.starts
-        look: set[int] = set()
-        if not group.stop_ids.isdisjoint(tokens):
-            look.update(i for i, token in enumerate(tokens) if token in requests[i].stop_token_ids)
+        events = group.result_events
+        if (events and events[0][0] <= done) or group.with_sink or not group.stop_ids.isdisjoint(tokens):
+            self._look_at(group, tokens, done)
+        return requests
+
+    def _look_at(self, group: _Steady, tokens: Sequence[int], done: int) -> None:
+        """Rows whose `done`-th token is more than a token: a stop, a full block, the last one, or a piece of text."""
+        requests, entries, starts = group.members.requests, group.entries, group.members.starts
+        look = {i for i, token in enumerate(tokens) if token in requests[i].stop_token_ids}
         events = group.result_events
         while events and events[0][0] <= done:
             i = heapq.heappop(events)[1]
@@ -798,9 +805,8 @@ class Scheduler:
                 look.add(i)
             else:
                 heapq.heappush(events, (min(entry.next_full, entry.last_start) - starts[i], i))
-        for i in sorted(look.union(group.with_sink)) if look else group.with_sink:
+        for i in sorted(look.union(group.with_sink)):
             self._take(entries[i], tokens[i], starts[i] + done)
-        return list(requests)
 
     def _take(self, entry: _Entry, token: int, end: int) -> None:
         """A token was appended, `end` tokens are computed: add its text, and end the request if it says so."""
