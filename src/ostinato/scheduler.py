@@ -786,15 +786,17 @@ class Scheduler:
             deque(map(list.append, group.outputs, tokens), maxlen=0)
         for i in group.with_logprobs:
             _keep_logprobs(requests[i], tokens[i], result.logprobs.get(group.members.rows[i]))
-        events = group.result_events
-        if (events and events[0][0] <= done) or group.with_sink or not group.stop_ids.isdisjoint(tokens):
-            self._look_at(group, tokens, done)
+        stops, events = not group.stop_ids.isdisjoint(tokens), group.result_events
+        if stops or group.with_sink or (events and events[0][0] <= done):
+            self._look_at(group, tokens, done, stops)
         return requests
 
-    def _look_at(self, group: _Steady, tokens: Sequence[int], done: int) -> None:
+    def _look_at(self, group: _Steady, tokens: Sequence[int], done: int, stops: bool) -> None:
         """Rows whose `done`-th token is more than a token: a stop, a full block, the last one, or a piece of text."""
         requests, entries, starts = group.members.requests, group.entries, group.members.starts
-        look = {i for i, token in enumerate(tokens) if token in requests[i].stop_token_ids}
+        look: set[int] = set()
+        if stops:
+            look.update(i for i, token in enumerate(tokens) if token in requests[i].stop_token_ids)
         events = group.result_events
         while events and events[0][0] <= done:
             i = heapq.heappop(events)[1]
@@ -805,7 +807,7 @@ class Scheduler:
                 look.add(i)
             else:
                 heapq.heappush(events, (min(entry.next_full, entry.last_start) - starts[i], i))
-        for i in sorted(look.union(group.with_sink)):
+        for i in sorted(look.union(group.with_sink)) if look else group.with_sink:
             self._take(entries[i], tokens[i], starts[i] + done)
 
     def _take(self, entry: _Entry, token: int, end: int) -> None:
