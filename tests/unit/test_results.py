@@ -118,10 +118,7 @@ def kernel_with(monkeypatch: pytest.MonkeyPatch, status: SimpleNamespace) -> tup
         return (status,)
 
     driver: Any = ModuleType("cuda.bindings.driver")
-    driver.CUfunction_attribute = SimpleNamespace(
-        CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES=8,
-        CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT=9,
-    )
+    driver.CUfunction_attribute = SimpleNamespace(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES=8)
     driver.cuFuncSetAttribute = lambda *_args: (OK,)
     driver.CUlaunchConfig = SimpleNamespace
     driver.CUstream = lambda handle: ("stream", handle)

@@ -39,9 +39,6 @@ class Kernel:
         self._function, self._driver = function, driver
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         _check(driver.cuFuncSetAttribute(function, attribute, shared_bytes), "shared memory")
-        # As the largest of them needs it: a multiprocessor that divides its memory anew stands still meanwhile.
-        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
-        _check(driver.cuFuncSetAttribute(function, attribute, 100), "division of memory")
         if cluster > 8:
             attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
             _check(driver.cuFuncSetAttribute(function, attribute, 1), "cluster size")
