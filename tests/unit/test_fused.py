@@ -211,6 +211,36 @@ def test_blocks_without_a_tile_of_the_head_never_have_the_best_token(monkeypatch
     assert not bound.cells["steps"].any()
 
 
+@pytest.mark.parametrize("blocks", [32, 33])
+@pytest.mark.parametrize("greedy", [True, False])
+def test_each_step_is_counted_once(monkeypatch: pytest.MonkeyPatch, blocks: int, greedy: bool) -> None:
+    """By `decode` where each of its blocks has tiles of the MLP and of the head, 32 here; by `finish` otherwise."""
+    launched: list[tuple[str, bool]] = []
+
+    class Fake:
+        handle = 0
+
+        def __init__(self, _source: Any, name: str, macros: dict[str, int], **_options: Any) -> None:
+            self.seen = name, bool(macros["COUNTS"])
+
+        def launch(self, _params: bytes) -> None:
+            launched.append(self.seen)
+
+    properties = SimpleNamespace(multi_processor_count=blocks)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(fused, "build", Fake)
+    monkeypatch.setattr(fused, "POINTERS", {})
+    m, one = model(), torch.zeros(1, dtype=torch.int32)
+    names = ("ids", "positions", "slots", "rows", "seq_lens")
+    view: Any = SimpleNamespace(**dict.fromkeys(names, one), block_table=torch.zeros(1, 4, dtype=torch.int32))
+    scratch: Any = SimpleNamespace(logits=torch.zeros(1, 512), tokens=one)
+    caches = [(torch.zeros(2, 16, 1, 64), torch.zeros(2, 16, 1, 64)) for _ in m.layers]
+    FusedDecode(torch.device("cpu")).run(m, view, caches, scratch, greedy=greedy)
+    counts = [("decode", True)] if blocks == 32 else [("finish", False)]
+    assert [step for step in launched if step[1] == (step[0] == "decode")] == counts
+    assert (("finish", blocks == 32) in launched) == (greedy or blocks == 33)
+
+
 def test_a_hopper_gpu_without_cuda_python_goes_op_by_op(monkeypatch: pytest.MonkeyPatch) -> None:
     triton_ops = pytest.importorskip("ostinato.ops.triton")
     monkeypatch.delenv("OSTINATO_FUSED", raising=False)

@@ -20,7 +20,7 @@
 // FP8 QKNORM QKV_BIAS O_BIAS GRID WARPS MOST_SLICES (of a chunk) FLIGHT (chunks of weights under way to the ring) LEAD (chunks
 // in the L2 cache ahead of it) PACE (cycles a chunk) MAXS (most splits of a context) CHUNK (fewest
 // tokens in a split) QG (query heads of an
-// item of attention; they share a KV head).
+// item of attention; they share a KV head) COUNTS (whether `decode` counts the step, and not `finish`).
 
 #include "common.cuh"
 #include "ring.cuh"
@@ -51,8 +51,6 @@ constexpr int TPI = 32 / DL;                // tokens that a warp looks at toget
 constexpr int U = QG == 1 && HD == 64 ? 8 : 4;         // such groups that it looks at together
 constexpr int FEW = 4;                      // splits that the reader merges
 constexpr int KEPT = 4;                     // items of attention that a block remembers
-// Every block has tiles of some ops, so the first one, at its end, knows that all have read `steps`.
-constexpr bool COUNTS = INTER / 8 >= GRID && VOCAB / 16 >= GRID;
 
 constexpr int chunk_of(int k) { return divisor(k / SW, MOST_SLICES) * SW; }
 constexpr int stride_of(int ck) { return apart(ck * (int)sizeof(W)); }
@@ -897,6 +895,7 @@ extern "C" __global__ void __launch_bounds__(NT + PW * 32, 1) decode(const __gri
     }
     consume<HID, true, BEST, CELLS>(ring, share, sh, p, p.x, last, p.final_norm, VOCAB / 16, VOCAB, p.head_scale, nullptr, nullptr,
                                     0, 0);
+    // It has read what each block made, so all have read `steps`.
     if (COUNTS && blockIdx.x == 0 && threadIdx.x == 0) *p.steps = *(volatile u32 *)p.steps + 1;
 }
 

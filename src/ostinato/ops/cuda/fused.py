@@ -46,7 +46,7 @@ class _Bound:
     decode: Kernel
     finish: Kernel
     counts: bool
-    """Whether `decode` itself counts the step: `COUNTS` there"""
+    """Whether `decode` itself counts the step, so that only a greedy one needs `finish`"""
     cells: dict[str, torch.Tensor]
 
 
@@ -160,6 +160,8 @@ class FusedDecode:
 
     def _macros(self, stack: Stack, block_size: int, table_width: int) -> dict[str, int]:
         a, first = stack.attention, stack.layers[0]
+        # Then each block has tiles of the MLP and of the head, and the first one ends behind all others' start.
+        counts = min(first.down.in_features // 8, stack.head.out_features // 16) >= self._grid
         return {
             "HID": stack.embedding.shape[1], "QSIZE": a.q_size, "QKVN": a.qkv_size,
             "INTER": first.down.in_features, "VOCAB": stack.head.out_features, "NL": len(stack.layers),
@@ -167,7 +169,7 @@ class FusedDecode:
             "BLOCK_SIZE": block_size, "WINDOW": a.sliding_window or 0, "TABLE_WIDTH": table_width,
             "TOKENS": MOST_TOKENS, "FP8": first.qkv.scale is not None, "QKNORM": first.q_norm is not None,
             "QKV_BIAS": first.qkv.bias is not None, "O_BIAS": first.output.bias is not None,
-            "GRID": self._grid, "WARPS": WARPS, "MAXS": SPLITS, "CHUNK": CHUNKS[a.head_dim], "QG": 1, **TUNING[first.qkv.scale is not None],
+            "GRID": self._grid, "WARPS": WARPS, "MAXS": SPLITS, "CHUNK": CHUNKS[a.head_dim], "QG": 1, "COUNTS": counts, **TUNING[first.qkv.scale is not None],
         }  # fmt: skip
 
     def _bind(self, stack: Stack, macros: dict[str, int]) -> _Bound:
@@ -193,8 +195,7 @@ class FusedDecode:
             device=self._device, grid=self._grid, block=THREADS, shared_bytes=SHARED_BYTES,
         )  # fmt: skip
         finish = build(SOURCE, "finish", numbers, device=self._device, grid=1, block=256, shared_bytes=0)
-        counts = min(macros["INTER"] // 8, macros["VOCAB"] // 16) >= self._grid
-        return _Bound(decode, finish, counts, cells)
+        return _Bound(decode, finish, bool(macros["COUNTS"]), cells)
 
 
 def unsupported(stack: Stack) -> str | None:
