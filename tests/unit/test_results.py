@@ -17,7 +17,7 @@ from ostinato.errors import KernelError, StrictError
 from ostinato.graphs import results
 from ostinato.graphs.results import Pending, ResultRing
 from ostinato.inputs import BufferShapes, StepBuffers
-from ostinato.ops.cuda import program
+from ostinato.ops.cuda import post, program
 
 SEQS = 5
 
@@ -103,8 +103,8 @@ def test_where_the_kernel_cannot_be_built_tokens_are_copied(monkeypatch: pytest.
     def build(*_args: Any, **_options: Any) -> None:
         raise KernelError("no compiler")
 
-    monkeypatch.setattr(program, "build", build)
-    assert results.poster(Stream()) is None  # type: ignore[arg-type]
+    monkeypatch.setattr(post, "build", build)
+    assert post.poster(Stream()) is None  # type: ignore[arg-type]
 
 
 def kernel_with(monkeypatch: pytest.MonkeyPatch, status: SimpleNamespace) -> tuple[Any, list[Any]]:

@@ -6,19 +6,14 @@ only some steps bring, candidates of tokens, is copied. An event behind it says 
 
 from __future__ import annotations
 
-import logging
 import weakref
-from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
-from ..errors import KernelError, StrictError
+from ..errors import StrictError
 from ..inputs import Batch, StepBuffers
-from ..ops.cuda import program
+from ..ops.cuda.post import poster
 from ..types import Logprob, StepResult, TokenLogprobs
-
-logger = logging.getLogger(__name__)
 
 
 class Pending:
@@ -113,16 +108,3 @@ class ResultRing:
         if slot.arrived is not None:
             slot.arrived.record(self._stream)
         return Pending(slot, n, batch.logprobs, prompt)
-
-
-def poster(stream: torch.cuda.Stream) -> Callable[[int, int, int], None] | None:
-    """Launches `post.cu` on a stream, by address of tokens and place and by number; None where it cannot be built."""
-    try:
-        kernel = program.build(
-            Path(program.__file__).with_name("post.cu"), "post", {},
-            device=stream.device, grid=1, block=128, shared_bytes=0, pdl=False,
-        )  # fmt: skip
-    except KernelError as error:
-        logger.info("tokens are copied home: %s", error)
-        return None
-    return kernel.launcher(stream, "<QQi4x")

@@ -20,8 +20,9 @@ from .program import POINTERS, Kernel, addresses, build, has_bindings
 logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("sample.cu")
-CLUSTERS = {8: 512, 16: 512}
-"""Blocks of a row, and threads of a block. 16 are faster, as long as the rows' blocks find room side by side."""
+THREADS = 512
+CLUSTERS = (8, 16)
+"""Blocks of a row. 16 are faster, as long as the rows' blocks find room side by side."""
 FEW_SEQS = 8
 """Sequences up to which it is 16; measured on an H200."""
 MOST_LOGITS = 32768
@@ -66,36 +67,25 @@ class ClusterSampler:
             kernels = self._kernels[vocab] = self._build(vocab)
         if not kernels or logits.data_ptr() % 16:
             return False
-        most, least = max(kernels), min(kernels)
-        cluster = most if seqs <= FEW_SEQS else least
-        pointers = [
-            logits,
-            rows,
-            positions,
-            inputs.temperature,
-            inputs.min_p,
-            inputs.top_p,
-            inputs.top_k,
-            inputs.seed,
-            out,
-        ]
-        kernel = kernels[cluster]
+        cluster = max(kernels) if seqs <= FEW_SEQS else min(kernels)
+        by_row = (inputs.temperature, inputs.min_p, inputs.top_p, inputs.top_k, inputs.seed)
+        kernel, pointers = kernels[cluster], [logits, rows, positions, *by_row, out]
         POINTERS[kernel.handle] = len(pointers)
         kernel.launch(addresses(pointers) + struct.pack("<i4x", inputs.seed.stride(0)), seqs * cluster)
         return True
 
     def _build(self, vocab: int) -> dict[int, Kernel]:
         found = {}
-        for cluster, threads in CLUSTERS.items():
-            each = -(-vocab // (cluster * threads * 4)) * 4
-            if each * threads > MOST_LOGITS:
+        for cluster in CLUSTERS:
+            each = -(-vocab // (cluster * THREADS * 4)) * 4
+            if each * THREADS > MOST_LOGITS:
                 continue
             try:
                 found[cluster] = build(
                     SOURCE, "sample",
-                    {"VOCAB": vocab, "CLUSTER": cluster, "THREADS": threads, "EACH": each},
-                    device=self._device, grid=cluster, block=threads, cluster=cluster,
-                    shared_bytes=4 * each * threads + 24 * threads + 10240,
+                    {"VOCAB": vocab, "CLUSTER": cluster, "THREADS": THREADS, "EACH": each},
+                    device=self._device, grid=cluster, block=THREADS, cluster=cluster,
+                    shared_bytes=4 * each * THREADS + 24 * THREADS + 10240,
                 )  # fmt: skip
             except KernelError as error:
                 logger.info("tokens are drawn by the Triton kernels: %s", error)
