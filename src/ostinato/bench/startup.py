@@ -1,9 +1,9 @@
 """`bench startup`: from the command to its first token, in fresh processes.
 
 The first run has empty caches (ostinato's, Triton's, the driver's; and Python's bytecode, where this
-process writes none), the others what it left. With `--shape` the weights are random, but lie in files as a checkpoint's do and are read from there:
-`--weights random` makes them on the device instead. What a run does is what `ostinato generate`
-does, with the prompt as token ids.
+process writes none), the others what it left. With `--shape` the weights are random, but lie in files
+as a checkpoint's do and are read from there: `--weights random` makes them on the device instead. What
+a run does is what `ostinato generate` does, with the prompt as token ids.
 """
 
 from __future__ import annotations
