@@ -108,11 +108,11 @@ def test_the_ring_has_as_many_chunks_as_the_source_says(shape: str, fp8: bool) -
     a, numbers = spec.attention, dict(fused.TUNING[fp8])
     numbers |= {"HID": spec.hidden_size, "QSIZE": a.q_size, "INTER": spec.intermediate_size, "HD": a.head_dim}
     numbers |= {
-        "TOKENS": fused.MOST_TOKENS,
         "FP8": fp8,
         "WARPS": fused.WARPS,
-        "CHUNK": fused.CHUNKS[a.head_dim],
-        "QG": 1,
+        "CHUNK": fused.fewest_in_split(a.heads, a.head_dim),
+        "LONGEST": fused.LONGEST,
+        "TOGETHER": fused.TOGETHER,
     }
     names: dict[str, Any] = {**numbers, "cmax": max, "sizeof": lambda size: size, "W": 1 if fp8 else 2}
     names["divisor"] = lambda n, most: next(d for d in range(most, 0, -1) if n % d == 0)
@@ -120,12 +120,11 @@ def test_the_ring_has_as_many_chunks_as_the_source_says(shape: str, fp8: bool) -
     wanted = (
         "NW",
         "SW",
-        "KEPT",
         "chunk_of",
         "apart",
         "stride_of",
         "STAGE",
-        "X_STRIDE",
+        "X_BYTES",
         "RED",
         "ATT",
         "FIXED",

@@ -1,12 +1,12 @@
-// All layers of a dense decoder for up to eight tokens, one of each sequence, in one persistent kernel.
+// All layers of a dense decoder for one token, in one persistent kernel.
 //
 // A decode step reads every weight once, and nothing else of size: it is as fast as weights arrive.
 // One block runs on each multiprocessor. Four producer warps stream this block's share of all weights,
 // in the order of use, through a ring in shared memory by bulk copies; they depend on nothing
 // that the step computes. While the ring is full they go on into the L2 cache, at the pace of the memory,
 // so that memory never rests. The other WARPS warps consume: each takes slices of the inner dimension
-// of a tile of 16 weight rows and multiplies them on tensor cores (the tile is the m16 operand, tokens
-// are n8); the slices are added through shared memory.
+// of a tile of 16 weight rows and multiplies them on tensor cores (the tile is the m16 operand, the token
+// a column of n8); the slices of a few tiles are added through shared memory at once.
 //
 // Between blocks, activations travel in 8-byte words of two bfloat16 and a tag: readers poll the very
 // words that they need, so there is no barrier and no fence, and one trip to the L2 cache (NCCL's LL
@@ -14,13 +14,12 @@
 // of a buffer has, through what it read, waited for all who read version l.
 //
 // The fragments' inner index is permuted: a thread takes 16 consecutive bytes of a weight row, and
-// the same inner indices of a token, where mma would give it two far pairs. The sum is the same.
+// the same inner indices of the token, where mma would give it two far pairs. The sum is the same.
 //
-// Macros: HID QSIZE QKVN INTER VOCAB NL HEADS KVH HD BLOCK_SIZE WINDOW TABLE_WIDTH TOKENS (at most)
-// FP8 QKNORM QKV_BIAS O_BIAS GRID WARPS MOST_SLICES (of a chunk) FLIGHT (chunks of weights under way to the ring) LEAD (chunks
+// Macros: HID QSIZE QKVN INTER VOCAB NL HEADS KVH HD BLOCK_SIZE WINDOW TABLE_WIDTH FP8 QKNORM QKV_BIAS O_BIAS GRID WARPS
+// MOST_SLICES (of a chunk) FLIGHT (chunks of weights under way to the ring) LEAD (chunks
 // in the L2 cache ahead of it) PACE (cycles a chunk) MAXS (most splits of a context) CHUNK (fewest
-// tokens in a split) QG (query heads of an
-// item of attention; they share a KV head) COUNTS (whether `decode` counts the step, and not `finish`).
+// tokens in a split) LONGEST (most tokens in one of few splits) TOGETHER (tiles between two meetings of the warps) COUNTS (whether `decode` counts the step, and not `finish`).
 
 #include "common.cuh"
 #include "ring.cuh"
@@ -35,6 +34,7 @@ constexpr int divisor(int n, int most) {    // the largest divisor of n up to mo
     return 1;
 }
 constexpr int cmax(int a, int b) { return a > b ? a : b; }
+constexpr int cdiv(int a, int b) { return (a + b - 1) / b; }
 // Bytes from row to row in shared memory: an odd number of half lines, so that two rows share no bank.
 constexpr int apart(int bytes) { return bytes / 64 % 2 ? bytes : bytes + 64; }
 
@@ -42,31 +42,60 @@ constexpr int NW = WARPS;                   // consumer warps
 constexpr int NT = NW * 32;                 // consumer threads
 constexpr int PW = 4;                       // producer warps: a bulk copy takes its warp about 35 cycles to issue
 constexpr int SW = 64 / sizeof(W);          // inner indices in a slice: 16 bytes of each of 4 lanes
-constexpr int XR = FP8 ? 2 : 1;             // uint4 of a token in a slice, for each lane
-constexpr int GROUP = HEADS / KVH;           // query heads of a KV head
-constexpr int UNITS = HEADS / QG;            // groups of QG query heads, each an item of its own
+constexpr int XR = FP8 ? 2 : 1;             // uint4 of the token in a slice, for each lane
+constexpr int GROUP = HEADS / KVH;          // query heads of a KV head
 constexpr int HALF = HD / 2;
 constexpr int DL = HD / 8;                  // lanes that share a head: 8 dimensions each
 constexpr int TPI = 32 / DL;                // tokens that a warp looks at together
-constexpr int U = QG == 1 && HD == 64 ? 8 : 4;         // such groups that it looks at together
+constexpr int U = 8;                        // such groups that it asks for together
+constexpr int PASS = NW * TPI * U;          // tokens that a block asks for together
 constexpr int FEW = 4;                      // splits that the reader merges
-constexpr int KEPT = 4;                     // items of attention that a block remembers
 
 constexpr int chunk_of(int k) { return divisor(k / SW, MOST_SLICES) * SW; }
 constexpr int stride_of(int ck) { return apart(ck * (int)sizeof(W)); }
+
+// A product of the step. A tile is 16 rows of weights; or eight rows of gate and the same of up; or the
+// first halves of eight rows and then their second halves, where that leaves the busiest block fewer rows.
+template <int K_, int N_, bool GATED_> struct Op {
+    static constexpr bool GATED = GATED_;
+    static constexpr int K = K_, N = N_;
+    static constexpr bool HALVED = !GATED && K / 2 % SW == 0 && cdiv(N / 8, GRID) * 8 < cdiv(N / 16, GRID) * 16;
+    static constexpr int ROWS = GATED || HALVED ? 8 : 16, TILES = N / ROWS;
+    static constexpr int INNER = HALVED ? K / 2 : K, CK = chunk_of(INNER), CHUNKS = INNER / CK, STRIDE = stride_of(CK);
+    static constexpr long long SECOND = GATED ? (long long)N * K : HALVED ? K / 2 : 0;   // from a tile's row 0 to its row 8
+};
+using Qkv = Op<HID, QKVN, false>;
+using Output = Op<QSIZE, HID, false>;
+using GateUp = Op<HID, INTER, true>;
+using Down = Op<INTER, HID, false>;
+using Head = Op<HID, VOCAB, false>;
+
 constexpr int STAGE = 16 * cmax(stride_of(chunk_of(HID)), cmax(stride_of(chunk_of(QSIZE)), stride_of(chunk_of(INTER))));
-constexpr int X_STRIDE = apart(cmax(HID, cmax(QSIZE, INTER)) * 2);
-constexpr int RED = NW * 16 * TOKENS;                 // floats in one reduction buffer
-constexpr int ATT = NW * QG * (HD + 2);            // floats for merging warps in attention
-constexpr int FIXED = TOKENS * X_STRIDE + cmax(2 * RED, ATT) * 4 + NW * TOKENS * 4 + (QG + 3) * HD * 4 + CHUNK * 4 + KEPT * 32 + 256;
+constexpr int X_BYTES = apart(cmax(HID, cmax(QSIZE, INTER)) * 2);
+constexpr int RED = TOGETHER * NW * 16;               // floats in one reduction buffer
+constexpr int ATT = NW * HD + (NW + 2) / 2 * 4;       // floats for merging warps in attention
+constexpr int FIXED = X_BYTES + cmax(2 * RED, ATT) * 4 + NW * 4 + HD * 4 + 3 * HD * 2 + LONGEST * 4 + 16;
 constexpr int STAGES = (227 * 1024 - FIXED) / (STAGE + 16);
 static_assert(STAGES > FLIGHT, "the ring does not fit");
-static_assert(16 * TOKENS <= NT, "a thread for each result of a tile");
+static_assert(16 * TOGETHER <= NT, "a thread for each result of the tiles");
 static_assert(HID % SW == 0 && QSIZE % SW == 0 && INTER % SW == 0, "whole slices");
 static_assert(QKVN % 16 == 0 && HID % 16 == 0 && INTER % 8 == 0 && VOCAB % 16 == 0, "whole tiles");
-static_assert(GROUP % QG == 0, "an item has one KV head");
-static_assert(QG + 2 <= NW * TPI, "a group of lanes for each vector of a new token");
+static_assert(3 * DL <= NT && LONGEST % CHUNK == 0, "lanes for each vector of a new token; whole splits");
 static_assert(HD == 64 || HD == 128, "head dimensions that lanes share evenly");
+
+// Shared memory, all of it at places known when this is compiled.
+extern __shared__ __align__(128) unsigned char memory[];   // first the ring's stages
+constexpr int X_AT = STAGES * STAGE, RED_AT = X_AT + X_BYTES, SQUARES_AT = RED_AT + cmax(2 * RED, ATT) * 4;
+constexpr int ANGLES_AT = SQUARES_AT + NW * 4, SLOTS_AT = ANGLES_AT + HD * 4, FLAG_AT = SLOTS_AT + LONGEST * 4;
+constexpr int FRESH_AT = FLAG_AT + 16, FULL_AT = FRESH_AT + 3 * HD * 2, EMPTY_AT = FULL_AT + STAGES * 8;
+static_assert(EMPTY_AT + STAGES * 8 <= 227 * 1024 && FRESH_AT % 16 == 0 && FULL_AT % 8 == 0, "the layout");
+#define SHARED(type, name, place) __device__ __forceinline__ type *name() { return (type *)(memory + place); }
+SHARED(float, reduced, RED_AT)       // [2][TOGETHER][NW][16], or attention's parts: [NW][HD], then [NW + 1] of (largest, sum)
+SHARED(float, sums, SQUARES_AT)      // [NW] of squares
+SHARED(float, angles, ANGLES_AT)     // [HD]
+SHARED(int, places, SLOTS_AT)        // [LONGEST], where tokens of this block's split lie in the cache
+SHARED(u32, flag, FLAG_AT)
+SHARED(u16, fresh_token, FRESH_AT)   // [3][HD]: query, key and value of the new token
 
 struct Layer {
     const u16 *input_norm, *q_norm, *k_norm, *mlp_norm;
@@ -82,17 +111,16 @@ struct Params {
     const float *head_scale;
     const float *rope;         // [positions, 2, HALF]
     const u16 *embedding;      // [VOCAB, HID]
-    const int *ids;            // [B]
-    u64 *x, *qkv, *attn, *act; // tagged pairs: [B, HID / 2], [B, QKVN / 2], [B, QSIZE / 2], [B, INTER / 2]
-    u64 *parts;                // [B, HEADS, MAXS, HD + 2] float32 with a tag each
-    u32 *semaphores;           // [B, UNITS], zero before and after
+    const int *ids;            // [1], as all that follows of the step
+    u64 *x, *qkv, *attn, *act; // tagged pairs: [HID / 2], [QKVN / 2], [QSIZE / 2], [INTER / 2]
+    u64 *parts;                // [HEADS, MAXS, HD + 2] float32 with a tag each
+    u32 *semaphores;           // [HEADS], zero before and after
     u32 *steps;                // steps so far; `finish` counts where this kernel cannot
-    float *logits;             // [B, VOCAB], or null: only the best
-    float *best;               // [B, GRID]
-    int *best_at;              // [B, GRID]
+    float *logits;             // [VOCAB], or null: only the best
+    float *best;               // [GRID]
+    int *best_at;              // [GRID]
     const int *positions, *slots, *rows, *lens, *table;
     float eps, scale;
-    int num_seqs;
 };
 
 __device__ __forceinline__ float widen(u16 v) { return __uint_as_float((u32)v << 16); }
@@ -106,6 +134,12 @@ __device__ __forceinline__ uint4 lds(u32 at) {
     uint4 v;
     asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(at));
     return v;
+}
+// Read anew by each op: what follows from it would otherwise be kept in registers for all of them at once.
+__device__ __forceinline__ int thread() {
+    int t;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(t));
+    return t;
 }
 __device__ __forceinline__ void consumers_meet() { asm volatile("bar.sync 1, %0;" ::"n"(NT) : "memory"); }
 __device__ __forceinline__ void bulk_copy(u32 to, const void *from, u32 bytes, u32 bar, u64 policy) {
@@ -162,23 +196,25 @@ __device__ __forceinline__ u32 odd(u32 v) { return (v & 0x80008000u) | (v >> 4 &
 #endif
 
 struct Ring {
-    u32 data, full, empty;   // shared addresses: stages, and two barriers each
     int stage;
     u32 parity;
+    __device__ __forceinline__ u32 data() const { return shared_at(memory) + stage * STAGE; }
+    __device__ __forceinline__ u32 full() const { return shared_at(memory) + FULL_AT + stage * 8; }
+    __device__ __forceinline__ u32 empty() const { return shared_at(memory) + EMPTY_AT + stage * 8; }
     __device__ __forceinline__ void next() {
         if (++stage == STAGES) { stage = 0; parity ^= 1; }
     }
     __device__ __forceinline__ bool free() const {
         u32 yes;
         asm volatile("{\n.reg .pred p;\nmbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
-                     : "=r"(yes) : "r"(empty + stage * 8), "r"(parity ^ 1) : "memory");
+                     : "=r"(yes) : "r"(empty()), "r"(parity ^ 1) : "memory");
         return yes;
     }
     // Deep queues in front of memory would delay all that the step waits for: a chunk is asked for
     // only when the one FLIGHT before it has come.
     __device__ __forceinline__ void throttle() const {
         int at = stage - FLIGHT;
-        mbar_wait(full + (at < 0 ? at + STAGES : at) * 8, at < 0 ? parity ^ 1 : parity);
+        mbar_wait(full() + (at < 0 ? STAGES - FLIGHT : -FLIGHT) * 8, at < 0 ? parity ^ 1 : parity);
     }
 };
 
@@ -198,24 +234,24 @@ __device__ __forceinline__ int tile_row() { return ((int)threadIdx.x - NT >> 5) 
 // of the 16 rows of a tile.
 struct Cursor {
     Share share;
-    int op, tile, tiles, chunk, chunks, bytes, stride;   // op: four a layer, then the head; bytes of a row's chunk
+    int op, tile, tiles, rows, chunk, chunks, bytes, stride;   // op: four a layer, then the head; bytes of a row's chunk
     const W *weight, *from;
-    long long k;
+    long long k, second;
     int layer;
     bool done;
 
-    template <int K>
-    __device__ __forceinline__ void set(const W *w, int n) {
-        weight = w; tiles = n; k = K;
-        chunks = K / chunk_of(K); bytes = chunk_of(K) * sizeof(W); stride = stride_of(chunk_of(K));
+    template <typename O>
+    __device__ __forceinline__ void set(const W *w) {
+        weight = w; tiles = O::TILES; rows = O::ROWS; k = O::K; second = O::SECOND;
+        chunks = O::CHUNKS; bytes = O::CK * sizeof(W); stride = O::STRIDE;
     }
     __device__ __forceinline__ void open(const Params &p) {
         for (;;) {
-            if (layer == NL) set<HID>(p.head, VOCAB / 16);
-            else if (op == 0) set<HID>(p.layer[layer].qkv, QKVN / 16);
-            else if (op == 1) set<QSIZE>(p.layer[layer].output, HID / 16);
-            else if (op == 2) set<HID>(p.layer[layer].gate_up, INTER / 8);
-            else set<INTER>(p.layer[layer].down, HID / 16);
+            if (layer == NL) set<Head>(p.head);
+            else if (op == 0) set<Qkv>(p.layer[layer].qkv);
+            else if (op == 1) set<Output>(p.layer[layer].output);
+            else if (op == 2) set<GateUp>(p.layer[layer].gate_up);
+            else set<Down>(p.layer[layer].down);
             tile = share.first();
             if (tile < tiles) break;
             if (leave()) return;
@@ -230,8 +266,7 @@ struct Cursor {
     }
     __device__ __forceinline__ void row() {
         int own = tile_row();
-        long long at = op == 2 && layer < NL ? (own < 8 ? tile * 8 + own : INTER + tile * 8 + own - 8) : tile * 16 + own;
-        from = weight + at * k;
+        from = weight + (tile * rows + (own & (rows - 1))) * k + (own >> 3) * second;
         chunk = 0;
     }
     __device__ __forceinline__ void next(const Params &p) {
@@ -256,10 +291,10 @@ __device__ __forceinline__ void produce(const Params &p, Ring ring) {
     while (!now.done) {
         if (ring.free()) {
             if (started >= FLIGHT) ring.throttle(); else ++started;
-            u32 full = ring.full + ring.stage * 8;
+            const u32 full = ring.full();
             if (threadIdx.x == NT) mbar_expect(full, 16 * now.bytes);
             __syncwarp();
-            if (lane < 16 / PW) bulk_copy(ring.data + ring.stage * STAGE + tile_row() * now.stride, now.at(), now.bytes, full, policy);
+            if (lane < 16 / PW) bulk_copy(ring.data() + tile_row() * now.stride, now.at(), now.bytes, full, policy);
             ring.next();
             now.next(p);
             if (lead > 0) --lead; else ahead.next(p);
@@ -274,79 +309,46 @@ __device__ __forceinline__ void produce(const Params &p, Ring ring) {
     }
 }
 
-struct Item { int b, h, split, splits, first, chunk, length; };
-
-struct Shared {
-    u32 x;           // shared address: activations, TOKENS rows X_STRIDE bytes apart
-    float *red;      // [2][NW][TOKENS][16], or attention's
-    float *squares;  // [NW][TOKENS]
-    float *angles;   // [HD], of the first item of attention
-    float *fresh;    // [QG + 2, HD]: queries, key and value of an item's new token
-    int *slots;      // [CHUNK], where its tokens lie in the cache
-    Item *items;     // [KEPT]
-    int *count;      // items, or KEPT + 1 where there are more
-    u32 *flag;
+// How a context is cut, and what this block has of it: items blockIdx.x, + GRID, ...; all heads of a split stand side by side.
+struct Context {
+    int length, first, chunk, splits;
+    __device__ __forceinline__ int start(int item) const { return first + item / HEADS * chunk; }
+    __device__ __forceinline__ int end(int item) const { return min(start(item) + chunk, length); }
+    __device__ __forceinline__ int items() const { return splits * HEADS; }
+    // Whether the places of all old tokens that it looks at fit into shared memory.
+    __device__ __forceinline__ bool known() const { return (int)blockIdx.x + GRID >= items() && chunk <= LONGEST; }
 };
 
-__device__ __forceinline__ int splits_of(int length, int &first, int &chunk) {
-    first = WINDOW > 0 && length > WINDOW ? length - WINDOW : 0;
-    int seen = length - first;
-    chunk = (seen + MAXS * CHUNK - 1) / (MAXS * CHUNK) * CHUNK;
-    if (chunk < CHUNK) chunk = CHUNK;
-    int n = (seen + chunk - 1) / chunk;
-    return n < 1 ? 1 : n;
+__device__ __forceinline__ Context context_of(int length) {
+    Context c;
+    c.length = length;
+    c.first = WINDOW > 0 && length > WINDOW ? length - WINDOW : 0;
+    const int seen = length - c.first;
+    // Few splits, which readers merge, as long as they are short; then as many as there may be.
+    c.chunk = min(cdiv(max(seen, 1), FEW * CHUNK), LONGEST / CHUNK) * CHUNK;
+    if (seen > MAXS * c.chunk) c.chunk = cdiv(seen, MAXS * CHUNK) * CHUNK;
+    c.splits = max(1, cdiv(seen, c.chunk));
+    return c;
 }
 
+__device__ __forceinline__ void look_up(const Params &p, int from, int to) {
+    const int *table = p.table + (long long)max(p.rows[0], 0) * TABLE_WIDTH;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < to - from; i += NT) places()[i] = table[(from + i) / BLOCK_SIZE] * BLOCK_SIZE + (from + i) % BLOCK_SIZE;
+}
 
-// The item-th piece of attention: all units of a split stand side by side. False behind the last.
-__device__ __forceinline__ bool find(Item &it, const Params &p, int item) {
-    for (int b = 0; b < p.num_seqs; ++b) {
-        int length = p.lens[b], first, chunk, n = splits_of(length, first, chunk);
-        if (item < n * UNITS) {
-            it.b = b; it.h = item % UNITS; it.split = item / UNITS; it.splits = n;
-            it.first = first; it.chunk = chunk; it.length = length;
-            return true;
-        }
-        item -= n * UNITS;
+// Old keys and values of a layer on their way to the L2 cache.
+__device__ __forceinline__ void expect_context(const Layer &layer, const Context &c) {
+    const int item = blockIdx.x;
+    if (item >= c.items() || !c.known()) return;
+    constexpr int LINES = HD * 2 / 128;
+    const int kv = item % HEADS / GROUP, tokens = min(c.end(item), c.length - 1) - c.start(item);
+#pragma unroll 1
+    for (int i = threadIdx.x; i < tokens * LINES; i += NT) {
+        const long long place = (long long)places()[i / LINES] * (KVH * HD) + kv * HD + i % LINES * 64;
+        prefetch(layer.keys + place);
+        prefetch(layer.values + place);
     }
-    return false;
-}
-
-// Which items are this block's, and what of them does not change from layer to layer.
-__device__ __forceinline__ void remember(const Params &p, const Shared &sh) {
-    if (threadIdx.x == 0) {
-        int n = 0;
-        Item it;
-        for (int item = blockIdx.x; find(it, p, item); item += GRID) {
-            if (n == KEPT) { ++n; break; }
-            sh.items[n++] = it;
-        }
-        *sh.count = n;
-    }
-    consumers_meet();
-    if (*sh.count == 0 || sh.items[0].length == 0) return;
-    Item it = sh.items[0];
-    const int start = it.first + it.split * it.chunk, end = min(start + min(it.chunk, CHUNK), it.length);
-    const int *table = p.table + (long long)p.rows[it.b] * TABLE_WIDTH;
-    for (int i = threadIdx.x; i < end - start; i += NT)
-        sh.slots[i] = table[(start + i) / BLOCK_SIZE] * BLOCK_SIZE + (start + i) % BLOCK_SIZE;
-    const float *angles = p.rope + (long long)p.positions[it.b] * HD;
-    for (int i = threadIdx.x; i < HD; i += NT) sh.angles[i] = angles[i];
-    consumers_meet();
-}
-
-__device__ __forceinline__ bool item_at(Item &it, const Params &p, const Shared &sh, int i) {
-    if (i < KEPT) {
-        if (i >= *sh.count) return false;
-        it = sh.items[i];
-        return true;
-    }
-    return *sh.count > KEPT && find(it, p, blockIdx.x + i * GRID);
-}
-
-__device__ __forceinline__ long long kv_place(const int *table, int position, int h) {
-    int block = table[position / BLOCK_SIZE];
-    return ((long long)block * BLOCK_SIZE + position % BLOCK_SIZE) * (KVH * HD) + h * HD;
 }
 
 __device__ __forceinline__ void spread(float (&f)[8], uint4 v) {
@@ -354,28 +356,35 @@ __device__ __forceinline__ void spread(float (&f)[8], uint4 v) {
     f[4] = lo(v.z); f[5] = hi(v.z); f[6] = lo(v.w); f[7] = hi(v.w);
 }
 
-
 enum { STORE, ADD, ACT, BEST };
-enum { EMBEDDING, CELLS, ATTENTION };
+enum { CELLS, ATTENTION };
 
 // Four values of attention's result that readers merge from splits.
-__device__ __forceinline__ uint2 merge(const Params &p, int n, int at, int splits, u32 tag) {
-    const u64 *space = p.parts + ((long long)n * HEADS + at / HD) * MAXS * (HD + 2);
+__device__ __forceinline__ uint2 merge(const Params &p, int at, int splits, u32 tag) {
+    const u64 *space = p.parts + (long long)(at / HD) * MAXS * (HD + 2);
     Pair a[FEW], b[FEW], m[FEW];
+    bool all = false;
+#pragma unroll 1
+    for (u32 spins = 0; !all; ++spins) {
+        if (spins == 1u << 24) __trap();
+        if (spins) rest();
+#pragma unroll
+        for (int j = 0; j < FEW; ++j)
+            if (j < splits) {
+                const u64 *own = space + j * (HD + 2);
+                a[j] = ld_pair(own + at % HD); b[j] = ld_pair(own + at % HD + 2); m[j] = ld_pair(own + HD);
+            } else {
+                a[j] = b[j] = m[j] = Pair{0, 0};   // otherwise their registers would be kept from layer to layer
+            }
+        all = true;
+#pragma unroll
+        for (int j = 0; j < FEW; ++j)
+            if (j < splits) all = all && fresh(a[j], tag) && fresh(b[j], tag) && fresh(m[j], tag);
+    }
+    float above = -infinity();
 #pragma unroll
     for (int j = 0; j < FEW; ++j)
-        if (j < splits) {
-            const u64 *own = space + j * (HD + 2);
-            a[j] = ld_pair(own + at % HD); b[j] = ld_pair(own + at % HD + 2); m[j] = ld_pair(own + HD);
-        }
-    float above = -__int_as_float(0x7f800000);
-#pragma unroll
-    for (int j = 0; j < FEW; ++j)
-        if (j < splits) {
-            const u64 *own = space + j * (HD + 2);
-            insist(a[j], own + at % HD, tag); insist(b[j], own + at % HD + 2, tag); insist(m[j], own + HD, tag);
-            above = fmaxf(above, __uint_as_float((u32)m[j].a));
-        }
+        if (j < splits) above = fmaxf(above, __uint_as_float((u32)m[j].a));
     float total = 0.f, v[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
     for (int j = 0; j < FEW; ++j)
@@ -388,69 +397,63 @@ __device__ __forceinline__ uint2 merge(const Params &p, int n, int at, int split
     return make_uint2(pack(v[0] / total, v[1] / total), pack(v[2] / total, v[3] / total));
 }
 
-// Brings an op's input to shared memory, times the norm's weights where there is a norm.
+// Brings an op's input to shared memory, times the norm's weights where there is a norm. Tag 0: the embedding.
 template <int K, bool NORM, int FROM>
-__device__ __forceinline__ void stage(const Params &p, const Shared &sh, const u64 *x, const u16 *norm, u32 tag) {
-    constexpr int UNITS = K / 4, PER = (UNITS + NT - 1) / NT;         // a unit: four values, two words
-    constexpr int ROWS = PER >= 8 ? 1 : cmax(1, 8 / PER) < TOKENS ? cmax(1, 8 / PER) : TOKENS;   // asked for together
-    const int tid = threadIdx.x, B = p.num_seqs;
+__device__ __forceinline__ void stage(const Params &p, const Context &context, const u64 *x, const u16 *norm, u32 tag) {
+    constexpr int COUNT = K / 4, PER = cdiv(COUNT, NT);         // of four values, two words
+    const int tid = thread(), first = min(tid & ~31, COUNT - 1);
+    auto mine = [&](int u) { return COUNT % NT == 0 || tid + u * NT < COUNT; };
+    auto put = [&](int u, uint2 v) {
+#if FP8
+        v = make_uint2(pack(lo(v.x) * TOKEN_FACTOR, lo(v.y) * TOKEN_FACTOR), pack(hi(v.x) * TOKEN_FACTOR, hi(v.y) * TOKEN_FACTOR));
+#endif
+        asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(shared_at(memory) + X_AT + (tid + u * NT) * 8), "r"(v.x), "r"(v.y) : "memory");
+    };
+    if (FROM == ATTENTION && context.splits > 1 && context.splits <= FEW) {
+        // A lane looks out for each split, at the word that is written last.
+        if ((tid & 31) < context.splits) insist(p.parts + ((long long)(first * 4 / HD) * MAXS + (tid & 31)) * (HD + 2) + HD + 1, tag);
+        __syncwarp();
+#pragma unroll 1
+        for (int u = 0; u < PER; ++u)
+            if (mine(u)) put(u, merge(p, (tid + u * NT) * 4, context.splits, tag));
+        return consumers_meet();
+    }
     uint2 gain[NORM ? PER : 1];
     if (NORM) {
 #pragma unroll
         for (int u = 0; u < PER; ++u)
-            if (UNITS % NT == 0 || (tid + u * NT) * 4 < K) gain[u] = *(const uint2 *)(norm + (tid + u * NT) * 4);
+            gain[u] = mine(u) ? *(const uint2 *)(norm + (tid + u * NT) * 4) : make_uint2(0, 0);
     }
-    if (FROM == CELLS) look_out(x + min(tid & ~31, UNITS - 1) * 2, tag);
-    if (FROM == ATTENTION) {
-        int first, chunk, splits = splits_of(p.lens[0], first, chunk), at = min(tid & ~31, UNITS - 1) * 4;
-        bool merged = splits > 1 && splits <= FEW;
-        look_out(merged ? p.parts + (long long)(at / HD) * MAXS * (HD + 2) + at % HD : x + at / 2, tag);
+    Pair v[PER] = {};
+    const bool embedding = NORM && tag == 0;
+    if (embedding) {
+        const u16 *own = p.embedding + (long long)p.ids[0] * HID + tid * 4;
+#pragma unroll
+        for (int u = 0; u < PER; ++u)
+            if (mine(u)) { const uint2 w = *(const uint2 *)(own + u * NT * 4); v[u].a = w.x; v[u].b = w.y; }
+    } else {
+        look_out(x + first * 2, tag);
+#pragma unroll
+        for (int u = 0; u < PER; ++u)
+            if (mine(u)) v[u] = ld_pair(x + (tid + u * NT) * 2);
     }
-    for (int n0 = 0; n0 < B; n0 += ROWS) {
-        Pair v[ROWS][PER];
+    float squares = 0.f;
 #pragma unroll
-        for (int r = 0; r < ROWS; ++r)
-#pragma unroll
-            for (int u = 0; u < PER; ++u) {
-                int n = n0 + r, at = (tid + u * NT) * 4;
-                if (FROM != EMBEDDING && n < B && (UNITS % NT == 0 || at < K)) v[r][u] = ld_pair(x + ((long long)n * K + at) / 2);
-            }
-#pragma unroll
-        for (int r = 0; r < ROWS; ++r) {
-            int n = n0 + r;
-            if (n >= B) break;
-            float squares = 0.f;
-            int splits = 1;
-            if (FROM == ATTENTION) { int first, chunk; splits = splits_of(p.lens[n], first, chunk); }
-#pragma unroll
-            for (int u = 0; u < PER; ++u) {
-                int at = (tid + u * NT) * 4;
-                if (UNITS % NT != 0 && at >= K) break;
-                uint2 w;
-                if (FROM == EMBEDDING) {
-                    w = *(const uint2 *)(p.embedding + (long long)p.ids[n] * HID + at);
-                } else if (FROM == ATTENTION && splits > 1 && splits <= FEW) {
-                    w = merge(p, n, at, splits, tag);
-                } else {
-                    insist(v[r][u], x + ((long long)n * K + at) / 2, tag);
-                    w = make_uint2((u32)v[r][u].a, (u32)v[r][u].b);
-                }
-                if (NORM) {
-                    float a = lo(w.x), b = hi(w.x), c = lo(w.y), d = hi(w.y);
-                    squares += a * a + b * b + c * c + d * d;
-                    w = make_uint2(pack(a * lo(gain[u].x), b * hi(gain[u].x)), pack(c * lo(gain[u].y), d * hi(gain[u].y)));
-                }
-#if FP8
-                w = make_uint2(pack(lo(w.x) * TOKEN_FACTOR, lo(w.y) * TOKEN_FACTOR), pack(hi(w.x) * TOKEN_FACTOR, hi(w.y) * TOKEN_FACTOR));
-#endif
-                asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(sh.x + n * X_STRIDE + at * 2), "r"(w.x), "r"(w.y) : "memory");
-            }
-            if (NORM) {
-#pragma unroll
-                for (int d = 16; d; d >>= 1) squares += __shfl_xor_sync(~0u, squares, d);
-                if ((tid & 31) == 0) sh.squares[(tid >> 5) * TOKENS + n] = squares;
-            }
+    for (int u = 0; u < PER; ++u) {
+        if (!mine(u)) break;
+        if (!embedding) insist(v[u], x + (tid + u * NT) * 2, tag);
+        uint2 w = make_uint2((u32)v[u].a, (u32)v[u].b);
+        if (NORM) {
+            float a = lo(w.x), b = hi(w.x), c = lo(w.y), d = hi(w.y);
+            squares += a * a + b * b + c * c + d * d;
+            w = make_uint2(pack(a * lo(gain[u].x), b * hi(gain[u].x)), pack(c * lo(gain[u].y), d * hi(gain[u].y)));
         }
+        put(u, w);
+    }
+    if (NORM) {
+#pragma unroll
+        for (int d = 16; d; d >>= 1) squares += __shfl_xor_sync(~0u, squares, d);
+        if ((tid & 31) == 0) sums()[tid >> 5] = squares;
     }
     consumers_meet();
 }
@@ -478,72 +481,78 @@ __device__ __forceinline__ void multiply(float (&acc)[2][4], u32 at, int stride,
 
 // out (+)= op(x): this block's tiles. `tag` is of the input, `out_tag` of what is written, and for ADD
 // `old_tag` of what the sum is added to (0: the embedding).
-template <int K, bool NORM, int KIND, int FROM>
-__device__ __forceinline__ void consume(Ring &ring, Share &share, const Shared &sh, const Params &p, const u64 *x, u32 tag,
-                                        const u16 *norm, int tiles, int N, const float *scale, const u16 *bias, u64 *out,
-                                        u32 out_tag, u32 old_tag) {
-    constexpr int CK = chunk_of(K), STRIDE = stride_of(CK), CHUNKS = K / CK, SLICES = CK / SW, J = (SLICES + NW - 1) / NW;
-    const int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31, g = lane >> 2, t = lane & 3, row = tid & 15;
-    const int B = p.num_seqs;
+template <typename O, bool NORM, int KIND, int FROM>
+__device__ __forceinline__ void consume(Ring &ring, Share &share, const Params &p, const Context &context, const u64 *x,
+                                        u32 tag, const u16 *norm, const float *scale, const u16 *bias, u64 *out, u32 out_tag,
+                                        u32 old_tag) {
+    constexpr int SLICES = O::CK / SW, J = cdiv(SLICES, NW);
+    const int tid = thread(), warp = tid >> 5, lane = tid & 31, g = lane >> 2, t = lane & 3, row = tid & 15;
     int tile = share.first();
-    share.pass(tiles);
-    if (tile >= tiles) return;
-    stage<K, NORM, FROM>(p, sh, x, norm, tag);
-    const bool here = g < B;
-    const u32 own_x = sh.x + g * X_STRIDE + t * (SW / 4) * 2;
-    int col = tid >> 4, buffer = 0, best_at = 0;
-    float best = -__int_as_float(0x7f800000);
-    for (; tile < tiles; tile += GRID) {
-        const bool mine = col < B && (KIND != ACT || row < 8);
-        const int n = tile * (KIND == ACT ? 8 : 16) + row;
+    share.pass(O::TILES);
+    if (tile >= O::TILES) return;
+    stage<O::K, NORM, FROM>(p, context, x, norm, tag);
+    // Column 0 is the token; where rows come in halves it is the token's first half, and column 1 the second.
+    const bool here = g < (O::HALVED ? 2 : 1);
+    const u32 own_x = shared_at(memory) + X_AT + (g * (O::K / 2) + t * (SW / 4)) * 2;
+    int turn = tid >> 4, buffer = 0, best_at = 0;   // which tile's results are this thread's to finish
+    float best = -infinity();
+    for (; tile < O::TILES; tile += TOGETHER * GRID) {
+        const int n = (tile + turn * GRID) * O::ROWS + row;
+        const bool mine = turn < TOGETHER && row < O::ROWS && n < O::N;
         u64 old = 0;
 #if FP8
-        float factor_v = 0.f, factor_u = 0.f;   // asked for before the weights come
+        float factor_v = 0.f, factor_u = 0.f;   // asked for before the weights come, not looked at before they have
         if (mine) {
-            factor_v = scale[n] * RESULT_FACTOR;
-            if (KIND == ACT) factor_u = scale[INTER + n] * RESULT_FACTOR;
+            factor_v = ldcg(scale + n);
+            if (KIND == ACT) factor_u = ldcg(scale + O::N + n);
         }
 #endif
-        if (KIND == ADD && mine && old_tag) old = ld_cell(out + ((long long)col * N + n) / 2);
-        float acc[2][4] = {{0.f, 0.f, 0.f, 0.f}, {0.f, 0.f, 0.f, 0.f}};
+        if (KIND == ADD && mine && old_tag) old = ld_cell(out + n / 2);
+        float *red = reduced() + buffer * RED + warp * 16 + g;
 #pragma unroll 1
-        for (int c = 0; c < CHUNKS; ++c) {
-            mbar_wait(ring.full + ring.stage * 8, ring.parity);
-            u32 at = ring.data + ring.stage * STAGE;
+        for (int i = 0; i < TOGETHER && tile + i * GRID < O::TILES; ++i, red += NW * 16) {
+            float acc[2][4] = {{0.f, 0.f, 0.f, 0.f}, {0.f, 0.f, 0.f, 0.f}};
+#pragma unroll 1
+            for (int c = 0; c < O::CHUNKS; ++c) {
+                mbar_wait(ring.full(), ring.parity);
+                const u32 at = ring.data();
 #pragma unroll
-            for (int j = 0; j < J; ++j) {
-                int slice = warp + NW * j;
-                if (SLICES % NW == 0 || slice < SLICES)
-                    multiply(acc, at + slice * 64, STRIDE, own_x + (c * CK + slice * SW) * 2, here);
+                for (int j = 0; j < J; ++j) {
+                    int slice = warp + NW * j;
+                    if (SLICES % NW == 0 || slice < SLICES)
+                        multiply(acc, at + slice * 64, O::STRIDE, own_x + (c * O::CK + slice * SW) * 2, here);
+                }
+                __syncwarp();
+                if (lane == 0) mbar_arrive(ring.empty());
+                ring.next();
             }
-            __syncwarp();
-            if (lane == 0) mbar_arrive(ring.empty + ring.stage * 8);
-            ring.next();
+            if (t == 0) {
+                float first = acc[0][0] + acc[1][0];
+                if (O::HALVED) red[0] = first + (acc[0][3] + acc[1][3]);
+                else { red[0] = first; red[8] = acc[0][2] + acc[1][2]; }
+            }
         }
-        float *red = sh.red + buffer * RED + warp * (16 * TOKENS) + 2 * t * 16 + g;
-        if (2 * t < B) { red[0] = acc[0][0] + acc[1][0]; red[8] = acc[0][2] + acc[1][2]; }
-        if (2 * t + 1 < B) { red[16] = acc[0][1] + acc[1][1]; red[24] = acc[0][3] + acc[1][3]; }
         consumers_meet();
         float v = 0.f, u = 0.f;
         if (mine) {
-            const float *part = sh.red + buffer * RED + col * 16 + row;
+            const float *part = reduced() + buffer * RED + turn * (NW * 16) + row;
             float squares = 0.f;
 #pragma unroll
             for (int w = 0; w < NW; ++w) {
-                v += part[w * (16 * TOKENS)];
-                if (KIND == ACT) u += part[w * (16 * TOKENS) + 8];
-                if (NORM) squares += sh.squares[w * TOKENS + col];
+                v += part[w * 16];
+                if (KIND == ACT) u += part[w * 16 + 8];
+                if (NORM) squares += sums()[w];
             }
-            if (NORM) { float factor = rsqrtf(squares / K + p.eps); v *= factor; u *= factor; }
+            if (NORM) { float factor = rsqrtf(squares / O::K + p.eps); v *= factor; u *= factor; }
 #if FP8
-            v *= factor_v;
-            u *= factor_u;
+            v *= factor_v * RESULT_FACTOR;
+            u *= factor_u * RESULT_FACTOR;
 #endif
             if (KIND != BEST && bias) v += widen(bias[n]);
             if (KIND == ADD) {
-                if (old_tag == 0) v += widen(p.embedding[(long long)p.ids[col] * HID + n]);
+                if (old_tag == 0) v += widen(p.embedding[(long long)p.ids[0] * HID + n]);
                 else {
-                    u32 pair = (u32)(old >> 32) == old_tag ? (u32)old : insist(out + ((long long)col * N + n) / 2, old_tag);
+                    u32 pair = (u32)(old >> 32) == old_tag ? (u32)old : insist(out + n / 2, old_tag);
                     v += row & 1 ? hi(pair) : lo(pair);
                 }
             }
@@ -552,29 +561,35 @@ __device__ __forceinline__ void consume(Ring &ring, Share &share, const Shared &
                 v = rounded(v / (1.f + exp2_(-1.4426950408889634f * v))) * rounded(u);
             }
             if (KIND == BEST) {
-                if (p.logits) p.logits[(long long)col * N + n] = v;
+                if (p.logits) p.logits[n] = v;
                 if (v > best) { best = v; best_at = n; }
             }
         }
         if (KIND != BEST) {
-            // The next tile's results are the next warp's, while this one still adds.
             float other = __shfl_xor_sync(~0u, v, 1);
-            if (mine && (row & 1) == 0) st_cell(out + ((long long)col * N + n) / 2, pack(v, other), out_tag);
-            col = (col + NT / 16 - 2) % (NT / 16);
+            if (mine && (row & 1) == 0) st_cell(out + n / 2, pack(v, other), out_tag);
+            // The next tiles' results are the next warps', while these still add.
+            turn = (turn + NT / 16 - cmax(2, TOGETHER)) % (NT / 16);
         }
         buffer ^= 1;
     }
     if (KIND == BEST) {
-        // The sixteen rows of a token lie in one half of a warp; the lowest index wins ties.
-#pragma unroll
-        for (int d = 8; d; d >>= 1) {
-            float v = __shfl_xor_sync(~0u, best, d);
-            int at = __shfl_xor_sync(~0u, best_at, d);
+        // The lowest index wins ties.
+        const auto better = [&](float v, int at) {
             if (v > best || (v == best && at < best_at)) { best = v; best_at = at; }
+        };
+#pragma unroll
+        for (int d = 16; d; d >>= 1) {
+            float v = __shfl_xor_sync(~0u, best, d);
+            better(v, __shfl_xor_sync(~0u, best_at, d));
         }
-        if (row == 0 && col < B) {
-            p.best[col * GRID + blockIdx.x] = best;
-            p.best_at[col * GRID + blockIdx.x] = best_at;
+        float *tops = reduced() + buffer * RED;   // nobody reads this one any more
+        if (lane == 0 && warp < (TOGETHER + 1) / 2) { tops[2 * warp] = best; tops[2 * warp + 1] = __int_as_float(best_at); }
+        consumers_meet();
+        if (tid == 0) {
+            for (int w = 1; w < (TOGETHER + 1) / 2; ++w) better(tops[2 * w], __float_as_int(tops[2 * w + 1]));
+            p.best[blockIdx.x] = best;
+            p.best_at[blockIdx.x] = best_at;
         }
     }
     consumers_meet();   // before the next op writes what this one reads
@@ -588,8 +603,23 @@ __device__ __forceinline__ uint4 get(Eight &v, const u64 *p, u32 tag) {
     return make_uint4((u32)v.a.a, (u32)v.a.b, (u32)v.b.a, (u32)v.b.b);
 }
 
-// Eight dimensions of a head: normed where the model does, rotated, rounded.
-__device__ __forceinline__ void rotate(float (&f)[8], uint4 raw, const u16 *norm, const float *angles, int dl, float eps) {
+// Query, and in the last split key and value, of the new token: to shared memory and to the cache.
+// Normed where the model does, rotated, rounded; a lane has eight dimensions of one of them.
+__device__ __forceinline__ void prepare(const Params &p, const Layer &layer, int head, bool last, u32 tag) {
+    const int vector = threadIdx.x / DL, dl = threadIdx.x % DL, kv = head / GROUP;
+    if (vector / (32 / DL) * (32 / DL) > 2) return;   // none of the warp
+    const bool is_v = vector == 2;
+    const u64 *cells = p.qkv + ((vector == 0 ? head : (is_v ? HEADS + KVH : HEADS) + kv) * HD + dl * 8) / 2;
+    Eight asked = ask(cells);
+#if QKNORM
+    float gain[8];
+    spread(gain, *(const uint4 *)((vector == 0 ? layer.q_norm : layer.k_norm) + dl * 8));
+#endif
+    const float *turns = angles() + dl % (DL / 2) * 8;
+    float f[8], cos[8], sin[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) { cos[i] = turns[i]; sin[i] = turns[HALF + i]; }
+    const uint4 raw = get(asked, cells, tag);
     spread(f, raw);
 #if QKNORM
     float s = 0.f;
@@ -597,263 +627,186 @@ __device__ __forceinline__ void rotate(float (&f)[8], uint4 raw, const u16 *norm
     for (int i = 0; i < 8; ++i) s += f[i] * f[i];
 #pragma unroll
     for (int d = 1; d < DL; d <<= 1) s += __shfl_xor_sync(~0u, s, d);
-    float r = rsqrtf(s / HD + eps);
+    const float factor = rsqrtf(s / HD + p.eps);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) f[i] = rounded(widen(norm[dl * 8 + i]) * rounded(f[i] * r));
+    for (int i = 0; i < 8; ++i) f[i] = rounded(gain[i] * rounded(f[i] * factor));
 #endif
-    float sign = dl < DL / 2 ? -1.f : 1.f;
-    int at = (dl % (DL / 2)) * 8;
+    const float sign = dl < DL / 2 ? -1.f : 1.f;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-        float other = __shfl_xor_sync(~0u, f[i], DL / 2);
-        f[i] = rounded(f[i] * angles[at + i] + sign * other * angles[HALF + at + i]);
-    }
+    for (int i = 0; i < 8; ++i) f[i] = f[i] * cos[i] + sign * __shfl_xor_sync(~0u, f[i], DL / 2) * sin[i];
+    if (vector > 2) return;
+    const uint4 packed = is_v ? raw : make_uint4(pack(f[0], f[1]), pack(f[2], f[3]), pack(f[4], f[5]), pack(f[6], f[7]));
+    *(uint4 *)(fresh_token() + vector * HD + dl * 8) = packed;
+    if (vector > 0 && last && head % GROUP == 0)
+        *(uint4 *)((is_v ? layer.values : layer.keys) + (long long)p.slots[0] * (KVH * HD) + kv * HD + dl * 8) = packed;
 }
 
-// Attention of this block's (sequence, query heads, split) items; a split's tokens are shared by the warps.
-__device__ __forceinline__ void attend(const Params &p, const Layer &layer, const Shared &sh, u32 tag) {
-    const int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31, dl = lane % DL, sub = lane / DL;
-    const float none = -__int_as_float(0x7f800000);
-    Item it;
-    for (int i_item = 0; item_at(it, p, sh, i_item); ++i_item) {
-        u64 *out = p.attn + ((long long)it.b * QSIZE + it.h * (QG * HD)) / 2;
-        const int start = it.first + it.split * it.chunk, end = min(start + it.chunk, it.length), newest = it.length - 1;
-        const int kv = it.h * QG / GROUP;
-        const bool kept = i_item == 0 && it.chunk <= CHUNK;
-        const int *table = p.table + (long long)max(p.rows[it.b], 0) * TABLE_WIDTH;
-        uint4 kr[U], vr[U];
-        auto fetch = [&](int at) {
-#pragma unroll
-            for (int u = 0; u < U; ++u) {
-                int token = at + u * TPI + sub;
-                kr[u] = vr[u] = make_uint4(0, 0, 0, 0);
-                if (token < end && token != newest) {
-                    long long place = kept ? (long long)sh.slots[token - start] * (KVH * HD) + kv * HD : kv_place(table, token, kv);
-                    kr[u] = ldcg4(layer.keys + place + dl * 8);
-                    vr[u] = ldcg4(layer.values + place + dl * 8);
-                }
-            }
+// Attention of this block's items. A split's tokens are shared by the warps; the new token is a part of its own.
+__device__ __forceinline__ void attend(const Params &p, const Layer &layer, const Context &c, u32 tag) {
+    const int tid = thread(), warp = tid >> 5, lane = tid & 31, dl = lane % DL, sub = lane / DL;
+    float *const parts = reduced();
+    float2 *const stats = (float2 *)(reduced() + NW * HD);
+#pragma unroll 1
+    for (int item = blockIdx.x; item < c.items(); item += GRID) {
+        const int head = item % HEADS, split = item / HEADS, kv = head / GROUP;
+        const int start = c.start(item), end = c.end(item), old = min(end, c.length - 1);   // up to `old` they are in the cache
+        const bool last = end == c.length && c.length > 0, known = c.known();
+        const int *table = p.table + (long long)max(p.rows[0], 0) * TABLE_WIDTH;
+        // Where this lane's piece of a token is; behind the last old token: of that one again.
+        const auto piece = [&](int at, int u) {
+            const int token = min(at + u * TPI + sub, old - 1);
+            const int slot = known ? places()[token - start] : table[token / BLOCK_SIZE] * BLOCK_SIZE + token % BLOCK_SIZE;
+            return (long long)slot * (KVH * HD) + kv * HD + dl * 8;
         };
-        const int begin = start + warp * TPI * U;
-        fetch(begin);
-        // Queries, key and value of the new token: a vector for each group of lanes, then for all.
-        const int vector = warp * TPI + sub;
-        const bool is_q = vector < QG, is_k = vector == QG, is_v = vector == QG + 1;
-        const int head = is_q ? it.h * QG + vector : is_k ? HEADS + kv : HEADS + KVH + kv;
-        const u64 *cells = p.qkv + ((long long)it.b * QKVN + head * HD + dl * 8) / 2;
-        if (warp * TPI < QG + 2) {
-            Eight asked = ask(cells);
-            uint4 raw = get(asked, cells, tag);
-            float f[8], plain[8];
-            rotate(f, raw, is_q ? layer.q_norm : layer.k_norm,
-                   i_item == 0 ? sh.angles : p.rope + (long long)p.positions[it.b] * HD, dl, p.eps);
-            spread(plain, raw);
-            if (is_k || is_v) {
-                uint4 packed = make_uint4(pack(f[0], f[1]), pack(f[2], f[3]), pack(f[4], f[5]), pack(f[6], f[7]));
-                if (end == it.length && it.length > 0 && it.h * QG % GROUP == 0)
-                    *(uint4 *)((is_k ? layer.keys : layer.values) + (long long)p.slots[it.b] * (KVH * HD) + kv * HD + dl * 8) =
-                        is_k ? packed : raw;
-            }
-            if (vector < QG + 2)
+        uint4 kr[U], vr[U];
+        const int begin = start + warp * (TPI * U);
 #pragma unroll
-                for (int i = 0; i < 8; ++i) sh.fresh[vector * HD + dl * 8 + i] = is_v ? plain[i] : is_q ? f[i] * p.scale : f[i];
-        }
-        consumers_meet();
-        if (it.length == 0) {   // not live; it has waited all the same, see the head of this file
-            for (int i = tid; i < QG * HALF; i += NT) st_cell(out + i, 0, tag);
-            consumers_meet();
-            continue;
-        }
-        float q[QG][8];
-#pragma unroll
-        for (int g = 0; g < QG; ++g)
-#pragma unroll
-            for (int i = 0; i < 8; ++i) q[g][i] = sh.fresh[g * HD + dl * 8 + i];
-        float top[QG], sum[QG], acc[QG][8];
-#pragma unroll
-        for (int g = 0; g < QG; ++g) {
-            top[g] = none; sum[g] = 0.f;
-#pragma unroll
-            for (int i = 0; i < 8; ++i) acc[g][i] = 0.f;
-        }
-        for (int at = begin; at < end; at += NW * TPI * U) {
-            if (at != begin) fetch(at);
-            float s[U][QG];
-            if (newest >= at && newest < at + U * TPI) {
-#pragma unroll
-                for (int u = 0; u < U; ++u)
-                    if (at + u * TPI + sub == newest) {
-                        const float *k = sh.fresh + QG * HD + dl * 8, *v = k + HD;
-                        kr[u] = make_uint4(pack(k[0], k[1]), pack(k[2], k[3]), pack(k[4], k[5]), pack(k[6], k[7]));
-                        vr[u] = make_uint4(pack(v[0], v[1]), pack(v[2], v[3]), pack(v[4], v[5]), pack(v[6], v[7]));
-                    }
-            }
+        for (int u = 0; u < U; ++u) kr[u] = vr[u] = make_uint4(0, 0, 0, 0);   // else their registers would be kept from layer to layer
+        if (begin < old)
 #pragma unroll
             for (int u = 0; u < U; ++u) {
-                int token = at + u * TPI + sub;
-                float k[8];
+                const long long from = piece(begin, u);
+                kr[u] = ldcg4(layer.keys + from);
+                vr[u] = ldcg4(layer.values + from);
+            }
+        prepare(p, layer, head, last, tag);   // the new token, while the old ones are on their way
+        consumers_meet();
+        float q[8], acc[8], top = -infinity(), sum = 0.f;
+        spread(q, *(const uint4 *)(fresh_token() + dl * 8));
+#pragma unroll
+        for (int i = 0; i < 8; ++i) { q[i] *= p.scale; acc[i] = 0.f; }
+#pragma unroll 1
+        for (int at = begin; at < old; at += PASS) {
+            float s[U];
+#pragma unroll
+            for (int u = 0; u < U; ++u) {
+                float k[8], a = 0.f;
                 spread(k, kr[u]);
 #pragma unroll
-                for (int g = 0; g < QG; ++g) {
-                    float a = 0.f;
+                for (int i = 0; i < 8; ++i) a += q[i] * k[i];
 #pragma unroll
-                    for (int i = 0; i < 8; ++i) a += q[g][i] * k[i];
-#pragma unroll
-                    for (int d = 1; d < DL; d <<= 1) a += __shfl_xor_sync(~0u, a, d);
-                    s[u][g] = token < end ? a : none;
-                }
+                for (int d = 1; d < DL; d <<= 1) a += __shfl_xor_sync(~0u, a, d);
+                s[u] = at + u * TPI + sub < old ? a : -infinity();
             }
+            const bool more = at + PASS < old;
+            if (more)
 #pragma unroll
-            for (int g = 0; g < QG; ++g) {
-                float above = top[g];
+                for (int u = 0; u < U; ++u) kr[u] = ldcg4(layer.keys + piece(at + PASS, u));
+            float above = top;
 #pragma unroll
-                for (int u = 0; u < U; ++u) above = fmaxf(above, s[u][g]);
-                float base = above == none ? 0.f : above, fade = exp2_(top[g] - base);
-                sum[g] *= fade;
+            for (int u = 0; u < U; ++u) above = fmaxf(above, s[u]);
+            const float base = above == -infinity() ? 0.f : above, fade = exp2_(top - base);
+            top = above;
+            sum *= fade;
 #pragma unroll
-                for (int i = 0; i < 8; ++i) acc[g][i] *= fade;
-#pragma unroll
-                for (int u = 0; u < U; ++u) {
-                    s[u][g] = exp2_(s[u][g] - base);
-                    sum[g] += s[u][g];
-                }
-                top[g] = above;
-            }
+            for (int i = 0; i < 8; ++i) acc[i] *= fade;
 #pragma unroll
             for (int u = 0; u < U; ++u) {
                 float v[8];
                 spread(v, vr[u]);
+                s[u] = exp2_(s[u] - base);
+                sum += s[u];
 #pragma unroll
-                for (int g = 0; g < QG; ++g)
-#pragma unroll
-                    for (int i = 0; i < 8; ++i) acc[g][i] += s[u][g] * v[i];
+                for (int i = 0; i < 8; ++i) acc[i] += s[u] * v[i];
             }
+            if (more)
+#pragma unroll
+                for (int u = 0; u < U; ++u) vr[u] = ldcg4(layer.values + piece(at + PASS, u));
         }
         // Lanes of a warp, then warps, always in the same order.
 #pragma unroll
-        for (int g = 0; g < QG; ++g) {
+        for (int d = DL; d < 32; d <<= 1) {
+            const float other = __shfl_xor_sync(~0u, top, d), above = fmaxf(top, other), base = above == -infinity() ? 0.f : above;
+            const float ours = exp2_(top - base), theirs = exp2_(other - base);
+            sum = sum * ours + __shfl_xor_sync(~0u, sum, d) * theirs;
 #pragma unroll
-            for (int d = DL; d < 32; d <<= 1) {
-                float other = __shfl_xor_sync(~0u, top[g], d), above = fmaxf(top[g], other), base = above == none ? 0.f : above;
-                float ours = exp2_(top[g] - base), theirs = exp2_(other - base);
-                sum[g] = sum[g] * ours + __shfl_xor_sync(~0u, sum[g], d) * theirs;
+            for (int i = 0; i < 8; ++i) acc[i] = acc[i] * ours + __shfl_xor_sync(~0u, acc[i], d) * theirs;
+            top = above;
+        }
+        if (sub == 0) {
+            float *own = parts + warp * HD + dl * 8;
+            *(float4 *)own = make_float4(acc[0], acc[1], acc[2], acc[3]);
+            *(float4 *)(own + 4) = make_float4(acc[4], acc[5], acc[6], acc[7]);
+            if (dl == 0) stats[warp] = make_float2(top, sum);
+        }
+        const u16 *const key = fresh_token() + HD, *const value = key + HD;
+        if (warp == NW - 1) {   // it has the fewest old tokens
+            float score = 0.f;
 #pragma unroll
-                for (int i = 0; i < 8; ++i) acc[g][i] = acc[g][i] * ours + __shfl_xor_sync(~0u, acc[g][i], d) * theirs;
-                top[g] = above;
+            for (int i = lane * 2; i < HD; i += 64) {
+                const u32 a = *(const u32 *)(fresh_token() + i), b = *(const u32 *)(key + i);
+                score += lo(a) * lo(b) + hi(a) * hi(b);
             }
-            if (sub == 0) {
-                float *own = sh.red + (warp * QG + g) * (HD + 2);
 #pragma unroll
-                for (int i = 0; i < 8; ++i) own[dl * 8 + i] = acc[g][i];
-                if (dl == 0) { own[HD] = top[g]; own[HD + 1] = sum[g]; }
-            }
+            for (int d = 16; d; d >>= 1) score += __shfl_xor_sync(~0u, score, d);
+            if (lane == 0) stats[NW] = last ? make_float2(score * p.scale, 1.f) : make_float2(-infinity(), 0.f);
         }
         consumers_meet();
-        for (int i = tid; i < QG * HD; i += NT) {
-            int g = i / HD, d = i % HD;
-            float above = none, total = 0.f, value = 0.f;
+        u64 *const out = p.attn + head * HD / 2;
+        if (tid < HD) {
+            float above = -infinity(), total = 0.f, result = 0.f;
 #pragma unroll
-            for (int w = 0; w < NW; ++w) above = fmaxf(above, sh.red[(w * QG + g) * (HD + 2) + HD]);
+            for (int w = 0; w <= NW; ++w) above = fmaxf(above, stats[w].x);
+            const float base = c.length > 0 ? above : 0.f;   // a sequence that is not live has no token
 #pragma unroll
-            for (int w = 0; w < NW; ++w) {
-                const float *own = sh.red + (w * QG + g) * (HD + 2);
-                float weight = exp2_(own[HD] - above);
-                total += own[HD + 1] * weight;
-                value += own[d] * weight;
+            for (int w = 0; w <= NW; ++w) {
+                const float weight = exp2_(stats[w].x - base);
+                total += stats[w].y * weight;
+                result += w < NW ? parts[w * HD + tid] * weight : last ? widen(value[tid]) * weight : 0.f;
             }
-            if (it.splits == 1) {
-                value /= total;
-                float other = __shfl_xor_sync(~0u, value, 1);
-                if ((d & 1) == 0) st_cell(out + i / 2, pack(value, other), tag);
+            if (c.splits == 1) {
+                result = c.length > 0 ? result / total : 0.f;
+                const float other = __shfl_xor_sync(~0u, result, 1);
+                if ((tid & 1) == 0) st_cell(out + tid / 2, pack(result, other), tag);
             } else {
-                u64 *space = p.parts + (((long long)it.b * HEADS + it.h * QG + g) * MAXS + it.split) * (HD + 2);
-                st_cell(space + d, __float_as_uint(value), tag);
-                if (d == 0) { st_cell(space + HD, __float_as_uint(above), tag); st_cell(space + HD + 1, __float_as_uint(total), tag); }
+                u64 *space = p.parts + ((long long)head * MAXS + split) * (HD + 2);
+                st_cell(space + tid, __float_as_uint(result), tag);
+                if (tid == 0) { st_cell(space + HD, __float_as_uint(above), tag); st_cell(space + HD + 1, __float_as_uint(total), tag); }
             }
         }
-        if (it.splits > FEW) {
+        if (c.splits > FEW) {
             consumers_meet();
             if (tid == 0) {
-                u32 *mine = p.semaphores + it.b * UNITS + it.h;
                 u32 before;
                 // Zero again by itself behind the last split.
                 asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
-                             : "=r"(before) : "l"(mine), "r"((u32)it.splits - 1) : "memory");
-                *sh.flag = before == (u32)it.splits - 1;
+                             : "=r"(before) : "l"(p.semaphores + head), "r"((u32)c.splits - 1) : "memory");
+                *flag() = before == (u32)c.splits - 1;
             }
             consumers_meet();
-            if (*sh.flag) {
-                for (int i = tid; i < QG * HD; i += NT) {
-                    int g = i / HD, d = i % HD;
-                    const u64 *space = p.parts + ((long long)it.b * HEADS + it.h * QG + g) * MAXS * (HD + 2);
-                    float above = none, total = 0.f, value = 0.f;
-                    for (int j = 0; j < it.splits; ++j) {
-                        const u64 *own = space + j * (HD + 2);
-                        float here = __uint_as_float(insist(own + HD, tag)), next = fmaxf(above, here);
-                        float fade = exp2_(above - next), weight = exp2_(here - next);
-                        total = total * fade + __uint_as_float(insist(own + HD + 1, tag)) * weight;
-                        value = value * fade + __uint_as_float(insist(own + d, tag)) * weight;
-                        above = next;
-                    }
-                    value /= total;
-                    float other = __shfl_xor_sync(~0u, value, 1);
-                    if ((d & 1) == 0) st_cell(out + i / 2, pack(value, other), tag);
+            if (*flag() && tid < HD) {
+                const u64 *space = p.parts + (long long)head * MAXS * (HD + 2);
+                float above = -infinity(), total = 0.f, result = 0.f;
+#pragma unroll 1
+                for (int j = 0; j < c.splits; ++j) {
+                    const u64 *own = space + j * (HD + 2);
+                    float here = __uint_as_float(insist(own + HD, tag)), next = fmaxf(above, here);
+                    float fade = exp2_(above - next), weight = exp2_(here - next);
+                    total = total * fade + __uint_as_float(insist(own + HD + 1, tag)) * weight;
+                    result = result * fade + __uint_as_float(insist(own + tid, tag)) * weight;
+                    above = next;
                 }
+                result /= total;
+                const float other = __shfl_xor_sync(~0u, result, 1);
+                if ((tid & 1) == 0) st_cell(out + tid / 2, pack(result, other), tag);
             }
         }
         consumers_meet();   // before the next item writes what this one reads
     }
 }
 
-// Old keys and values on their way to the L2 cache while the new ones are still being computed.
+// A norm's weights on their way to the L2 cache.
 __device__ __forceinline__ void expect(const void *from, int bytes) {
     for (int i = threadIdx.x * 128; i < bytes; i += NT * 128) prefetch((const char *)from + i);
 }
 
-__device__ __forceinline__ void expect_context(const Params &p, const Layer &layer, const Shared &sh) {
-    Item it;
-    for (int i_item = 0; item_at(it, p, sh, i_item); ++i_item) {
-        if (it.length == 0) continue;
-        const int from = it.first + it.split * it.chunk, end = min(from + it.chunk, it.length - 1);
-        const int start = from + NW * TPI * U;   // what stands before is asked for straight away
-        if (start >= end) continue;
-        const int *table = p.table + (long long)p.rows[it.b] * TABLE_WIDTH;
-        const int kv = it.h * QG / GROUP;
-                constexpr int LINES = HD * 2 / 128 ? HD * 2 / 128 : 1;
-        for (int i = threadIdx.x; i < (end - start) * LINES; i += NT) {
-            int at = i / LINES;
-            long long place = kv_place(table, start + at, kv);
-            place += i % LINES * 64;
-            prefetch(layer.keys + place);
-            prefetch(layer.values + place);
-        }
-    }
-}
-
 extern "C" __global__ void __launch_bounds__(NT + PW * 32, 1) decode(const __grid_constant__ Params p) {
-    extern __shared__ __align__(128) unsigned char memory[];
-    Ring ring;
-    ring.data = shared_at(memory);
-    unsigned char *rest = memory + STAGES * STAGE;
-    Shared sh;
-    sh.x = shared_at(rest);
-    sh.red = (float *)(rest + TOKENS * X_STRIDE);
-    sh.squares = sh.red + cmax(2 * RED, ATT);
-    sh.angles = sh.squares + NW * TOKENS;
-    sh.fresh = sh.angles + HD;
-    sh.slots = (int *)(sh.fresh + (QG + 2) * HD);
-    sh.items = (Item *)(sh.slots + CHUNK);
-    sh.count = (int *)(sh.items + KEPT);
-    sh.flag = (u32 *)(sh.count + 1);
-    u64 *bars = (u64 *)(sh.flag + 3);
-    ring.full = (shared_at(bars) + 7) & ~7u;
-    ring.empty = ring.full + STAGES * 8;
-    ring.stage = 0;
-    ring.parity = 0;
+    Ring ring = {0, 0};
     if (threadIdx.x == 0) {
+#pragma unroll 1
         for (int i = 0; i < STAGES; ++i) {
-            mbar_init(ring.full + i * 8, 1);
-            mbar_init(ring.empty + i * 8, NW);
+            mbar_init(shared_at(memory) + FULL_AT + i * 8, 1);
+            mbar_init(shared_at(memory) + EMPTY_AT + i * 8, NW);
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
@@ -866,58 +819,56 @@ extern "C" __global__ void __launch_bounds__(NT + PW * 32, 1) decode(const __gri
     }
     asm volatile("griddepcontrol.wait;" ::: "memory");
     Share share = {0};
-    remember(p, sh);
+    const Context c = context_of(p.lens[0]);
+    if (c.length > 0) {
+        const float *turns = p.rope + (long long)p.positions[0] * HD;
+        for (int i = threadIdx.x; i < HD; i += NT) angles()[i] = turns[i];
+        if ((int)blockIdx.x < c.items() && c.known()) look_up(p, c.start(blockIdx.x), min(c.end(blockIdx.x), c.length - 1));
+    }
+    consumers_meet();
     // Two versions of x a layer, one of all else. Starts again before it wraps: zero means the embedding.
     u32 tag = *(volatile u32 *)p.steps % (0xffffffffu / (2 * NL)) * (2 * NL), last = 0;
     for (int l = 0; l < NL; ++l) {
         const Layer &w = p.layer[l];
         const u32 one = tag + 1, two = tag + 2;
-        expect_context(p, w, sh);
+        expect_context(w, c);
         if (blockIdx.x == GRID - 1) {
             expect(w.mlp_norm, HID * 2);
             expect(l + 1 < NL ? p.layer[l + 1].input_norm : p.final_norm, HID * 2);
         }
-        if (l == 0)
-            consume<HID, true, STORE, EMBEDDING>(ring, share, sh, p, nullptr, 0, w.input_norm, QKVN / 16, QKVN, w.qkv_scale,
-                                                 QKV_BIAS ? w.qkv_bias : nullptr, p.qkv, one, 0);
-        else
-            consume<HID, true, STORE, CELLS>(ring, share, sh, p, p.x, last, w.input_norm, QKVN / 16, QKVN, w.qkv_scale,
-                                             QKV_BIAS ? w.qkv_bias : nullptr, p.qkv, one, 0);
-        attend(p, w, sh, one);
-        consume<QSIZE, false, ADD, ATTENTION>(ring, share, sh, p, p.attn, one, nullptr, HID / 16, HID, w.output_scale,
-                                              O_BIAS ? w.output_bias : nullptr, p.x, one, last);
-        consume<HID, true, ACT, CELLS>(ring, share, sh, p, p.x, one, w.mlp_norm, INTER / 8, INTER, w.gate_up_scale, nullptr,
-                                       p.act, one, 0);
-        consume<INTER, false, ADD, CELLS>(ring, share, sh, p, p.act, one, nullptr, HID / 16, HID, w.down_scale, nullptr, p.x, two,
-                                          one);
+        consume<Qkv, true, STORE, CELLS>(ring, share, p, c, p.x, last, w.input_norm, w.qkv_scale, QKV_BIAS ? w.qkv_bias : nullptr,
+                                         p.qkv, one, 0);
+        attend(p, w, c, one);
+        consume<Output, false, ADD, ATTENTION>(ring, share, p, c, p.attn, one, nullptr, w.output_scale,
+                                               O_BIAS ? w.output_bias : nullptr, p.x, one, last);
+        consume<GateUp, true, ACT, CELLS>(ring, share, p, c, p.x, one, w.mlp_norm, w.gate_up_scale, nullptr, p.act, one, 0);
+        consume<Down, false, ADD, CELLS>(ring, share, p, c, p.act, one, nullptr, w.down_scale, nullptr, p.x, two, one);
         last = two;
         tag = two;
     }
-    consume<HID, true, BEST, CELLS>(ring, share, sh, p, p.x, last, p.final_norm, VOCAB / 16, VOCAB, p.head_scale, nullptr, nullptr,
-                                    0, 0);
+    consume<Head, true, BEST, CELLS>(ring, share, p, c, p.x, last, p.final_norm, p.head_scale, nullptr, nullptr, 0, 0);
     // It has read what each block made, so all have read `steps`.
     if (COUNTS && blockIdx.x == 0 && threadIdx.x == 0) *p.steps = *(volatile u32 *)p.steps + 1;
 }
 
-// Behind `decode`: counts the step if that is left to do, and finds each token's best among the blocks' (tokens may be null).
+// Behind `decode`: counts the step if that is left to do, and finds the best token among the blocks' (token may be null).
 struct FinishParams {
     const float *best;
     const int *best_at;
-    int *tokens;
+    int *token;
     u32 *steps;
-    int num_seqs;
 };
-extern "C" __global__ void __launch_bounds__(256) finish(const __grid_constant__ FinishParams p) {
+extern "C" __global__ void __launch_bounds__(32) finish(const __grid_constant__ FinishParams p) {
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
     asm volatile("griddepcontrol.wait;" ::: "memory");
-    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-    if (!COUNTS && threadIdx.x == 0) *p.steps += 1;
-    if (!p.tokens || warp >= p.num_seqs) return;
-    float best = -__int_as_float(0x7f800000);
+    const int lane = threadIdx.x;
+    if (!COUNTS && lane == 0) *p.steps += 1;
+    if (!p.token) return;
+    float best = -infinity();
     int at = 0x7fffffff;
     for (int i = lane; i < GRID; i += 32) {
-        float v = p.best[warp * GRID + i];
-        int n = p.best_at[warp * GRID + i];
+        float v = p.best[i];
+        int n = p.best_at[i];
         if (v > best || (v == best && n < at)) { best = v; at = n; }
     }
 #pragma unroll
@@ -926,5 +877,5 @@ extern "C" __global__ void __launch_bounds__(256) finish(const __grid_constant__
         int n = __shfl_xor_sync(~0u, at, d);
         if (v > best || (v == best && n < at)) { best = v; at = n; }
     }
-    if (lane == 0) p.tokens[warp] = at;
+    if (lane == 0) *p.token = at;
 }

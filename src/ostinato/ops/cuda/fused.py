@@ -1,7 +1,7 @@
 """A decode step's model as one kernel: `decode.cu`, its workspace, and when it can serve.
 
-What it is for: one token of each of at most `MOST_TOKENS` sequences, where a step is as fast as
-weights arrive. The op set's own kernels define what it must compute; see `decode.cu` for how.
+What it is for: one token of one sequence, where a step is as fast as weights arrive. The op set's own
+kernels define what it must compute; see `decode.cu` for how.
 """
 
 from __future__ import annotations
@@ -24,13 +24,15 @@ logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("decode.cu")
 MOST_TOKENS = 1
-"""Beyond one token the tagged words, twice the bytes, cost more than they save."""
+"""More than one was tried: the tagged words, twice the bytes, cost more than they save."""
 WARPS = 8
 THREADS = (WARPS + 4) * 32
 SHARED_BYTES = 227 * 1024
+TOGETHER = 2
+"""Tiles of weights between two meetings of a block's warps"""
 SPLITS = 16
-CHUNKS = {64: 512, 128: 256}
-"""Fewest tokens in a split of a context, by head_dim; measured on an H200 up to 900 tokens of context."""
+LONGEST = 512
+"""Most tokens in a split as long as four splits do, which is what readers merge by themselves"""
 TUNING = {
     False: {"MOST_SLICES": 22, "FLIGHT": 3, "LEAD": 16, "PACE": 900},
     True: {"MOST_SLICES": 45, "FLIGHT": 1, "LEAD": 8, "PACE": 1800},
@@ -115,12 +117,11 @@ class FusedDecode:
 
         Args:
             stack: a model that `unsupported` has nothing against.
-            view: of a decode step with at most `MOST_TOKENS` sequences.
+            view: of a decode step with one sequence.
             caches: keys and values of each layer, `[num_blocks, block_size, kv_heads, head_dim]`.
             scratch: where results go; nothing else of it is used.
             greedy: whether only the best token is wanted.
         """
-        seqs = view.rows.shape[0]
         bound = self._bound_for(stack, caches[0][0].shape[1], view.block_table.shape[1])
         cells, a = bound.cells, stack.attention
         pointers = list(_layer_pointers(stack, caches))
@@ -137,11 +138,9 @@ class FusedDecode:
         pointers += [view.positions, view.slots, view.rows, view.seq_lens, view.block_table]
         results = [cells["best"], cells["best_at"], scratch.tokens if greedy else None, cells["steps"]]
         POINTERS[bound.decode.handle], POINTERS[bound.finish.handle] = len(pointers), len(results)
-        bound.decode.launch(
-            addresses(pointers) + struct.pack("<ffi4x", stack.norm_eps, a.scale * LOG2_E, seqs)
-        )
+        bound.decode.launch(addresses(pointers) + struct.pack("<ff", stack.norm_eps, a.scale * LOG2_E))
         if greedy or not bound.counts:
-            bound.finish.launch(addresses(results) + struct.pack("<i4x", seqs))
+            bound.finish.launch(addresses(results))
 
     def workspaces(self) -> dict[str, torch.Tensor]:
         """All that it keeps on the device, by name."""
@@ -167,34 +166,35 @@ class FusedDecode:
             "INTER": first.down.in_features, "VOCAB": stack.head.out_features, "NL": len(stack.layers),
             "HEADS": a.heads, "KVH": a.kv_heads, "HD": a.head_dim,
             "BLOCK_SIZE": block_size, "WINDOW": a.sliding_window or 0, "TABLE_WIDTH": table_width,
-            "TOKENS": MOST_TOKENS, "FP8": first.qkv.scale is not None, "QKNORM": first.q_norm is not None,
+            "FP8": first.qkv.scale is not None, "QKNORM": first.q_norm is not None,
             "QKV_BIAS": first.qkv.bias is not None, "O_BIAS": first.output.bias is not None,
-            "GRID": self._grid, "WARPS": WARPS, "MAXS": SPLITS, "CHUNK": CHUNKS[a.head_dim], "QG": 1, "COUNTS": counts, **TUNING[first.qkv.scale is not None],
+            "GRID": self._grid, "WARPS": WARPS, "MAXS": SPLITS, "CHUNK": fewest_in_split(a.heads, a.head_dim), "LONGEST": LONGEST,
+            "TOGETHER": TOGETHER, "COUNTS": counts, **TUNING[first.qkv.scale is not None],
         }  # fmt: skip
 
     def _bind(self, stack: Stack, macros: dict[str, int]) -> _Bound:
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype, device=self._device)
 
-        a, n = stack.attention, MOST_TOKENS
+        a = stack.attention
         cells = {
-            "x": zeros(n, macros["HID"] // 2),
-            "qkv": zeros(n, a.qkv_size // 2),
-            "attn": zeros(n, a.q_size // 2),
-            "act": zeros(n, macros["INTER"] // 2),
-            "parts": zeros(n, a.heads, SPLITS, a.head_dim + 2),
-            "semaphores": zeros(n, a.heads, dtype=torch.int32),
+            "x": zeros(macros["HID"] // 2),
+            "qkv": zeros(a.qkv_size // 2),
+            "attn": zeros(a.q_size // 2),
+            "act": zeros(macros["INTER"] // 2),
+            "parts": zeros(a.heads, SPLITS, a.head_dim + 2),
+            "semaphores": zeros(a.heads, dtype=torch.int32),
             "steps": zeros(1, dtype=torch.int32),
             # Blocks without a tile of the head never write theirs.
-            "best": zeros(n, self._grid, dtype=torch.float32).fill_(-torch.inf),
-            "best_at": zeros(n, self._grid, dtype=torch.int32),
+            "best": zeros(self._grid, dtype=torch.float32).fill_(-torch.inf),
+            "best_at": zeros(self._grid, dtype=torch.int32),
         }
         numbers = {name: int(value) for name, value in macros.items()}
         decode = build(
             SOURCE, "decode", numbers,
             device=self._device, grid=self._grid, block=THREADS, shared_bytes=SHARED_BYTES,
         )  # fmt: skip
-        finish = build(SOURCE, "finish", numbers, device=self._device, grid=1, block=256, shared_bytes=0)
+        finish = build(SOURCE, "finish", numbers, device=self._device, grid=1, block=32, shared_bytes=0)
         return _Bound(decode, finish, bool(macros["COUNTS"]), cells)
 
 
@@ -237,10 +237,21 @@ def unsupported(stack: Stack) -> str | None:
     ):  # fmt: skip
         if size % unit:
             return f"{name} {size} is no multiple of {unit}"
-    stages, flight = ring_stages(hidden, a.q_size, inner, a.head_dim, fp8=fp8), TUNING[fp8]["FLIGHT"]
+    stages = ring_stages(hidden, a.q_size, inner, a.head_dim, fp8=fp8)
+    flight = TUNING[fp8]["FLIGHT"]
     if stages <= flight:
         return f"its rows leave shared memory for {max(stages, 0)} chunks of weights, it needs {flight + 1}"
     return None
+
+
+def fewest_in_split(heads: int, head_dim: int) -> int:
+    """Fewest tokens in a split of a context: `CHUNK` in `decode.cu`.
+
+    Short splits are read sooner; but readers merge them, and all the longer the more heads there are.
+    """
+    if head_dim == 64:
+        return 512
+    return 128 if heads <= 16 else 256
 
 
 def ring_stages(hidden: int, q_size: int, inner: int, head_dim: int, *, fp8: bool) -> int:
@@ -259,11 +270,9 @@ def ring_stages(hidden: int, q_size: int, inner: int, head_dim: int, *, fp8: boo
 
     sizes = (hidden, q_size, inner)
     stage = 16 * max(map(row, sizes))
-    reduced, attention = WARPS * 16 * MOST_TOKENS, WARPS * (head_dim + 2)
-    fixed = MOST_TOKENS * apart(2 * max(sizes)) + 4 * max(2 * reduced, attention) + 4 * WARPS * MOST_TOKENS
-    fixed += (
-        4 * 4 * head_dim + 4 * CHUNKS[head_dim] + 4 * 32 + 256
-    )  # queries, key, value and angles; slots; items; the rest
+    reduced, attention = TOGETHER * WARPS * 16, WARPS * head_dim + (WARPS + 2) // 2 * 4
+    fixed = apart(2 * max(sizes)) + 4 * max(2 * reduced, attention) + 4 * WARPS + 4 * head_dim
+    fixed += 2 * 3 * head_dim + 4 * LONGEST + 16  # the new token; places of old ones; a flag
     return (SHARED_BYTES - fixed) // (stage + 16)
 
 
