@@ -124,7 +124,6 @@ struct Params {
 };
 
 __device__ __forceinline__ float widen(u16 v) { return __uint_as_float((u32)v << 16); }
-__device__ __forceinline__ u16 narrow(float a) { return (u16)pack(a, 0.f); }
 __device__ __forceinline__ float ldcg(const float *p) {
     float v;
     asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(p));
