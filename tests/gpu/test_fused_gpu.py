@@ -153,6 +153,7 @@ def test_equals_the_ops(fused: FusedDecode, seed: int, shape: str, quantization:
             assert torch.equal(mine.flatten(0, 1)[untouched], old.flatten(0, 1)[untouched])
         fused.run(model, ours.view, ours.caches(), ours.scratch, greedy=True)
         assert int(ours.scratch.tokens[0]) == int(results[0][0].argmax()), length
+    assert all(bound.decode.spilled_bytes == 0 for bound in fused._bound.values())
     del model, exact
     torch.cuda.empty_cache()
 

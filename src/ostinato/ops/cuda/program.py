@@ -66,6 +66,12 @@ class Kernel:
         """The driver's handle of the function, as captured nodes name it."""
         return int(self._function)
 
+    @property
+    def spilled_bytes(self) -> int:
+        """Of a thread, in local memory: registers that did not suffice."""
+        attribute = self._driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES
+        return int(_check(self._driver.cuFuncGetAttribute(attribute, self._function), "local memory"))
+
     def launch(self, params: bytes, grid: int | None = None) -> None:
         """Launch with one parameter, a struct passed by value; `grid`: other than it was built with."""
         if grid is not None:
