@@ -75,10 +75,9 @@ class Host:
         )
         backend: Any = NoDevice()
         self.cache: Any = GraphCache(lambda key: None, {}, backend=backend, verify=False, book=book)
-        self.ring = ResultRing(self.buffers, DEPTH)
+        self.ring = ResultRing(self.buffers)
         self.outputs = OutputAssembler(self.plan)
         self.inflight: deque[Any] = deque()
-        self.buffers.state.emitted.fill_(5)
         self._random = random.Random(0)
         self._count = 0
 
@@ -91,7 +90,7 @@ class Host:
         for key in self.plan.ladder(SamplerVariant.GREEDY):
             record = self.cache.book[key]
             record.state, record.trusted = KeyState.CAPTURED, True
-            self.cache._graphs[key] = _Graph(None)
+            self.cache._graphs[key] = _Graph(None, record)
 
     def add(self, output: int) -> None:
         from ostinato.types import Request, RequestOutputKind, SamplingParams
@@ -105,6 +104,17 @@ class Host:
         request = Request(name, name, prompt, params, frozenset({1}), PROMPT + output, 0)
         self.scheduler.add(request)
         self.outputs.add(name, None, [request], params, lambda token: None)
+
+    def post(self) -> None:
+        """What a step does at its end: everybody gets token 5."""
+        from ostinato.inputs import POST_CYCLE
+
+        state, places = self.buffers.state, len(self.buffers.state.posted) - 1
+        number = int(state.number) % (places * POST_CYCLE) + 1
+        state.number.fill_(number)
+        place = state.posted[1 + (number - 1) % places]
+        place.fill_(5)
+        place[0] = number
 
     def step(self) -> dict[str, float] | None:
         """One round of `Engine.step`; microseconds by stage, None if nothing was launched."""
@@ -121,12 +131,14 @@ class Host:
             spent["write"] = clock() - begin
             begin = clock()
             self.cache.poll()
+            self.ring.begin()
             if route.reason is None:
                 self.cache.replay(route.key)
             self.cache.idle()
             spent["replay"] = clock() - begin
+            self.post()
             begin = clock()
-            self.inflight.append((schedule, self.ring.send(batch, {})))
+            self.inflight.append((schedule, self.ring.send(batch)))
             spent["send"] = clock() - begin
         if len(self.inflight) >= DEPTH or (schedule is None and self.inflight):
             launched, pending = self.inflight.popleft()

@@ -141,17 +141,19 @@ class Engine:
         return self._step(list)
 
     def _step(self, deliver: Callable[[Iterable[Request]], list[T]]) -> list[T]:
-        self._check_alive()
+        if self._dead is not None:
+            self._check_alive()
+        inflight, runner = self._inflight, self.runner
         try:
             with self.device_context():
-                self.runner.poll()
+                runner.poll()
                 schedule = self.scheduler.schedule()
                 if schedule is not None:
                     route = self.plan.route(schedule)
                     batch = self.buffers.write(schedule, route)
-                    self._inflight.append((schedule, self.runner.run(batch)))
-                if len(self._inflight) >= self.config.pipeline_depth or (schedule is None and self._inflight):
-                    launched, pending = self._inflight.popleft()
+                    inflight.append((schedule, runner.run(batch)))
+                if len(inflight) >= self.config.pipeline_depth or (schedule is None and inflight):
+                    launched, pending = inflight.popleft()
                     return deliver(self.scheduler.commit(launched, pending.result()))
                 return []
         except BaseException as error:
@@ -323,6 +325,7 @@ class Engine:
         try:
             with self.device_context():
                 self.program.ops.reset()
+                self.runner.forget()
                 if self.config.device.type == "cuda":
                     torch.cuda.current_stream().synchronize()
         except Exception as second:  # the device itself is gone: the first error is the one raised
@@ -502,7 +505,7 @@ def build(options: EngineOptions, backend: GraphBackend | None = None) -> Engine
             logger.warning("%s", hole)
         # A stream of the engine's own: capture is not allowed on the default one.
         stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        ring = ResultRing(buffers, config.pipeline_depth, stream)
+        ring = ResultRing(buffers, stream)
         context = _device_context(stream)
 
         def program_over(num_blocks: int) -> StepProgram:

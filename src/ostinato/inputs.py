@@ -38,6 +38,9 @@ FLAG_MASK = 2
 FLAG_BIAS = 4
 FLAG_LOGPROBS = 8
 
+POST_CYCLE = 1 << 20
+"""Rounds of the places for results, until steps are numbered from 1 again."""
+
 _FLOAT, _BITS, _TWO_BITS = struct.Struct("<f"), struct.Struct("<i"), struct.Struct("<2i")
 """The bits of a float32, and of a 64-bit seed, as int32."""
 
@@ -145,6 +148,12 @@ class StepState:
     """[R, 1 + MAX_LOGPROBS] the tokens they belong to."""
     logprob_rank: torch.Tensor
     """[R] rank of the sampled token, from 1."""
+    number: torch.Tensor
+    """[1] of the last step that somebody waits for: each such step adds one, `POST_CYCLE` times P - 1 are followed
+    by 1. While it is 0 nobody waits, and it stays 0."""
+    posted: torch.Tensor
+    """[P, 1 + R] in host memory, pinned beside a GPU: a step's number, then what it emitted. Step n posts to place
+    1 + (n - 1) % (P - 1), one that nobody waits for to place 0."""
 
 
 @dataclass(frozen=True)
@@ -219,7 +228,7 @@ class StepBuffers:
         Args:
             shapes: sizes of the buffers.
             device: where steps run.
-            depth: most steps in flight; the staging ring has one more slot.
+            depth: most steps in flight; the staging ring and the places for results have one more.
         """
         self.shapes = shapes
         self.device = device
@@ -255,6 +264,7 @@ class StepBuffers:
             "query_start": ((seqs + 1,), i32),
             "seq_lens": ((seqs,), i32),
             "samples": ((seqs,), i32),
+            "number": ((1,), i32),
         }
         self._offset: dict[str, int] = {}
         self._width: dict[str, int] = {}
@@ -272,13 +282,15 @@ class StepBuffers:
             return torch.zeros(shape, dtype=dtype, device=device)
 
         self.state = StepState(
-            **{name: views.pop(name) for name in state_rows},
+            **{name: views.pop(name) for name in (*state_rows, "number")},
             emitted=zeros(seqs),
             output_counts=zeros(seqs, shapes.vocab_size, dtype=torch.int16),
             prompt_mask=zeros(seqs, shapes.mask_words),
             logprob_values=zeros(seqs, 1 + MAX_LOGPROBS, dtype=f32),
             logprob_ids=zeros(seqs, 1 + MAX_LOGPROBS),
             logprob_rank=zeros(seqs),
+            # Places for the steps in flight, one more, and place 0.
+            posted=torch.zeros((depth + 2, 1 + seqs), dtype=i32, pin_memory=device.type == "cuda"),
         )
         self.static = StaticInputs(
             **views,
@@ -300,8 +312,10 @@ class StepBuffers:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all static buffers."""
-        return sum(t.numel() * t.element_size() for t in self.tensors().values())
+        """Bytes of all static buffers on the device."""
+        return sum(
+            t.numel() * t.element_size() for t in self.tensors().values() if t.device == self.words.device
+        )
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Every buffer by name; the views into `words` are covered by it."""

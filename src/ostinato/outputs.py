@@ -51,6 +51,8 @@ class OutputAssembler:
         self._request_ids: set[str] = set()
         self._token_text: Callable[[int], str | None] = lambda token: None
         self._failed: list[RequestOutput] = []
+        self._silent: Iterable[Request] = ()
+        """Requests of which nobody wants to hear, for as long as they run."""
 
     def __contains__(self, prompt_id: str) -> bool:
         return prompt_id in self._prompts
@@ -84,11 +86,19 @@ class OutputAssembler:
         return [r for r in found.requests if not r.finished] if found else []
 
     def make(self, changed: Iterable[Request]) -> list[RequestOutput]:
-        """Outputs for requests that got a token or ended, in the order given."""
+        """Outputs for requests that got a token or ended, in the order given.
+
+        Args:
+            changed: a tuple that comes again says that none of them has ended meanwhile.
+        """
+        if changed is self._silent:
+            return []
         prompts, running = self._prompts, RequestStatus.RUNNING
         # A step of many rows changes little for those that want one output, at the end.
         wanted = [r.prompt_id for r in changed if r.status is not running or not prompts[r.prompt_id].quiet]
         if not wanted:
+            if isinstance(changed, tuple):
+                self._silent = changed
             return []
         outputs = []
         now: float | None = None
@@ -128,7 +138,7 @@ class OutputAssembler:
         return failed
 
     def _forget(self, prompt_id: str) -> _Prompt:
-        entry = self._prompts[prompt_id]
+        entry, self._silent = self._prompts[prompt_id], ()
         self._request_ids.difference_update(r.request_id for r in entry.requests)
         del self._prompts[prompt_id]  # last: an interrupt in between leaves nothing that nobody knows
         return entry
@@ -188,7 +198,7 @@ class OutputAssembler:
 
     def _counts(self) -> tuple[int, Counter[str]]:
         plan = self._plan
-        return plan.graph_steps.total(), Counter({r.value: n for r, n in plan.eager_steps.items()})
+        return plan.num_graph_steps, Counter({r.value: n for r, n in plan.eager_steps.items()})
 
     def _metrics(self, entry: _Prompt, done: bool) -> RequestMetrics:
         graph, eager = self._counts()

@@ -368,7 +368,7 @@ class Scheduler:
         """The next step, counted as launched; None if nothing can be launched before a commit."""
         if len(self._inflight) > self.config.max_lag:
             return None
-        steady = self._schedule_steady()
+        steady = self._schedule_steady() if self._steady is not None or self._repeatable else None
         if steady is not None:
             return steady
         self._disturb()
@@ -407,11 +407,11 @@ class Scheduler:
         leaves = tuple(sorted(self._stale_rows))
         self._stale_rows.clear()
         schedule = Schedule(self.num_steps, kind, tuple(rows), leaves, moves, SamplerVariant(variant))
-        return self._launch(schedule)
+        return self._launch(schedule, schedule.num_tokens)
 
-    def _launch(self, schedule: Schedule) -> Schedule:
+    def _launch(self, schedule: Schedule, num_tokens: int) -> Schedule:
         self.num_steps += 1
-        self.step_tokens[schedule.num_tokens] += 1
+        self.step_tokens[num_tokens] += 1
         self._inflight.append(schedule)
         return schedule
 
@@ -419,14 +419,12 @@ class Scheduler:
         """The step after a decode step if it has the same rows, in a time that does not depend on how many."""
         group = self._steady
         if group is None:
-            if not self._repeatable:
-                return None
             entries = [self._entries[row.request.request_id] for row in self._repeatable]
             self._repeatable = ()
             if any(entry.host_dependent for entry in entries):
                 return None
             group = self._steady = _Steady(entries)
-        if self._may_admit():
+        if self._waiting and self._may_admit():
             return None
         offset, num_blocks = group.launched, group.num_blocks
         grown: Mapping[int, tuple[int, ...]] = _NOTHING
@@ -435,9 +433,10 @@ class Scheduler:
             if found is None:
                 return None
             grown = found
-        group.launched += 1
+        group.launched = offset + 1
         rows = SteadyRows(group.members, offset, num_blocks, grown)
-        return self._launch(Schedule(self.num_steps, StepKind.DECODE, rows, (), (), group.variant))
+        schedule = Schedule(self.num_steps, StepKind.DECODE, rows, (), (), group.variant)
+        return self._launch(schedule, len(group.entries))
 
     def _may_admit(self) -> bool:
         """Whether somebody waits who might start now."""
@@ -774,21 +773,32 @@ class Scheduler:
         return changed
 
     def _commit_steady(self, group: _Steady, schedule: Schedule, result: StepResult) -> Sequence[Request]:
-        """The same for a step of rows that all still run: row by row only where a row needs something."""
-        tokens, requests = group.pick(result.tokens), group.members.requests
-        if min(tokens) < 0:
+        """The same for a step of rows that all still run: row by row only where a row needs something.
+
+        Returns:
+            The same tuple after every step of the group in which no request ended.
+        """
+        tokens, requests, outputs = group.pick(result.tokens), group.members.requests, group.outputs
+        one = len(outputs) == 1
+        lowest = tokens[0] if one else min(tokens)
+        if lowest < 0:
             place = next(i for i, token in enumerate(tokens) if token < 0)
             raise self._no_token(schedule, group.members.rows[place], requests[place])
         group.committed = done = group.committed + 1
-        if len(tokens) == 1:
-            group.outputs[0].append(tokens[0])
+        if one:
+            outputs[0].append(lowest)
+            stops = lowest in group.stop_ids
         else:  # the fastest loop there is over two lists
-            deque(map(list.append, group.outputs, tokens), maxlen=0)
-        for i in group.with_logprobs:
-            _keep_logprobs(requests[i], tokens[i], result.logprobs.get(group.members.rows[i]))
-        stops, events = not group.stop_ids.isdisjoint(tokens), group.result_events
+            deque(map(list.append, outputs, tokens), maxlen=0)
+            stops = not group.stop_ids.isdisjoint(tokens)
+        if group.with_logprobs:
+            for i in group.with_logprobs:
+                _keep_logprobs(requests[i], tokens[i], result.logprobs.get(group.members.rows[i]))
+        events = group.result_events
         if stops or group.with_sink or (events and events[0][0] <= done):
             self._look_at(group, tokens, done, stops)
+            if self._steady is not group:
+                return list(requests)
         return requests
 
     def _look_at(self, group: _Steady, tokens: Sequence[int], done: int, stops: bool) -> None:

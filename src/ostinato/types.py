@@ -599,8 +599,7 @@ class SteadyRows(Sequence[ScheduledRow]):
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Schedule:
+class Schedule(NamedTuple):
     """What one step runs. No tensors; `to_json` with the parameters can be replayed."""
 
     step: int

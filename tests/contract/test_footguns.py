@@ -161,7 +161,7 @@ def test_results_in_flight_have_slots_of_their_own(tiny: Callable[[str], tuple[P
     slow = run(llm, 5)
     llm2 = make(tiny, pipeline_depth=1)
     assert slow == run(llm2, 5)
-    ring = llm.engine.runner.eager._ring
+    ring = llm.engine.runner.eager.ring
     assert len(ring._slots) == 4
 
 

@@ -134,11 +134,31 @@ def test_a_trial_puts_everything_back(tiny: Tiny) -> None:
     assert buffers.mirrors() == mirrors
 
 
+def test_a_trial_posts_where_nobody_reads(tiny: Tiny) -> None:
+    """With results of live steps still to be read, at whatever number."""
+    llm = fake_engine(tiny("llama3")[0], FakeBackend())
+    traffic(llm, 1)
+    runner, buffers = llm.engine.runner, llm.engine.buffers
+    state, key = buffers.state, GraphKey(StepKind.DECODE, 8, 8, SamplerVariant.GREEDY)
+    assert int(state.number) == llm.engine.scheduler.num_steps
+    number, before = int(state.number), state.posted.clone()
+    with torch.inference_mode():
+        trial = runner.checker.trial(key, 3, *[partial(run_key, runner.program, buffers, key)] * 2)
+    assert trial is not None
+    assert trial.mismatches() == []
+    assert "posted" in trial.expected
+    assert int(state.number) == number
+    assert torch.equal(state.posted[1:], before[1:])
+    assert state.posted[0, 0] == 0
+    assert (state.posted[0, 1:4] >= 0).all(), "what it posted"
+
+
 @pytest.mark.parametrize(
     ("what", "spoil"),
     [
         ("logits", lambda p, b: p.arena.view(b.num_tokens, b.num_seqs).logits[0, 5].add_(1e-3)),
         ("emitted", lambda p, b: b.state.emitted[0].add_(1)),
+        ("posted", lambda p, b: b.state.posted[0, 1].add_(1)),
         ("position", lambda p, b: b.state.position[0].add_(1)),
         ("active", lambda p, b: b.state.active.fill_(1)),
         ("KV writes", lambda p, b: p.cache.data[1, 0, -16].add_(1.0)),

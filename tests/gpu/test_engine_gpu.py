@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +161,19 @@ def test_the_one_kernel_step_is_equal_on_a_graph(sampler: str) -> None:
 def _kv(llm: LLM, blocks: int) -> torch.Tensor:
     """Keys and values of the blocks that an engine hands out first, which one sequence used."""
     return llm.engine.program.cache.data[:, :, 1 : 1 + blocks].clone()
+
+
+def test_threads_that_never_used_the_gpu_get_the_same(pair: Any) -> None:
+    graph, _ = pair
+    prompts = random_prompts(graph.engine.spec.vocab_size, 3, seed=3)
+
+    def tokens() -> list[list[int]]:
+        return [o.outputs[0].token_ids for o in graph.generate(prompts, SAMPLERS["greedy"], use_tqdm=False)]
+
+    wanted = [tokens() for _ in range(3)][-1]
+    for _ in range(2):
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(tokens).result() == wanted
 
 
 def test_every_key_was_checked_and_none_differed(pair: Any) -> None:

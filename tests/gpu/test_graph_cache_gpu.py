@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import runpy
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -40,3 +41,35 @@ def test_a_function_that_breaks_the_contract_never_serves() -> None:
         assert cache.book[4].state is KeyState.QUARANTINED
         assert cache.book[4].replays == 0
         assert y.tolist() == [float(len(calls))] * 4
+
+
+def test_a_graph_that_draws_random_numbers_draws_new_ones() -> None:
+    """torch counts what a graph draws, replay by replay: such a graph is always replayed through it."""
+    y = torch.zeros(64, device="cuda")
+    with torch.cuda.stream(torch.cuda.Stream()):
+        cache = GraphCache(lambda batch: y[:batch].uniform_(), {"y": y}, verify=False)
+        drawn = []
+        for _ in range(8):
+            cache(64)
+            drawn.append(tuple(y.tolist()))
+        assert cache.book[64].replays > 3
+        assert len(set(drawn)) == len(drawn)
+
+
+def test_a_thread_that_never_used_the_gpu_replays() -> None:
+    """The driver refuses whoever has no context; torch makes one."""
+    x, y = (torch.zeros(64, device="cuda") for _ in range(2))
+    stream = torch.cuda.Stream()
+    cache = GraphCache(lambda batch: torch.add(x[:batch], 1.0, out=y[:batch]), {"x": x, "y": y}, verify=False)
+
+    def call() -> bool:
+        with torch.cuda.stream(stream):
+            return cache(64)
+
+    assert [call() for _ in range(4)] == [False, False, True, True]
+    x.fill_(5.0)
+    torch.cuda.synchronize()
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(call).result(), "it ran on its graph"
+    stream.synchronize()
+    assert y.tolist() == [6.0] * 64

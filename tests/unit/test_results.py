@@ -1,10 +1,8 @@
-"""Tokens that come home: what is posted is what is read, through slots used again, and what is passed to the driver."""
+"""Tokens that come home: what is posted is what is read, through slots used again, and what is asked of the driver."""
 
 from __future__ import annotations
 
-import ctypes
 import gc
-import struct
 import sys
 import time
 from types import ModuleType, SimpleNamespace
@@ -13,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from ostinato.errors import KernelError, StrictError
+from ostinato.errors import StrictError
+from ostinato.graphs import driver as calls
 from ostinato.graphs import results
 from ostinato.graphs.results import Pending, ResultRing
 from ostinato.inputs import BufferShapes, StepBuffers
-from ostinato.ops.cuda import post, program
 
 SEQS = 5
 
@@ -32,130 +30,165 @@ class Stream:
         self.waits += 1
 
 
-class Post:
-    """What `post.cu` does, when a test lets it."""
-
-    def __init__(self) -> None:
-        self.asked: list[tuple[int, int, int]] = []
-
-    def __call__(self, tokens: int, to: int, n: int) -> None:
-        self.asked.append((tokens, to, n))
-
-    def arrive(self) -> None:
-        tokens, to, n = self.asked[-1]
-        ctypes.memmove(to, tokens, 4 * n)
-
-
-def ring_of(monkeypatch: pytest.MonkeyPatch, depth: int = 2) -> tuple[ResultRing, StepBuffers, Post, Stream]:
-    post, stream = Post(), Stream()
-    monkeypatch.setattr(results, "poster", lambda _stream: post)
+def ring_of(depth: int = 2) -> tuple[ResultRing, StepBuffers]:
     shapes = BufferShapes(SEQS, 8, 2, vocab_size=32, block_size=4)
     buffers = StepBuffers(shapes, torch.device("cpu"), depth)
-    return ResultRing(buffers, depth, stream), buffers, post, stream  # type: ignore[arg-type]
+    return ResultRing(buffers), buffers
 
 
-def send(ring: ResultRing, buffers: StepBuffers, n: int, logprobs: bool = False) -> Pending:
-    batch: Any = SimpleNamespace(state=buffers.state, num_seqs=n, logprobs=logprobs)
-    return ring.send(batch, {})
+def step(buffers: StepBuffers, tokens: list[int]) -> None:
+    """What a step does with its number and its tokens."""
+    state, places = buffers.state, len(buffers.state.posted) - 1
+    number = int(state.number)
+    if number:
+        number = number % (places * results.POST_CYCLE) + 1
+        state.number.fill_(number)
+    place = state.posted[1 + (number - 1) % places if number else 0]
+    place[0], place[1 : 1 + len(tokens)] = number, torch.tensor(tokens, dtype=torch.int32)
 
 
-def test_random_tokens_through_slots_used_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    ring, buffers, post, _ = ring_of(monkeypatch)
-    g = torch.Generator().manual_seed(int(time.time()))
-    for _ in range(50):
+def send(ring: ResultRing, buffers: StepBuffers, tokens: list[int], logprobs: bool = False) -> Pending:
+    batch: Any = SimpleNamespace(state=buffers.state, num_seqs=len(tokens), logprobs=logprobs)
+    ring.begin()
+    step(buffers, tokens)
+    return ring.send(batch)
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2, 3])
+def test_random_tokens_through_slots_used_again_and_again(
+    depth: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Numbers begin again from 1 on the way, and runs that nobody waits for come in between."""
+    monkeypatch.setattr(results, "POST_CYCLE", 3)
+    ring, buffers = ring_of(depth)
+    seed = int(time.time())
+    g = torch.Generator().manual_seed(seed)
+    flying: list[tuple[Pending, list[int]]] = []
+    for _ in range(100):
         n = int(torch.randint(1, SEQS + 1, (), generator=g))
-        tokens = torch.randint(-1, 2**31 - 1, (SEQS,), generator=g).int()
-        buffers.state.emitted.copy_(tokens)
-        pending = send(ring, buffers, n)
-        post.arrive()
-        assert pending.result().tokens == tokens[:n].tolist()
+        tokens = torch.randint(-1, 2**31 - 1, (n,), generator=g).tolist()
+        flying.append((send(ring, buffers, tokens), tokens))
+        if int(torch.randint(0, 4, (), generator=g)) == 0:
+            ring.pause()
+            step(buffers, [7] * SEQS)
+        if len(flying) > depth:
+            pending, expected = flying.pop(0)
+            assert pending.result().tokens == expected, f"seed {seed}"
 
 
-def test_a_result_that_was_overwritten_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    ring, buffers, _, _ = ring_of(monkeypatch, depth=0)
-    pending = send(ring, buffers, 1)
-    send(ring, buffers, 1)
+def test_a_result_that_was_overwritten_is_refused() -> None:
+    ring, buffers = ring_of(depth=0)
+    pending = send(ring, buffers, [1])
+    send(ring, buffers, [2])
     with pytest.raises(StrictError, match="the pipeline is deeper than the ring"):
         pending.result()
 
 
-def test_logprobs_are_copied(monkeypatch: pytest.MonkeyPatch) -> None:
-    ring, buffers, post, _ = ring_of(monkeypatch)
-    buffers.state.emitted.fill_(3)
+def test_a_step_that_does_not_post_is_noticed() -> None:
+    ring, buffers = ring_of()
+    assert [send(ring, buffers, [i]).result().tokens for i in range(5)] == [[i] for i in range(5)]
+    batch: Any = SimpleNamespace(state=buffers.state, num_seqs=1, logprobs=False)
+    ring.begin()
+    with pytest.raises(StrictError, match="expected the tokens of step 6, found those of step 3"):
+        ring.send(batch).result()
+    ring.pause()  # what the engine does when a step has failed
+    assert [send(ring, buffers, [i]).result().tokens for i in range(5)] == [[i] for i in range(5)]
+
+
+@pytest.mark.parametrize("launched", [False, True])
+def test_a_step_that_failed_on_the_way_moves_nothing(launched: bool) -> None:
+    ring, buffers = ring_of()
+    for i in range(4):
+        assert send(ring, buffers, [i]).result().tokens == [i]
+        ring.begin()
+        if launched:
+            step(buffers, [9])
+    assert int(buffers.state.number) == 4 + launched
+
+
+def test_logprobs_are_copied() -> None:
+    ring, buffers = ring_of()
     buffers.state.logprob_ids.fill_(3)
-    pending = send(ring, buffers, 2, logprobs=True)
-    post.arrive()
-    result = pending.result()
+    result = send(ring, buffers, [3, 3], logprobs=True).result()
     assert result.tokens == [3, 3]
     assert sorted(result.logprobs) == [0, 1]
 
 
-def test_a_ring_that_is_dropped_waits_for_what_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_ring_that_is_dropped_waits_for_what_is_under_way() -> None:
     """Its host memory is given back then, and tokens may still be on their way there."""
-    ring, _, _, stream = ring_of(monkeypatch)
+    _, buffers = ring_of()
+    stream: Any = Stream()
+    ring = ResultRing(buffers, stream)
     assert stream.waits == 0
     del ring
     gc.collect()
     assert stream.waits == 1
 
 
-def test_where_the_kernel_cannot_be_built_tokens_are_copied(monkeypatch: pytest.MonkeyPatch) -> None:
-    def build(*_args: Any, **_options: Any) -> None:
-        raise KernelError("no compiler")
+class Driver:
+    """A stand-in for the bindings and for torch's event: notes what was asked of which."""
 
-    monkeypatch.setattr(post, "build", build)
-    assert post.poster(Stream()) is None  # type: ignore[arg-type]
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, status: int = 0) -> None:
+        self.asked: list[Any] = []
+        self.status = status
+        driver: Any = ModuleType("cuda.bindings.driver")
+        for kind in ("CUevent", "CUstream", "CUgraphExec"):
+            setattr(driver, kind, lambda handle, kind=kind: (kind, handle))
+        for call in ("cuEventRecord", "cuGraphLaunch"):
+            setattr(driver, call, lambda *args, call=call: self.note(call, *args))
+        package: Any = ModuleType("cuda.bindings")
+        package.driver = driver
+        monkeypatch.setitem(sys.modules, "cuda", ModuleType("cuda"))
+        monkeypatch.setitem(sys.modules, "cuda.bindings", package)
+        monkeypatch.setitem(sys.modules, "cuda.bindings.driver", driver)
+        event = SimpleNamespace(
+            cuda_event=0xE, record=lambda stream: self.asked.append("torch"), synchronize=lambda: None
+        )
+        monkeypatch.setattr(torch.cuda, "Event", lambda: event)
 
-
-def kernel_with(monkeypatch: pytest.MonkeyPatch, status: SimpleNamespace) -> tuple[Any, list[Any]]:
-    """A `Kernel` over a stand-in for the driver, and what it was asked to launch, with the parameter's bytes."""
-    asked: list[Any] = []
-
-    def launch(*args: Any) -> tuple[Any]:
-        slots = ctypes.c_void_p.from_address(args[-2]).value
-        assert slots is not None
-        asked.append((*args[:-2], ctypes.string_at(slots, 24)))
-        return (status,)
-
-    driver: Any = ModuleType("cuda.bindings.driver")
-    driver.CUfunction_attribute = SimpleNamespace(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES=8)
-    driver.cuFuncSetAttribute = lambda *_args: (OK,)
-    driver.CUlaunchConfig = SimpleNamespace
-    driver.CUstream = lambda handle: ("stream", handle)
-    driver.CUresult = SimpleNamespace(CUDA_SUCCESS=OK)
-    driver.cuLaunchKernel = launch
-    package: Any = ModuleType("cuda.bindings")
-    package.driver = driver
-    monkeypatch.setitem(sys.modules, "cuda", ModuleType("cuda"))
-    monkeypatch.setitem(sys.modules, "cuda.bindings", package)
-    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", driver)
-    return program.Kernel("f", grid=1, block=128, shared_bytes=0, pdl=False, cluster=1), asked
+    def note(self, *what: Any) -> tuple[int]:
+        self.asked.append(what)
+        return (self.status,)
 
 
-class Answer(SimpleNamespace):
-    def __int__(self) -> int:
-        return int(self.value)
+def test_an_event_is_recorded_by_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Driver(monkeypatch)
+    stream: Any = Stream()
+    event = calls.Event(stream)
+    assert device.asked == ["torch"], "which made it"
+    event.record()
+    assert device.asked[1:] == [("cuEventRecord", ("CUevent", 0xE), ("CUstream", 0x51))]
 
 
-OK, GONE = Answer(name="CUDA_SUCCESS", value=0), Answer(name="CUDA_ERROR_ILLEGAL_ADDRESS", value=700)
+def test_an_event_that_the_driver_refuses_is_recorded_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which knows how to make a context, and how to say what is wrong."""
+    device = Driver(monkeypatch, status=201)
+    stream: Any = Stream()
+    calls.Event(stream).record()
+    assert device.asked[-1] == "torch"
 
 
-def test_a_launcher_packs_its_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
-    kernel, asked = kernel_with(monkeypatch, OK)
-    launch = kernel.launcher(Stream(), "<QQi4x")
-    del kernel
-    gc.collect()
-    launch(0x1000, 0x2000, 3)
-    launch(0x1000, 0x2008, 1)
-    shape = ("f", 1, 1, 1, 128, 1, 1, 0, ("stream", 0x51))
-    assert asked == [
-        (*shape, struct.pack("<QQi4x", 0x1000, 0x2000, 3)),
-        (*shape, struct.pack("<QQi4x", 0x1000, 0x2008, 1)),
-    ]
+def test_an_event_without_bindings_is_recorded_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Driver(monkeypatch)
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    stream: Any = Stream()
+    calls.Event(stream).record()
+    assert device.asked == ["torch", "torch"]
 
 
-def test_a_launch_that_the_driver_refuses_is_raised_with_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    kernel, _ = kernel_with(monkeypatch, GONE)
-    launch = kernel.launcher(Stream(), "<QQi4x")
-    with pytest.raises(KernelError, match="CUDA_ERROR_ILLEGAL_ADDRESS"):
-        launch(0x1000, 0x2000, 3)
+def test_a_graph_is_launched_on_the_current_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Driver(monkeypatch)
+    current = [0x51]
+    monkeypatch.setattr(
+        torch._C, "_cuda_getCurrentRawStream", lambda device: current[-1] + device, raising=False
+    )
+    launch = calls.GraphLauncher(0)
+    graph = launch.handle(SimpleNamespace(raw_cuda_graph_exec=lambda: 0x9))
+    assert launch(graph)
+    assert launch(graph)
+    current.append(0x52)
+    assert launch(graph)
+    streams = [("CUstream", 0x51), ("CUstream", 0x51), ("CUstream", 0x52)]
+    assert device.asked == [("cuGraphLaunch", ("CUgraphExec", 0x9), stream) for stream in streams]
+    device.status = 201
+    assert not launch(graph), "torch has to be asked"

@@ -415,7 +415,9 @@ class Engine:
     def commit(self):
         schedule, result = self.inflight.pop(0)
         if not self.world.watched:
-            self.scheduler.commit(schedule, result)
+            changed = self.scheduler.commit(schedule, result)
+            # Whoever gets the same tuple again may take it that all of them still run.
+            assert not (isinstance(changed, tuple) and any(r.finished for r in changed))
             return
         live = [
             r.request.request_id
@@ -424,6 +426,7 @@ class Engine:
         ]
         changed = self.scheduler.commit(schedule, result)
         assert [r.request_id for r in changed] == live
+        assert not (isinstance(changed, tuple) and any(r.finished for r in changed))
         self.scheduler.check()
         for r in schedule.rows if self.world.caching else ():
             if r.epoch == r.request.epoch and not r.request.finished:

@@ -159,6 +159,9 @@ def make_world(
     state.emitted.fill_(ABSURD)
     state.last_token.fill_(ABSURD)
     state.position.fill_(ABSURD)
+    # At the end of its round, in the middle, or a step that nobody waits for.
+    places = len(state.posted) - 1
+    state.number.fill_((places << 20, 6, 0)[seed % 3])
 
     sizes = [-(-q.context // block_size) for q in seqs]
     blocks = (torch.randperm(sum(sizes) + 3, generator=rng) + 1).tolist()  # 3 belong to nobody
@@ -477,6 +480,10 @@ def test_advance(seed: int, kind: StepKind) -> None:
         assert torch.equal(ours.buffers.tensors()[name], expected), name
     emitted = ours.batch.state.emitted[: len(SEQS[kind])].tolist()
     assert [token >= 0 for token in emitted] == [q.live and q.samples for q in SEQS[kind]]
+    number = int(ours.buffers.state.number)
+    assert number == (1, 7, 0)[seed % 3]
+    place = ours.buffers.state.posted[1 + (number - 1) % 2 if number else 0]
+    assert place[: 1 + len(emitted)].tolist() == [number, *emitted]
 
 
 @pytest.mark.slow

@@ -67,6 +67,7 @@ class _Graph:
     """A captured key's executable and when it was last used."""
 
     handle: Any
+    record: KeyRecord[Any]
     last_use: Any = None
     """Mark after its last replay."""
 
@@ -128,6 +129,8 @@ class GraphCache(Generic[K]):
             drop_slower,
         )
         self._graphs: dict[K, _Graph] = {}
+        self._latest: _Graph | None = None
+        """What was replayed last: in most cases it is the next one too."""
         self._to_try: deque[tuple[K, int]] = deque()
         self._trial: tuple[KeyRecord[K], Trial] | None = None
         self._dying: list[_Graph] = []
@@ -161,11 +164,13 @@ class GraphCache(Generic[K]):
         Raises:
             GraphError: it has none, or none any more.
         """
-        graph = self._graphs.get(key)
-        if graph is None:
-            raise GraphError(f"{key} has no graph: it is {self.book[key].state.value}")
+        graph = self._latest
+        if graph is None or graph.record.key is not key:
+            graph = self._latest = self._graphs.get(key)
+            if graph is None:
+                raise GraphError(f"{key} has no graph: it is {self.book[key].state.value}")
         self.backend.replay(graph.handle)
-        self.book[key].replays += 1
+        graph.record.replays += 1
 
     def graph(self, key: K) -> Any:
         """The backend's handle of a captured key, for inspection; None if there is none."""
@@ -189,7 +194,7 @@ class GraphCache(Generic[K]):
         except Exception as error:  # whatever went wrong, the caller must go on as it was
             self._fail(record, error, "capture failed")
             return False
-        self._graphs[key] = _Graph(handle)
+        self._graphs[key] = _Graph(handle, record)
         self._just_captured = True
         record.state, record.note, record.trusted = KeyState.CAPTURED, "", self._checker is None
         if self._checker is not None:
@@ -277,7 +282,8 @@ class GraphCache(Generic[K]):
 
     def idle(self) -> None:
         """Between two steps: start at most one trial, and free what has played its last."""
-        self._reap()
+        if self._dying:
+            self._reap()
         if self._just_captured:  # that was this gap's extra run
             self._just_captured = False
             return
@@ -338,7 +344,7 @@ class GraphCache(Generic[K]):
         logger.warning("%s: %s, the key runs eagerly from now on: %s", record.key, what, error)
 
     def _retire(self, record: KeyRecord[K], state: KeyState, why: str) -> None:
-        graph = self._graphs.pop(record.key, None)
+        graph, self._latest = self._graphs.pop(record.key, None), None
         record.state, record.note, record.trusted = state, why, False
         if graph is not None:
             graph.last_use = self.backend.mark()  # nothing of it can be launched after this

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ..errors import CaptureError
+from .driver import GraphLauncher
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +28,8 @@ class TorchBackend:
 
         self._runtime = runtime
         self._pool = torch.cuda.graph_pool_handle()
+        self._device = torch.cuda.current_device()
+        self._launch = GraphLauncher(self._device)
         self._live = 0
         """Graphs that hold the pool."""
 
@@ -78,6 +81,7 @@ class TorchBackend:
     def instantiate(self, graph: Any) -> None:
         runtime = self._runtime
         graph.instantiate()
+        graph.direct = None
         # Without this the first replay uploads it, and its memory would not be seen yet.
         stream = torch.cuda.current_stream().cuda_stream
         (error,) = runtime.cudaGraphUpload(graph.raw_cuda_graph_exec(), stream)
@@ -85,9 +89,22 @@ class TorchBackend:
             raise CaptureError(f"cudaGraphUpload: {error}")
 
     def replay(self, graph: Any) -> None:
+        direct = graph.direct
+        if direct is None:
+            self._first_replay(graph)
+        elif not self._launch(direct):
+            graph.replay()
+
+    def _first_replay(self, graph: Any) -> None:
+        """Replay, and find out whether the driver may be asked directly from now on."""
+        generator = torch.cuda.default_generators[self._device]
+        before = generator.get_offset()
         graph.replay()
+        if generator.get_offset() == before:  # torch counts what a graph draws from its generator: nothing
+            graph.direct = self._launch.handle(graph)
 
     def destroy(self, graph: Any) -> None:
+        graph.direct = None
         graph.reset()
         self._live -= 1
 

@@ -89,21 +89,28 @@ class GraphRunner:
 
     def run(self, batch: Batch) -> Pending:
         route, cache = batch.route, self.cache
-        if route.reason is not None:
-            pending = self.eager.run(batch)
-            if route.capture:
-                cache.capture(route.key, rows=self._real_rows(batch))
-        else:
+        if route.reason is None:
+            ring = self.eager.ring
+            ring.begin()
             self.num_replays += 1
-            self._since_check += 1
-            if self._verify_every and self._since_check >= self._verify_every and self._live is None:
-                self._since_check = 0
+            if self._verify_every and self._check_is_due():
                 self._replay_both_ways(batch)
             else:
                 cache.replay(route.key)
-            pending = self.eager.deliver(batch)
+            pending = ring.send(batch)  # prompts' logprobs have no graph
+        else:
+            pending = self.eager.run(batch)
+            if route.capture:
+                cache.capture(route.key, rows=self._real_rows(batch))
         cache.idle()
         return pending
+
+    def _check_is_due(self) -> bool:
+        self._since_check += 1
+        due = self._since_check >= self._verify_every and self._live is None
+        if due:
+            self._since_check = 0
+        return due
 
     def poll(self) -> None:
         """Read verdicts that have arrived; called before routing, so that a bad key serves no more."""
@@ -143,9 +150,13 @@ class GraphRunner:
             if self.checker is not None:
                 self.checker.warm_up(key)
             else:
+                self.eager.ring.pause()
                 self._program(self._buffers.batch(Route(key, None)))  # on rows that are all idle
             cache.capture(key, rows=key.num_seqs)
         cache.settle()
+
+    def forget(self) -> None:
+        self.eager.forget()
 
     def release(self) -> int:
         self._live = None
@@ -177,7 +188,7 @@ class GraphRunner:
         again by the replay. What the caller sees is what the graph did.
         """
         state, program, n = self._buffers.state, self._program, batch.num_seqs
-        kept = [state.active, state.last_token, state.position]
+        kept = [state.active, state.last_token, state.position, state.number]
         if batch.key.sampler is SamplerVariant.FULL:
             kept.append(state.output_counts)  # by device row, and a mixed step's rows may be any
         before = [t.clone() for t in kept]

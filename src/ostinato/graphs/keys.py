@@ -64,6 +64,8 @@ class KeyRecord(Generic[K]):
     """Why it is in this state, for people."""
     hits: int = 0
     """Steps that asked for the key."""
+    served: int = 0
+    """Those that were sent to its graph."""
     replays: int = 0
     rows: int = 0
     """Real rows over all hits."""
@@ -130,12 +132,18 @@ class KeyBook(Generic[K]):
 
     def hit(self, key: K, rows: int = 1, padded_rows: int = 1) -> tuple[Reason | None, bool]:
         """A step asks for a key: (why it must run eagerly or None, whether to capture the key after it)."""
-        record = self[key]
+        return self.hit_record(self[key], rows, padded_rows)
+
+    def hit_record(self, record: KeyRecord[K], rows: int, padded_rows: int) -> tuple[Reason | None, bool]:
+        """`hit` for whoever holds the key's record already."""
         record.hits += 1
         record.rows += rows
         record.padded_rows += padded_rows
         if record.state is KeyState.CAPTURED:
-            return (None if record.trusted else Reason.BEING_CHECKED), False
+            if record.trusted:
+                record.served += 1
+                return None, False
+            return Reason.BEING_CHECKED, False
         wanted = record.state in (KeyState.WAITING, KeyState.EVICTED) and record.hits >= self.min_hits
         if wanted and self.make_room(record) is None:
             record.state, record.note = KeyState.EVICTED, "the budget has no room for it"

@@ -11,10 +11,21 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
 from enum import Enum
+from typing import NamedTuple
 
 from ..errors import FallbackError
-from ..types import GraphKey, Reason, Route, SamplerVariant, Schedule, StepKind
-from .keys import KeyBook
+from ..types import (
+    GraphKey,
+    Members,
+    Reason,
+    Route,
+    SamplerVariant,
+    Schedule,
+    ScheduledRow,
+    SteadyRows,
+    StepKind,
+)
+from .keys import KeyBook, KeyRecord
 
 
 class CudaGraphMode(Enum):
@@ -93,13 +104,19 @@ class Plan:
         self.capture_sizes = tuple(capture_sizes)
         self.token_sizes, self.prefill_seqs = tuple(token_sizes), tuple(prefill_seqs)
         self.fail_on_fallback = fail_on_fallback
-        self.graph_steps: Counter[GraphKey] = Counter()
-        """Steps that ran on each key's graph."""
+        self.num_graph_steps = 0
+        """Steps that ran on a graph."""
         self.eager_steps: Counter[Reason] = Counter()
         """Steps that ran eagerly, by reason."""
         self._pad, self._token_multiple = pad, token_multiple
         self._routes: dict[GraphKey, Route] = {}  # on graphs: made once, as most steps take one of them
+        self._last: _Way | None = None
         self._decode_keys: dict[tuple[int, int], tuple[GraphKey, Reason | None]] = {}
+
+    @property
+    def graph_steps(self) -> Counter[GraphKey]:
+        """Steps that ran on each key's graph."""
+        return Counter({record.key: record.served for record in self.book.records() if record.served})
 
     @property
     def pads(self) -> bool:
@@ -146,16 +163,21 @@ class Plan:
             FallbackError: there is no graph and `fail_on_fallback` is set. Steps that run
                 eagerly only until their key is captured and checked do not raise.
         """
-        key, reason = self._key(schedule)
-        capture = False
-        if reason is None:
-            reason, capture = self.book.hit(key, len(schedule.rows), key.num_seqs)
-        if reason is None:
-            self.graph_steps[key] += 1
-            route = self._routes.get(key)
-            if route is None:
-                route = self._routes[key] = Route(key, None)
-            return route
+        last, rows = self._last, schedule.rows
+        if last is not None and isinstance(rows, SteadyRows) and rows.members is last.members:
+            reason, capture = self.book.hit_record(last.record, last.rows, last.padded_rows)
+            if reason is None:
+                self.num_graph_steps += 1
+                return last.route
+            key = last.record.key
+        else:
+            key, reason = self._key(schedule)
+            capture = False
+            if reason is None:
+                reason, capture = self.book.hit(key, len(rows), key.num_seqs)
+            if reason is None:
+                self.num_graph_steps += 1
+                return self._on_graph(key, rows)
         if self.fail_on_fallback and reason not in _PASSING:
             raise FallbackError(
                 f"step {schedule.step} ({key}) has no graph: {reason.value} ({reason.text}). "
@@ -163,6 +185,15 @@ class Plan:
             )
         self.eager_steps[reason] += 1
         return Route(key, reason, capture)
+
+    def _on_graph(self, key: GraphKey, rows: Sequence[ScheduledRow]) -> Route:
+        """The route of a key whose graph serves."""
+        route = self._routes.get(key)
+        if route is None:
+            route = self._routes[key] = Route(key, None)
+        if isinstance(rows, SteadyRows):
+            self._last = _Way(rows.members, self.book[key], route, len(rows), key.num_seqs)
+        return route
 
     def _key(self, schedule: Schedule) -> tuple[GraphKey, Reason | None]:
         """The shape to run at, and why it can have no graph."""
@@ -193,6 +224,16 @@ class Plan:
             return key, Reason.DISABLED
         over = not self.capture_sizes or padded > self.capture_sizes[-1]
         return key, Reason.OVER_MAX if over else None
+
+
+class _Way(NamedTuple):
+    """Where a steady step went: the next one of the same members has the same key."""
+
+    members: Members
+    record: KeyRecord[GraphKey]
+    route: Route
+    rows: int
+    padded_rows: int
 
 
 def _at_least(sizes: Sequence[int], count: int) -> int | None:

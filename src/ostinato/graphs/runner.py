@@ -207,6 +207,10 @@ class Runner(Protocol):
         """Capture keys before there is traffic."""
         ...
 
+    def forget(self) -> None:
+        """A step failed, and nobody knows how far it came: no result is waited for any more."""
+        ...
+
     def release(self) -> int:
         """Free all graphs; returns their bytes."""
         ...
@@ -220,13 +224,14 @@ class EagerRunner:
     """Launches every op of a step by itself. What it computes is correct by definition."""
 
     def __init__(self, program: StepProgram, ring: ResultRing) -> None:
-        self._program, self._ring = program, ring
+        self._program, self.ring = program, ring
 
     @property
     def program(self) -> StepProgram:
         return self._program
 
     def run(self, batch: Batch) -> Pending:
+        self.ring.begin()
         self._program(batch)
         return self.deliver(batch)
 
@@ -239,13 +244,16 @@ class EagerRunner:
     def prepare(self, keys: Sequence[GraphKey]) -> None:
         pass
 
+    def forget(self) -> None:
+        self.ring.pause()
+
     def release(self) -> int:
         return 0
 
     def deliver(self, batch: Batch) -> Pending:
         """Send home the results of a step that was just launched."""
         prompt = self._program.prompt_logprobs(batch) if batch.prompt_logprobs else {}
-        return self._ring.send(batch, prompt)
+        return self.ring.send(batch, prompt)
 
     def close(self) -> None:
         if self._program.arena.data.is_cuda:

@@ -171,7 +171,7 @@ class ScratchChecker:
             buffers.shapes.max_blocks_per_seq,
         )
         static, state = buffers.static, buffers.state
-        for t in (static.enabled, state.active):
+        for t in (static.enabled, state.active, state.number):
             t.zero_()
         static.block_table.fill_(GUARD_BLOCK)
         for t in (static.temperature, static.top_p, static.min_p):
@@ -284,6 +284,7 @@ def poison(program: StepProgram, buffers: StepBuffers) -> None:
     for results in (state.emitted, state.logprob_ids, state.logprob_rank):
         results.fill_(-(2**30))
     state.logprob_values.fill_(torch.nan)
+    state.posted[0, 1:].copy_(state.emitted, non_blocking=True)
     program.cache.data[:, :, GUARD_BLOCK] = torch.nan
 
 
@@ -296,6 +297,7 @@ def observe_step(program: StepProgram, batch: Batch, kv: torch.Tensor) -> dict[s
         # Padded rows compute on whatever they find: only live ones are anybody's business.
         "tokens": torch.where(live, scratch.tokens[:n], 0),
         "emitted": state.emitted[:n].clone(),
+        "posted": state.posted.to(state.emitted.device, non_blocking=True, copy=True),
         "active": state.active.clone(),
         "last_token": state.last_token.clone(),
         "position": state.position.clone(),

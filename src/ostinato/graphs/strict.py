@@ -53,6 +53,7 @@ class StrictRunner:
         self.poison(batch)
         idle = self._idle_rows(batch)
         before = self._row_state(idle)
+        self.eager.ring.begin()
         with _NoHostReads(str(batch.key)):
             self._program(batch)
         self.check_results(batch, idle, before)
@@ -66,6 +67,9 @@ class StrictRunner:
 
     def prepare(self, keys: Sequence[GraphKey]) -> None:
         pass
+
+    def forget(self) -> None:
+        self.eager.forget()
 
     def release(self) -> int:
         return 0

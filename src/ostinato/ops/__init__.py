@@ -263,7 +263,7 @@ class OpSet(Protocol):
         ...
 
     def prepare(self, batch: Batch, scratch: Scratch) -> StepView:
-        """Work out ids, positions, slots and lengths from the static buffers."""
+        """Work out ids, positions, slots and lengths from the static buffers, and the step's number."""
         ...
 
     def fuses(self, stack: Stack, seqs: int) -> bool:
@@ -385,10 +385,11 @@ class OpSet(Protocol):
         ...
 
     def advance(self, batch: Batch, view: StepView, tokens: torch.Tensor) -> None:
-        """Store sampled tokens as the next inputs, move positions, deactivate rows that ended.
+        """Store sampled tokens as the next inputs, move positions, deactivate rows that ended, post what was emitted.
 
         A live sequence with `samples` set writes `emitted` by column and, by row, `last_token`,
-        `position`, `active` and (with FLAG_PENALTIES) its count; the rest only emit -1.
+        `position`, `active` and (with FLAG_PENALTIES) its count; the rest only emit -1. What was emitted
+        also goes to the step's place in `posted`, with the step's number.
         """
         ...
 

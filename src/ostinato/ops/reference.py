@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from .. import sampling
-from ..inputs import FLAG_PENALTIES, Batch, StaticInputs, StepState
+from ..inputs import FLAG_PENALTIES, POST_CYCLE, Batch, StaticInputs, StepState
 from ..types import SamplerVariant
 from . import AttentionShape, Linear, NextNorm, Scratch, Stack, StepView, VersionLine
 
@@ -68,6 +68,9 @@ class ReferenceOps:
 
     def prepare(self, batch: Batch, scratch: Scratch) -> ReferenceView:
         static, state = batch.static, batch.state
+        (number,) = state.number.tolist()
+        if number:
+            state.number.fill_(number % ((len(state.posted) - 1) * POST_CYCLE) + 1)
         rows = batch.rows.clamp(min=0).long()
         awake = (state.active[rows] != 0) & (static.enabled[rows] != 0) & (batch.rows >= 0)  # [S]
         block_size = batch.block_size
@@ -303,7 +306,11 @@ class ReferenceOps:
         static, state = batch.static, batch.state
         samples = torch.ones_like(view.seq_lens) if batch.decode else batch.samples
         live = (view.seq_lens > 0) & (samples != 0)
-        state.emitted[: batch.num_seqs] = torch.where(live, tokens, -1)
+        emitted = state.emitted[: batch.num_seqs].copy_(torch.where(live, tokens, -1))
+        (number,) = state.number.tolist()
+        place = state.posted[1 + (number - 1) % (len(state.posted) - 1) if number else 0]
+        place[0] = number
+        place[1 : 1 + batch.num_seqs] = emitted
         columns = live.nonzero().squeeze(1)
         rows, tokens = batch.rows[columns].long(), tokens[columns]
         positions = view.seq_lens[columns]  # the new token stands right after the context

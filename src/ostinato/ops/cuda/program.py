@@ -10,7 +10,7 @@ import logging
 import os
 import re
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -81,30 +81,6 @@ class Kernel:
         self._config.hStream = torch.cuda.current_stream().cuda_stream
         status = self._driver.cuLaunchKernelEx(self._config, self._function, ctypes.addressof(slots), 0)
         _check(status, "launch")
-
-    def launcher(self, stream: torch.cuda.Stream, layout: str) -> Callable[..., None]:
-        """`launch` for who does it at every step: always on that stream, the struct's fields as arguments.
-
-        Not for clusters and dependent launch. `layout`: of the struct, as the module `struct` has it.
-        """
-        driver, packer = self._driver, struct.Struct(layout)
-        held = ctypes.create_string_buffer(packer.size)
-        slots = (ctypes.c_void_p * 1)(ctypes.addressof(held))
-        config, function, handle = self._config, self._function, driver.CUstream(stream.cuda_stream)
-        grid, block, shared_bytes = config.gridDimX, config.blockDimX, config.sharedMemBytes
-        where, launch_kernel, ok = (
-            ctypes.addressof(slots),
-            driver.cuLaunchKernel,
-            driver.CUresult.CUDA_SUCCESS,
-        )
-
-        def launch(*fields: int, _alive: object = slots) -> None:
-            packer.pack_into(held, 0, *fields)
-            status = launch_kernel(function, grid, 1, 1, block, 1, 1, shared_bytes, handle, where, 0)
-            if status[0] != ok:
-                _check(status, "launch")
-
-        return launch
 
 
 def build(

@@ -20,7 +20,7 @@ import torch
 from triton import cdiv, next_power_of_2
 
 from ...errors import KernelError
-from ...inputs import FLAG_PENALTIES, Batch, StaticInputs, StepState
+from ...inputs import FLAG_PENALTIES, POST_CYCLE, Batch, StaticInputs, StepState
 from ...types import SamplerVariant
 from .. import AttentionShape, Linear, NextNorm, Scratch, Stack, StepView, VersionLine, squares_words
 from ..cuda.attention import DecodeAttention
@@ -239,23 +239,23 @@ class TritonOps:
 
     def prepare(self, batch: Batch, scratch: Scratch) -> StepView:
         static, state = batch.static, batch.state
-        table = static.block_table
+        table, cycle = static.block_table, (len(state.posted) - 1) * POST_CYCLE
         if batch.decode:
             pointwise.prepare_decode[(cdiv(batch.num_seqs, ROWS_BLOCK),)](
-                batch.rows, static.enabled, state.active, state.last_token, state.position, table,
+                batch.rows, static.enabled, state.active, state.last_token, state.position, table, state.number,
                 scratch.ids, scratch.positions, scratch.slots, scratch.seq_lens, scratch.last_index,
                 batch.num_seqs,
-                TABLE_WIDTH=table.shape[1], BLOCK_SIZE=batch.block_size, BLOCK=ROWS_BLOCK, num_warps=4,
+                TABLE_WIDTH=table.shape[1], BLOCK_SIZE=batch.block_size, CYCLE=cycle, BLOCK=ROWS_BLOCK, num_warps=4,
                 **self._launch,
             )  # fmt: skip
         else:
             pointwise.prepare_mixed[(cdiv(max(batch.num_tokens, batch.num_seqs), ROWS_BLOCK),)](
                 batch.rows, batch.query_start, batch.seq_lens,
                 batch.tokens, batch.token_positions, batch.token_rows,
-                static.enabled, state.active, state.last_token, table,
+                static.enabled, state.active, state.last_token, table, state.number,
                 scratch.ids, scratch.positions, scratch.slots, scratch.seq_lens, scratch.last_index,
                 batch.num_tokens, batch.num_seqs,
-                TABLE_WIDTH=table.shape[1], BLOCK_SIZE=batch.block_size, BLOCK=ROWS_BLOCK, num_warps=4,
+                TABLE_WIDTH=table.shape[1], BLOCK_SIZE=batch.block_size, CYCLE=cycle, BLOCK=ROWS_BLOCK, num_warps=4,
                 **self._launch,
             )  # fmt: skip
         return StepView(
@@ -420,10 +420,12 @@ class TritonOps:
         pointwise.advance[(cdiv(batch.num_seqs, ADVANCE_BLOCK),)](
             batch.rows, view.seq_lens, batch.samples, tokens,
             state.emitted, state.last_token, state.position, state.active, state.output_counts,
+            state.number, state.posted,
             static.stop_ids, static.num_stop_ids, static.min_position, static.last_position, static.flags,
             batch.num_seqs,
             DECODE=batch.decode, VOCAB=state.output_counts.shape[1], STOP_IDS=static.stop_ids.shape[1],
-            COUNT_FLAG=FLAG_PENALTIES, BLOCK=ADVANCE_BLOCK, num_warps=4, **self._launch,
+            COUNT_FLAG=FLAG_PENALTIES, PLACES=state.posted.shape[0], WIDTH=state.posted.shape[1],
+            BLOCK=ADVANCE_BLOCK, num_warps=4, **self._launch,
         )  # fmt: skip
 
     # --- products, in a given version ------------------------------------------------------

@@ -21,16 +21,25 @@ def enter(PDL: tl.constexpr):
         gdc_wait()
 
 
+@triton.jit
+def _next_number(number, CYCLE: tl.constexpr):
+    """The step's number, by one program: see `StepState.number`."""
+    if tl.program_id(0) == 0:
+        n = tl.load(number)
+        tl.store(number, n % CYCLE + 1, mask=n > 0)
+
+
 @triton.jit(do_not_specialize=["num_seqs"])
 def prepare_decode(
-    rows, enabled, active, last_token, position, block_table,
+    rows, enabled, active, last_token, position, block_table, number,
     ids, positions, slots, seq_lens, last_index,
     num_seqs,
-    TABLE_WIDTH: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK: tl.constexpr,
+    TABLE_WIDTH: tl.constexpr, BLOCK_SIZE: tl.constexpr, CYCLE: tl.constexpr, BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """One token for each sequence, from the state of its row. Grid: (S / BLOCK)."""
     enter(PDL)
+    _next_number(number, CYCLE)
     s = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = s < num_seqs
     row = tl.load(rows + s, mask=inside, other=-1)
@@ -62,14 +71,15 @@ def _token_live(t, inside, tokens, token_rows, enabled, active):
 @triton.jit(do_not_specialize=["num_tokens", "num_seqs"])
 def prepare_mixed(
     rows, query_start, step_seq_lens, tokens, token_positions, token_rows,
-    enabled, active, last_token, block_table,
+    enabled, active, last_token, block_table, number,
     ids, positions, slots, seq_lens, last_index,
     num_tokens, num_seqs,
-    TABLE_WIDTH: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK: tl.constexpr,
+    TABLE_WIDTH: tl.constexpr, BLOCK_SIZE: tl.constexpr, CYCLE: tl.constexpr, BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """Tokens and sequences as the host laid them out. Grid: (max(T, S) / BLOCK)."""
     enter(PDL)
+    _next_number(number, CYCLE)
     t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = t < num_tokens
     live, token, row = _token_live(t, inside, tokens, token_rows, enabled, active)
@@ -222,13 +232,13 @@ def rope_kv_write(
 @triton.jit(do_not_specialize=["num_seqs"])
 def advance(
     rows, seq_lens, samples, tokens,
-    emitted, last_token, position, active, output_counts,
+    emitted, last_token, position, active, output_counts, number, posted,
     stop_ids, num_stop_ids, min_position, last_position, flags,
     num_seqs,
     DECODE: tl.constexpr, VOCAB: tl.constexpr, STOP_IDS: tl.constexpr, COUNT_FLAG: tl.constexpr,
-    BLOCK: tl.constexpr, PDL: tl.constexpr,
+    PLACES: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Make sampled tokens the next inputs; see `OpSet.advance`. Grid: (S / BLOCK)."""
+    """Make sampled tokens the next inputs, and post them; see `OpSet.advance`. Grid: (S / BLOCK)."""
     enter(PDL)
     s = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = s < num_seqs
@@ -238,6 +248,11 @@ def advance(
         live &= tl.load(samples + s, mask=inside, other=0) != 0
     token = tl.load(tokens + s, mask=live, other=-1)
     tl.store(emitted + s, token, mask=inside)
+    n = tl.load(number)
+    place = posted + tl.where(n > 0, 1 + (n - 1) % (PLACES - 1), 0) * WIDTH
+    tl.store(place + 1 + s, token, mask=inside)
+    if tl.program_id(0) == 0:
+        tl.store(place, n)
     row = tl.load(rows + s, mask=live, other=0)
     tl.store(last_token + row, token, mask=live)
     tl.store(position + row, at, mask=live)
