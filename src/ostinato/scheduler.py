@@ -125,12 +125,15 @@ class _Steady:
         "_settled",
         "committed",
         "entries",
+        "append",
         "launch_events",
         "launched",
+        "look_from",
         "members",
         "num_blocks",
         "outputs",
         "pick",
+        "requests",
         "result_events",
         "stop_ids",
         "variant",
@@ -142,7 +145,7 @@ class _Steady:
         """By device row."""
         requests = tuple(entry.request for entry in entries)
         rows = tuple(request.row for request in requests)
-        self.entries = entries
+        self.entries, self.requests = entries, requests
         self.with_logprobs = [i for i, r in enumerate(requests) if r.params.logprobs is not None]
         self.with_sink = [i for i, r in enumerate(requests) if r.sink is not None]
         self.members = Members(
@@ -153,6 +156,8 @@ class _Steady:
             bool(self.with_logprobs),
         )
         self.outputs = [r.output_token_ids for r in requests]
+        self.append = self.outputs[0].append if len(requests) == 1 else None
+        """Where the token of the only member goes."""
         self.stop_ids = frozenset().union(*(r.stop_token_ids for r in requests))
         self.variant = SamplerVariant(max(entry.variant for entry in entries))
         self.num_blocks: Sequence[int] = [len(r.blocks) for r in requests]
@@ -175,6 +180,14 @@ class _Steady:
         """A heap: (tokens after which a row has filled a block or reached its length, its place)."""
         heapq.heapify(self.launch_events)
         heapq.heapify(self.result_events)
+        self.look_from = 0
+        """Tokens after which rows have to be looked at one by one, whatever the tokens are."""
+        self.wait_for_event()
+
+    def wait_for_event(self) -> None:
+        """Look at rows when the next one fills a block or reaches its length; at every token where there is text."""
+        always = self.with_sink or self.with_logprobs
+        self.look_from = 0 if always else self.result_events[0][0] if self.result_events else _NEVER
 
     def settle(self) -> None:
         """Write what was counted into the requests."""
@@ -733,16 +746,17 @@ class Scheduler:
             RuntimeError: the result contradicts the schedule: a bug, after which the scheduler
                 must not be used.
         """
-        if not self._inflight or self._inflight[0] is not schedule:
+        inflight, group = self._inflight, self._steady
+        if not inflight or inflight[0] is not schedule:
             raise RuntimeError(
                 f"step {schedule.step} is not the oldest one in flight; commit in order of launch"
             )
-        self._inflight.popleft()
-        if self._steady is not None:
+        inflight.popleft()
+        if group is not None:
             rows = schedule.rows
-            if isinstance(rows, SteadyRows) and rows.members is self._steady.members:
-                return self._commit_steady(self._steady, schedule, result)
-            self._settle()
+            if isinstance(rows, SteadyRows) and rows.members is group.members:
+                return self._commit_steady(group, schedule, result)
+            group.settle()
         by_row = schedule.kind is StepKind.DECODE
         entries, tokens = self._entries, result.tokens
         changed = []
@@ -778,32 +792,31 @@ class Scheduler:
         Returns:
             The same tuple after every step of the group in which no request ended.
         """
-        tokens, requests, outputs = group.pick(result.tokens), group.members.requests, group.outputs
-        one = len(outputs) == 1
-        lowest = tokens[0] if one else min(tokens)
+        tokens, append = group.pick(result.tokens), group.append
+        lowest = min(tokens) if append is None else tokens[0]
         if lowest < 0:
             place = next(i for i, token in enumerate(tokens) if token < 0)
-            raise self._no_token(schedule, group.members.rows[place], requests[place])
+            raise self._no_token(schedule, group.members.rows[place], group.requests[place])
         group.committed = done = group.committed + 1
-        if one:
-            outputs[0].append(lowest)
-            stops = lowest in group.stop_ids
-        else:  # the fastest loop there is over two lists
-            deque(map(list.append, outputs, tokens), maxlen=0)
+        if append is None:  # the fastest loop there is over two lists
+            deque(map(list.append, group.outputs, tokens), maxlen=0)
             stops = not group.stop_ids.isdisjoint(tokens)
-        if group.with_logprobs:
-            for i in group.with_logprobs:
-                _keep_logprobs(requests[i], tokens[i], result.logprobs.get(group.members.rows[i]))
-        events = group.result_events
-        if stops or group.with_sink or (events and events[0][0] <= done):
-            self._look_at(group, tokens, done, stops)
+        else:
+            append(lowest)
+            stops = lowest in group.stop_ids
+        if stops or done >= group.look_from:
+            self._look_at(group, tokens, result, done, stops)
             if self._steady is not group:
-                return list(requests)
-        return requests
+                return list(group.requests)
+        return group.requests
 
-    def _look_at(self, group: _Steady, tokens: Sequence[int], done: int, stops: bool) -> None:
-        """Rows whose `done`-th token is more than a token: a stop, a full block, the last one, or a piece of text."""
-        requests, entries, starts = group.members.requests, group.entries, group.members.starts
+    def _look_at(
+        self, group: _Steady, tokens: Sequence[int], result: StepResult, done: int, stops: bool
+    ) -> None:
+        """Rows whose `done`-th token is more than a token: a stop, a full block, the last one, a piece of text, logprobs."""
+        requests, entries, starts = group.requests, group.entries, group.members.starts
+        for i in group.with_logprobs:
+            _keep_logprobs(requests[i], tokens[i], result.logprobs.get(group.members.rows[i]))
         look: set[int] = set()
         if stops:
             look.update(i for i, token in enumerate(tokens) if token in requests[i].stop_token_ids)
@@ -817,6 +830,7 @@ class Scheduler:
                 look.add(i)
             else:
                 heapq.heappush(events, (min(entry.next_full, entry.last_start) - starts[i], i))
+        group.wait_for_event()
         for i in sorted(look.union(group.with_sink)) if look else group.with_sink:
             self._take(entries[i], tokens[i], starts[i] + done)
 
