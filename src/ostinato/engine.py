@@ -253,7 +253,7 @@ class Engine:
             for request in self.outputs.running(prompt_id):
                 if self.scheduler.abort(request.request_id) is not None:
                     ended.append(request)
-        return self.outputs.make(ended)
+        return self.outputs.make(ended) if ended else []
 
     def token_text(self, token_id: int) -> str | None:
         """Text of one token, for logprobs."""

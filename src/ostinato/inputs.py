@@ -149,11 +149,11 @@ class StepState:
     logprob_rank: torch.Tensor
     """[R] rank of the sampled token, from 1."""
     number: torch.Tensor
-    """[1] of the last step that somebody waits for: each such step adds one, `POST_CYCLE` times P - 1 are followed
-    by 1. While it is 0 nobody waits, and it stays 0."""
+    """[1] of the last step that somebody waits for, which adds one: from 1 to (P - 1) * POST_CYCLE, and then from 1
+    again. While it is 0 nobody waits, and it stays 0."""
     posted: torch.Tensor
-    """[P, 1 + R] in host memory, pinned beside a GPU: a step's number, then what it emitted. Step n posts to place
-    1 + (n - 1) % (P - 1), one that nobody waits for to place 0."""
+    """[P, 1 + R] in host memory, pinned beside a GPU: a step's number, then what it emitted. Step n writes to place
+    1 + (n - 1) % (P - 1), one that nobody waits for to place 0. No step reads it."""
 
 
 @dataclass(frozen=True)

@@ -123,9 +123,9 @@ class _Steady:
 
     __slots__ = (
         "_settled",
+        "append",
         "committed",
         "entries",
-        "append",
         "launch_events",
         "launched",
         "look_from",
