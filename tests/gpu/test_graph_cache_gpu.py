@@ -73,3 +73,23 @@ def test_a_thread_that_never_used_the_gpu_replays() -> None:
         assert pool.submit(call).result(), "it ran on its graph"
     stream.synchronize()
     assert y.tolist() == [6.0] * 64
+
+
+def test_a_trace_says_which_kernels_a_replay_brought() -> None:
+    from torch.profiler import ProfilerActivity, profile
+
+    from ostinato.graphs.survey import replayed_kernels
+
+    x, y = (torch.zeros(64, device="cuda") for _ in range(2))
+    with torch.cuda.stream(torch.cuda.Stream()):
+        cache = GraphCache(
+            lambda batch: torch.add(x[:batch], 1.0, out=y[:batch]), {"x": x, "y": y}, verify=False
+        )
+        for _ in range(5):
+            cache(64)
+        torch.cuda.synchronize()
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            for _ in range(3):
+                assert cache(64)
+            torch.cuda.synchronize()
+    assert len(replayed_kernels(profiler)) == 3

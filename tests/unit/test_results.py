@@ -1,18 +1,16 @@
-"""Tokens that come home: what is posted is what is read, through slots used again, and what is asked of the driver."""
+"""Tokens that come home: what is posted is what is read, through slots used again."""
 
 from __future__ import annotations
 
 import gc
-import sys
 import time
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from ostinato.errors import StrictError
-from ostinato.graphs import driver as calls
 from ostinato.graphs import results
 from ostinato.graphs.results import Pending, ResultRing
 from ostinato.inputs import BufferShapes, StepBuffers
@@ -123,72 +121,3 @@ def test_a_ring_that_is_dropped_waits_for_what_is_under_way() -> None:
     del ring
     gc.collect()
     assert stream.waits == 1
-
-
-class Driver:
-    """A stand-in for the bindings and for torch's event: notes what was asked of which."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, status: int = 0) -> None:
-        self.asked: list[Any] = []
-        self.status = status
-        driver: Any = ModuleType("cuda.bindings.driver")
-        for kind in ("CUevent", "CUstream", "CUgraphExec"):
-            setattr(driver, kind, lambda handle, kind=kind: (kind, handle))
-        for call in ("cuEventRecord", "cuGraphLaunch"):
-            setattr(driver, call, lambda *args, call=call: self.note(call, *args))
-        package: Any = ModuleType("cuda.bindings")
-        package.driver = driver
-        monkeypatch.setitem(sys.modules, "cuda", ModuleType("cuda"))
-        monkeypatch.setitem(sys.modules, "cuda.bindings", package)
-        monkeypatch.setitem(sys.modules, "cuda.bindings.driver", driver)
-        event = SimpleNamespace(
-            cuda_event=0xE, record=lambda stream: self.asked.append("torch"), synchronize=lambda: None
-        )
-        monkeypatch.setattr(torch.cuda, "Event", lambda: event)
-
-    def note(self, *what: Any) -> tuple[int]:
-        self.asked.append(what)
-        return (self.status,)
-
-
-def test_an_event_is_recorded_by_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
-    device = Driver(monkeypatch)
-    stream: Any = Stream()
-    event = calls.Event(stream)
-    assert device.asked == ["torch"], "which made it"
-    event.record()
-    assert device.asked[1:] == [("cuEventRecord", ("CUevent", 0xE), ("CUstream", 0x51))]
-
-
-def test_an_event_that_the_driver_refuses_is_recorded_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which knows how to make a context, and how to say what is wrong."""
-    device = Driver(monkeypatch, status=201)
-    stream: Any = Stream()
-    calls.Event(stream).record()
-    assert device.asked[-1] == "torch"
-
-
-def test_an_event_without_bindings_is_recorded_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    device = Driver(monkeypatch)
-    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
-    stream: Any = Stream()
-    calls.Event(stream).record()
-    assert device.asked == ["torch", "torch"]
-
-
-def test_a_graph_is_launched_on_the_current_stream(monkeypatch: pytest.MonkeyPatch) -> None:
-    device = Driver(monkeypatch)
-    current = [0x51]
-    monkeypatch.setattr(
-        torch._C, "_cuda_getCurrentRawStream", lambda device: current[-1] + device, raising=False
-    )
-    launch = calls.GraphLauncher(0)
-    graph = launch.handle(SimpleNamespace(raw_cuda_graph_exec=lambda: 0x9))
-    assert launch(graph)
-    assert launch(graph)
-    current.append(0x52)
-    assert launch(graph)
-    streams = [("CUstream", 0x51), ("CUstream", 0x51), ("CUstream", 0x52)]
-    assert device.asked == [("cuGraphLaunch", ("CUgraphExec", 0x9), stream) for stream in streams]
-    device.status = 201
-    assert not launch(graph), "torch has to be asked"

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd import profiler
 
 from ..errors import CaptureError
 from .driver import GraphLauncher
@@ -92,7 +93,8 @@ class TorchBackend:
         direct = graph.direct
         if direct is None:
             self._first_replay(graph)
-        elif not self._launch(direct):
+        # Through torch while its profiler runs, whose trace says of torch's launches alone what they brought.
+        elif profiler._is_profiler_enabled or not self._launch(direct):
             graph.replay()
 
     def _first_replay(self, graph: Any) -> None:
