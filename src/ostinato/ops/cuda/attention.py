@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -31,9 +31,9 @@ STEP = 16
 LONG = 2048
 """Most tokens of a split, where the number of splits allows."""
 HELPERS = 4
-"""Blocks a multiprocessor for what rows have beyond the key's splits; a multiple of any number of splits."""
-MOST_CLUSTER = 8
-"""Blocks of a cluster that every GPU with clusters can run."""
+"""Blocks a multiprocessor for what rows have beyond the key's splits."""
+MOST_CLUSTER = 4
+"""Blocks of a cluster: parts of more would take room in shared memory, and those without work room on multiprocessors."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Block:
 
 
 BLOCKS = {
-    64: ((1, Block(8, 2, 2)), (2, Block(8, 1, 2)), (4, Block(4, 2, 4)), (8, Block(2, 2, 8)), (16, Block(1, 2, 16))),
+    64: ((1, Block(8, 2, 1)), (2, Block(8, 1, 2)), (4, Block(4, 2, 4)), (8, Block(2, 2, 8)), (16, Block(1, 2, 16))),
     128: ((3, Block(4, 1, 3)), (6, Block(2, 1, 6)), (12, Block(1, 1, 12))),
 }  # fmt: skip
 """By head_dim: up to so many rows and KV heads for each multiprocessor. All are resident at once, up to the last."""
@@ -89,15 +89,17 @@ def block_of(rows: int, shape: AttentionShape, processors: int) -> Block:
     """How blocks of a key work: fewer rows have more warps, as merging in a block is cheap."""
     each = -(-rows * shape.kv_heads // processors)
     several = BLOCKS[shape.head_dim]
-    return next((block for most, block in several if each <= most), several[-1][1])
+    block = next((block for most, block in several if each <= most), several[-1][1])
+    if block.resident == 1 and splits_of(rows, shape, processors) > 1:
+        # They stand on all multiprocessors: with fewer registers, so that the next kernel finds room.
+        return replace(block, resident=2)
+    return block
 
 
 def splits_of(rows: int, shape: AttentionShape, processors: int) -> int:
     """Splits of each row and KV head that have blocks of their own, which are a cluster."""
-    most, splits = MOST_CLUSTER, 1
-    while most * shape.q_size // shape.kv_heads > 4096:  # words of parts in shared memory
-        most //= 2
-    while 2 * splits <= most and 2 * splits * rows * shape.kv_heads <= SPREAD[shape.head_dim] * processors:
+    splits = 1
+    while splits < MOST_CLUSTER and 2 * splits * rows * shape.kv_heads <= SPREAD[shape.head_dim] * processors:
         splits *= 2
     return splits
 
