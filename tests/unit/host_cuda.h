@@ -102,10 +102,12 @@ static u32 __ballot_sync(u32, bool v) {
     leave_post();
     return all;
 }
+static bool __syncthreads_and(bool v) { return !__syncthreads_or(!v); }
 static int __ffs(u32 v) { return __builtin_ffs((int)v); }
 static float __uint_as_float(u32 v) { float f; std::memcpy(&f, &v, 4); return f; }
 static float __int_as_float(int v) { return __uint_as_float((u32)v); }
 static float rsqrtf(float v) { return 1.f / std::sqrt(v); }
+static float __fdividef(float a, float b) { return a / b; }
 static u32 __byte_perm(u32 a, u32 b, u32 select) {
     unsigned long long both = (unsigned long long)b << 32 | a;
     u32 r = 0;
@@ -135,7 +137,20 @@ static u32 count_up(u32 *p, u32 most) {
     return before;
 }
 static void let_successor_start() {}
-static void wait_for_predecessor() {}
+static void send(float2 *to, float2 v) { *to = v; }   // blocks of a cluster run one after the other, the first one last
+static void arrive() {}
+static void meet() { block_meeting.wait(FIBERS); }
+// What a kernel in front writes: `before` until all threads of a block wait, then `after`.
+struct Written { char *at; const char *before, *after; size_t bytes; };
+static std::vector<Written> written;
+static void show(const char *Written::*which) {
+    for (const Written &w : written) std::memcpy(w.at, w.*which, w.bytes);
+}
+static void wait_for_predecessor() {
+    block_meeting.wait(FIBERS);
+    if (current == 0) show(&Written::after);
+    block_meeting.wait(FIBERS);
+}
 // m16n8k16: a0 a1 are rows g, g + 8 of inner indices 2t, 2t + 1; a2 a3 and b1 of those 8 further on.
 static void mma(float *c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
     const u32 own[6] = {a0, a1, a2, a3, b0, b1};
@@ -164,7 +179,9 @@ template <typename Body> static void run_blocks(int blocks, bool backwards, cons
     now = &body;
     gridDim.x = blocks;
     for (int i = 0; i < blocks; ++i) {
-        blockIdx.x = backwards ? blocks - 1 - i : i;
+        show(&Written::before);
+        const int cluster = i / SPLITS;
+        blockIdx.x = (backwards ? blocks / SPLITS - 1 - cluster : cluster) * SPLITS + SPLITS - 1 - i % SPLITS;
         for (int f = 0; f < FIBERS; ++f) {
             done[f] = false;
             getcontext(&fibers[f]);

@@ -20,15 +20,17 @@ from ostinato.errors import KernelError
 from ostinato.ops import AttentionShape, StepView
 from ostinato.ops.cuda import attention
 from ostinato.ops.cuda.attention import (
+    BLOCKS,
     LONG,
     MOST,
-    RESIDENT,
-    STEP,
+    SPREAD,
+    Block,
     DecodeAttention,
+    block_of,
     cut,
     grid_of,
+    splits_of,
     unsupported,
-    warps_of,
 )
 from ostinato.ops.cuda.fused import LOG2_E
 from ostinato.ops.cuda.program import POINTERS
@@ -62,12 +64,11 @@ class FakeKernel:
 
 
 @pytest.mark.parametrize("window", [0, 1, 16, 100, 5000])
-@pytest.mark.parametrize("splits", [1, 2, 3, 8, 16])
-@pytest.mark.parametrize("warps", [4, 8, 16])
-def test_splits_hold_every_visible_token_once(splits: int, window: int, warps: int) -> None:
-    least = warps * STEP
+@pytest.mark.parametrize("splits", [1, 2, 4, 8])
+@pytest.mark.parametrize("least", [16, 32, 64, 128, 256])
+def test_splits_hold_every_visible_token_once(splits: int, window: int, least: int) -> None:
     for length in LENGTHS:
-        c = cut(length, splits, window, warps)
+        c = cut(length, splits, window, least)
         first = max(length - window, 0) if window else 0
         assert c.base % 16 == 0, length
         assert first - 16 < c.base <= first, length
@@ -81,8 +82,8 @@ def test_splits_hold_every_visible_token_once(splits: int, window: int, warps: i
             assert c.chunk < LONG + least, length
 
 
-@pytest.mark.parametrize("warps", [4, 16])
-def test_the_kernel_cuts_by_the_same_rule(tmp_path: Path, warps: int) -> None:
+@pytest.mark.parametrize("block", [Block(4, 1, 3), Block(8, 2, 2)])
+def test_the_kernel_cuts_by_the_same_rule(tmp_path: Path, block: Block) -> None:
     """The C++ function itself, compiled for the host."""
     compiler = shutil.which("g++") or shutil.which("c++")
     if compiler is None:
@@ -93,41 +94,67 @@ def test_the_kernel_cuts_by_the_same_rule(tmp_path: Path, warps: int) -> None:
     body = body[: body.index("\n}\n") + 3].replace("__device__ __forceinline__ ", "")
     program = (
         f"#include <algorithm>\nusing std::min; using std::max;\nconst int STEP = 16;\n{declared}\n{body}\n"
-        'extern "C" void run(int n, int s, int *out) { Cut c = cut(n, s);'
+        'extern "C" void run(int n, int *out) { Cut c = cut(n);'
         " out[0] = c.first; out[1] = c.base; out[2] = c.chunk; out[3] = c.count; }\n"
     )
-    for window in (0, 100):
-        file, library = tmp_path / "cut.cpp", tmp_path / f"cut{window}.so"
-        file.write_text(program)
-        numbers = attention.macros(
-            AttentionShape(32, 8, 64, sliding_window=window or None), 16, 8, False, warps
-        )
-        defines = [f"-D{key}={numbers[key]}" for key in ("WINDOW", "CHUNK", "LONG", "MOST")]
+    file = tmp_path / "cut.cpp"
+    file.write_text(program)
+    for window, splits in ((0, 1), (0, 2), (0, 8), (100, 1), (100, 4)):
+        library = tmp_path / f"cut{window}-{splits}.so"
+        shape = AttentionShape(32, 8, 64, sliding_window=window or None)
+        numbers = attention.macros(shape, 16, 8, False, block, splits, False)
+        defines = [f"-D{key}={numbers[key]}" for key in ("WINDOW", "CHUNK", "LONG", "MOST", "SPLITS")]
         subprocess.run([compiler, "-shared", "-fPIC", *defines, str(file), "-o", str(library)], check=True)
         native = ctypes.CDLL(str(library))
-        for splits in (1, 2, 5, 8, 16):
-            for length in LENGTHS:
-                out = (ctypes.c_int * 4)()
-                native.run(length, splits, out)
-                c = cut(length, splits, window, warps)
-                assert list(out)[1:] == [c.base, c.chunk, c.count], (length, splits, window)
+        for length in LENGTHS:
+            out = (ctypes.c_int * 4)()
+            native.run(length, out)
+            c = cut(length, splits, window, block.step)
+            assert list(out)[1:] == [c.base, c.chunk, c.count], (length, splits, window)
 
 
 @pytest.mark.parametrize("shape", [LLAMA_1B, AttentionShape(16, 8, 128), AttentionShape(71, 71, 64)])
 def test_the_grid_follows_from_the_key(shape: AttentionShape) -> None:
     for rows in range(1, 300):
         grid = grid_of(rows, shape, 4096, 132)
+        block = block_of(rows, shape, 132)
+        assert grid.splits == splits_of(rows, shape, 132)
         assert grid.primary == rows * shape.kv_heads * grid.splits
+        assert grid.primary % grid.splits == grid.helpers % grid.splits == 0  # whole clusters
         assert 1 <= grid.splits <= MOST
-        warps = warps_of(rows, shape, 132)
-        assert grid.splits == 1 or grid.primary * warps <= RESIDENT[shape.head_dim] * 132
-        helped = max(cut(n, grid.splits, 0, warps).count for n in range(4097)) > grid.splits
+        assert grid.splits == 1 or grid.primary <= SPREAD[shape.head_dim] * 132
+        if -(-rows * shape.kv_heads // 132) <= BLOCKS[shape.head_dim][-1][0]:
+            assert grid.primary <= block.resident * 132
+        helped = max(cut(n, grid.splits, 0, block.step).count for n in range(4097)) > grid.splits
         assert not helped or grid.helpers  # whoever has more splits than blocks finds help
 
 
 def test_few_rows_have_many_warps_a_block() -> None:
-    assert [warps_of(rows, LLAMA_1B, 132) for rows in (1, 16, 17, 33, 34, 256)] == [16, 16, 8, 8, 4, 4]
-    assert [warps_of(rows, AttentionShape(16, 8, 128), 132) for rows in (1, 16, 17)] == [8, 8, 4]
+    def warps(shape: AttentionShape, *rows: int) -> list[int]:
+        return [block_of(n, shape, 132).warps for n in rows]
+
+    assert warps(LLAMA_1B, 1, 33, 34, 66, 67, 132, 133, 1000) == [8, 8, 4, 4, 2, 2, 1, 1]
+    assert warps(AttentionShape(16, 8, 128), 1, 49, 50, 99, 100, 1000) == [4, 4, 2, 2, 1, 1]
+
+
+def test_blocks_on_all_multiprocessors_are_small() -> None:
+    assert [block_of(rows, LLAMA_1B, 132).resident for rows in (2, 8, 9, 16, 17)] == [2, 2, 1, 1, 2]
+
+
+def test_few_rows_have_many_splits() -> None:
+    assert [splits_of(rows, LLAMA_1B, 132) for rows in (1, 2, 4, 5, 8, 9, 256)] == [4, 4, 4, 2, 2, 1, 1]
+    assert [splits_of(rows, AttentionShape(16, 8, 128), 132) for rows in (1, 4, 8, 16, 17)] == [4, 4, 4, 2, 1]
+
+
+@pytest.mark.parametrize("head_dim", BLOCKS)
+@pytest.mark.parametrize("group", range(1, 9))
+def test_static_shared_memory_suffices(head_dim: int, group: int) -> None:
+    """48 KiB: queries, results of warps, parts of a cluster, each float32 with two numbers beside a head."""
+    shape = AttentionShape(group, 1, head_dim)
+    for rows in range(1, 2000):
+        block, splits = block_of(rows, shape, 132), splits_of(rows, shape, 132)
+        words = (block.warps * (head_dim + 6) + splits * (head_dim + 2)) * group
+        assert words * 4 + 8 * (head_dim + 32) * 2 + 1024 <= 48 << 10, (rows, block, splits)
 
 
 def test_a_window_needs_no_helpers() -> None:
@@ -187,11 +214,12 @@ def test_parameters_come_in_the_order_of_the_struct(
     lines = [line.split("//")[0].strip(" ;") for line in body.splitlines()]
     pointers = [n.strip(" *;") for line in lines if "*" in line for n in line[line.index("*") :].split(",")]
     numbers = [n.strip() for line in lines if "*" not in line for n in line.split(" ", 1)[1].split(",")]
-    assert numbers == ["eps", "scale", "num_seqs", "splits", "primary"]
+    assert numbers == ["eps", "scale", "num_seqs", "primary", "blocks", "angles"]
     kernel = FakeKernel()
     made: list[dict[str, int]] = []
 
     def build(source: Path, name: str, macros: dict[str, int], **more: Any) -> FakeKernel:
+        assert more["cluster"] == macros["SPLITS"]
         made.append(macros)
         return kernel
 
@@ -215,23 +243,24 @@ def test_parameters_come_in_the_order_of_the_struct(
     addresses = struct.unpack(f"<{len(pointers)}Q", params[: 8 * len(pointers)])
     for name, address in zip(pointers, addresses, strict=True):
         assert address == (0 if expected[name] is None else expected[name].data_ptr()), name
-    eps, scale, rows, splits, primary = struct.unpack("<ffiii4x", params[8 * len(pointers) :])
+    eps, scale, rows, primary, cached, angles = struct.unpack("<ffiiii", params[8 * len(pointers) :])
     assert eps == pytest.approx(1e-6)
     assert scale == pytest.approx(64**-0.5 * LOG2_E)
-    assert (rows, splits, primary) == (3, 132 // 24, 3 * 8 * (132 // 24))
+    assert (rows, primary, cached, angles) == (3, 3 * 8 * 4, 4, 8)
     assert blocks == primary
     assert len(params) % 8 == 0  # as the compiler pads it
     assert POINTERS.pop(kernel.handle) == len(pointers)
     assert made[0] == {
         "HD": 64, "GROUP": 4, "KVH": 8, "BLOCK_SIZE": 16, "WINDOW": 0, "TABLE_WIDTH": 9,
-        "NORM": int(norm), "CHUNK": 256, "LONG": LONG, "MOST": MOST, "WARPS": 16,
+        "NORM": int(norm), "CHUNK": 256, "LONG": LONG, "MOST": MOST, "WARPS": 8,
+        "TILES": 2, "SPLITS": 4, "CLUSTER": 1, "BLOCKS": 2,
     }  # fmt: skip
 
 
 def test_every_macro_is_given() -> None:
     source = attention.SOURCE.read_text()
     listed = source[source.index("// Macros:") :].split("\n\n")[0]
-    for name in attention.macros(LLAMA_1B, 16, 8, True):
+    for name in attention.macros(LLAMA_1B, 16, 8, True, Block(8, 2, 2), 2, True):
         assert name in listed, name
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -26,16 +26,39 @@ logger = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_name("attention.cu")
 MOST = 16
 """Splits of a row at most: what `OpSet.attention_words` has room for."""
-WARPS = {64: (16, 8, 4), 128: (8, 4)}
-"""Of a block, by head_dim: as many as leave no multiprocessor a second block, or the fewest."""
 STEP = 16
-"""Tokens that a warp looks at together."""
+"""Tokens of a tile."""
 LONG = 2048
 """Most tokens of a split, where the number of splits allows."""
-RESIDENT = {64: 16, 128: 12}
-"""Warps on a multiprocessor that a step of few rows aims at, by head_dim."""
 HELPERS = 4
 """Blocks a multiprocessor for what rows have beyond the key's splits."""
+MOST_CLUSTER = 4
+"""Blocks of a cluster: parts of more would take room in shared memory, and those without work room on multiprocessors."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """How a block works."""
+
+    warps: int
+    tiles: int
+    """That a warp looks at together; their keys and values are in registers."""
+    resident: int
+    """Blocks of a multiprocessor that its registers must leave room for."""
+
+    @property
+    def step(self) -> int:
+        """Tokens that all warps look at together."""
+        return self.warps * self.tiles * STEP
+
+
+BLOCKS = {
+    64: ((1, Block(8, 2, 1)), (2, Block(8, 1, 2)), (4, Block(4, 2, 4)), (8, Block(2, 2, 8)), (16, Block(1, 2, 16))),
+    128: ((3, Block(4, 1, 3)), (6, Block(2, 1, 6)), (12, Block(1, 1, 12))),
+}  # fmt: skip
+"""By head_dim: up to so many rows and KV heads for each multiprocessor. All are resident at once, up to the last."""
+SPREAD = {64: 1, 128: 2}
+"""Blocks of a multiprocessor, by head_dim, up to which rows are cut into more splits: a short row leaves some idle."""
 
 
 @dataclass(frozen=True)
@@ -62,23 +85,34 @@ class Grid:
     """Blocks that share further splits of long rows."""
 
 
-def warps_of(rows: int, shape: AttentionShape, processors: int) -> int:
-    """Warps of a block. With few rows many of them share a split: merging in a block is cheaper than between blocks."""
-    several = WARPS[shape.head_dim]
-    per_block = -(-rows * shape.kv_heads // processors)
-    return next((n for n in several if n * per_block <= RESIDENT[shape.head_dim]), several[-1])
+def block_of(rows: int, shape: AttentionShape, processors: int) -> Block:
+    """How blocks of a key work: fewer rows have more warps, as merging in a block is cheap."""
+    each = -(-rows * shape.kv_heads // processors)
+    several = BLOCKS[shape.head_dim]
+    block = next((block for most, block in several if each <= most), several[-1][1])
+    if block.resident == 1 and splits_of(rows, shape, processors) > 1:
+        # They stand on all multiprocessors: with fewer registers, so that the next kernel finds room.
+        return replace(block, resident=2)
+    return block
 
 
-def cut(length: int, splits: int, window: int, warps: int = 4) -> Cut:
+def splits_of(rows: int, shape: AttentionShape, processors: int) -> int:
+    """Splits of each row and KV head that have blocks of their own, which are a cluster."""
+    splits = 1
+    while splits < MOST_CLUSTER and 2 * splits * rows * shape.kv_heads <= SPREAD[shape.head_dim] * processors:
+        splits *= 2
+    return splits
+
+
+def cut(length: int, splits: int, window: int, least: int = 64) -> Cut:
     """How a row is cut.
 
     Args:
         length: tokens of the row.
         splits: of the key, see `Grid`.
         window: as `AttentionShape.sliding_window`, 0 for none.
-        warps: of a block.
+        least: tokens of a split, a multiple of them: `Block.step`.
     """
-    least = warps * STEP
     base = max(length - window, 0) // 16 * 16 if window else 0
     seen = length - base
     chunk = _up(_up(seen, splits) // splits, least)
@@ -98,12 +132,12 @@ def grid_of(rows: int, shape: AttentionShape, context: int, processors: int) -> 
         context: the most tokens that a row's block table has room for.
         processors: multiprocessors of the GPU.
     """
-    pairs = rows * shape.kv_heads
-    warps = warps_of(rows, shape, processors)
-    splits = min(MOST, max(1, RESIDENT[shape.head_dim] // warps * processors // pairs))
+    splits = splits_of(rows, shape, processors)
+    least = block_of(rows, shape, processors).step
     seen = min(context, shape.sliding_window + 15) if shape.sliding_window else context
-    more = splits < MOST and seen > splits * (LONG - warps * STEP)
-    return Grid(splits, pairs * splits, HELPERS * processors if more else 0)
+    more = seen > splits * (LONG - least)
+    helpers = HELPERS * processors // splits * splits if more else 0
+    return Grid(splits, rows * shape.kv_heads * splits, helpers)
 
 
 def unsupported(dtype: torch.dtype, cache: torch.dtype, shape: AttentionShape) -> str | None:
@@ -111,7 +145,7 @@ def unsupported(dtype: torch.dtype, cache: torch.dtype, shape: AttentionShape) -
     group, rest = divmod(shape.heads, shape.kv_heads)
     if dtype != torch.bfloat16 or cache != torch.bfloat16:
         return f"activations are {dtype} and the cache is {cache}, it works in bfloat16"
-    if shape.head_dim not in RESIDENT:
+    if shape.head_dim not in BLOCKS:
         return f"head_dim is {shape.head_dim}, it knows 64 and 128"
     if rest or not 1 <= group <= 8:
         return f"{shape.heads} heads share {shape.kv_heads} KV heads, it knows 1 to 8 for each"
@@ -167,17 +201,21 @@ class DecodeAttention:
         norms = (q_norm, k_norm) if q_norm is not None and k_norm is not None else (None, None)
         table = view.block_table
         rows = view.seq_lens.shape[0]
-        warps = warps_of(rows, shape, self._processors)
-        kernel = self._kernel(macros(shape, keys.shape[1], table.shape[1], norms[0] is not None, warps))
+        grid = grid_of(rows, shape, table.shape[1] * keys.shape[1], self._processors)
+        block = block_of(rows, shape, self._processors)
+        cluster = self._pdl and grid.splits > 1
+        kernel = self._kernel(
+            macros(shape, keys.shape[1], table.shape[1], norms[0] is not None, block, grid.splits, cluster)
+        )
         if kernel is None:
             return False
-        grid = grid_of(rows, shape, table.shape[1] * keys.shape[1], self._processors)
         pointers = (
             qkv, view.positions, view.slots, rope, *norms, keys, values,
             table, view.rows, view.seq_lens, workspace, semaphores, out,
         )  # fmt: skip
         POINTERS[kernel.handle] = len(pointers)
-        kernel.launch(pack(pointers, eps, shape.scale, rows, grid), grid=grid.primary + grid.helpers)
+        params = pack(pointers, eps, shape.scale, rows, grid.primary, keys.shape[0], rope.shape[0])
+        kernel.launch(params, grid=grid.primary + grid.helpers)
         return True
 
     def _kernel(self, macros: dict[str, int]) -> Kernel | None:
@@ -186,7 +224,7 @@ class DecodeAttention:
             try:
                 found = build(
                     SOURCE, "attention", macros, device=self._device, block=macros["WARPS"] * 32, shared_bytes=0, grid=1,
-                    pdl=self._pdl,
+                    pdl=self._pdl, cluster=macros["SPLITS"] if macros["CLUSTER"] else 1,
                 )  # fmt: skip
             except KernelError as error:
                 logger.warning(
@@ -199,20 +237,29 @@ class DecodeAttention:
 
 
 def macros(
-    shape: AttentionShape, block_size: int, table_width: int, norm: bool, warps: int = 4
-) -> dict[str, int]:
-    """What is compiled in."""
+    shape: AttentionShape, block_size: int, table_width: int, norm: bool, block: Block, splits: int, cluster: bool
+) -> dict[str, int]:  # fmt: skip
+    """What is compiled in; `cluster`: the GPU has clusters, and blocks of a row's splits are one."""
     return {
         "HD": shape.head_dim, "GROUP": shape.heads // shape.kv_heads, "KVH": shape.kv_heads,
         "BLOCK_SIZE": block_size, "WINDOW": shape.sliding_window or 0, "TABLE_WIDTH": table_width,
-        "NORM": int(norm), "CHUNK": warps * STEP, "LONG": LONG, "MOST": MOST, "WARPS": warps,
+        "NORM": int(norm), "CHUNK": block.step, "LONG": LONG, "MOST": MOST, "WARPS": block.warps,
+        "TILES": block.tiles, "SPLITS": splits, "CLUSTER": int(cluster), "BLOCKS": block.resident,
     }  # fmt: skip
 
 
-def pack(pointers: tuple[torch.Tensor | None, ...], eps: float, scale: float, rows: int, grid: Grid) -> bytes:
+def pack(
+    pointers: tuple[torch.Tensor | None, ...],
+    eps: float,
+    scale: float,
+    rows: int,
+    primary: int,
+    blocks: int,
+    angles: int,
+) -> bytes:
     """`struct Params`; the softmax is in powers of two."""
-    numbers = (eps, scale * LOG2_E, rows, grid.splits, grid.primary)
-    return addresses(pointers) + struct.pack("<ffiii4x", *numbers)
+    numbers = (eps, scale * LOG2_E, rows, primary, blocks, angles)
+    return addresses(pointers) + struct.pack("<ffiiii", *numbers)
 
 
 def _up(value: int, unit: int) -> int:

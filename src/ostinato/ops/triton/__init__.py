@@ -238,6 +238,8 @@ class TritonOps:
         return scratch_words(max_seqs, vocab_size)
 
     def prepare(self, batch: Batch, scratch: Scratch) -> StepView:
+        # The one kernel of a step that is not launched early: what was written before the step is complete for all
+        # others, also for what decode attention loads before it waits.
         static, state = batch.static, batch.state
         table, cycle = static.block_table, (len(state.posted) - 1) * POST_CYCLE
         if batch.decode:
@@ -246,7 +248,7 @@ class TritonOps:
                 scratch.ids, scratch.positions, scratch.slots, scratch.seq_lens, scratch.last_index,
                 batch.num_seqs,
                 TABLE_WIDTH=table.shape[1], BLOCK_SIZE=batch.block_size, CYCLE=cycle, BLOCK=ROWS_BLOCK, num_warps=4,
-                **self._launch,
+                PDL=self._pdl,
             )  # fmt: skip
         else:
             pointwise.prepare_mixed[(cdiv(max(batch.num_tokens, batch.num_seqs), ROWS_BLOCK),)](
@@ -256,7 +258,7 @@ class TritonOps:
                 scratch.ids, scratch.positions, scratch.slots, scratch.seq_lens, scratch.last_index,
                 batch.num_tokens, batch.num_seqs,
                 TABLE_WIDTH=table.shape[1], BLOCK_SIZE=batch.block_size, CYCLE=cycle, BLOCK=ROWS_BLOCK, num_warps=4,
-                **self._launch,
+                PDL=self._pdl,
             )  # fmt: skip
         return StepView(
             ids=scratch.ids,
