@@ -34,8 +34,10 @@ constexpr int CONSUMERS = MW * 128;         // threads; then a warp that copies,
 constexpr bool GATHERED = KIND == STORE || KIND == ADD;   // parts go through shared memory; one tile a cluster
 constexpr int APART = ROWS + 4;             // floats from token to token there
 constexpr int OWN = TOK / SPLIT;            // tokens that a block finishes
-constexpr int NI = TOK < 64 ? TOK : 64;     // tokens of one instruction
+constexpr int SLICE = TOK / SHARE;          // tokens of x that a block copies, for all that share them
+constexpr int CLUSTER = SPLIT * SHARE;
 static_assert(TOK % SPLIT == 0, "tokens are shared out evenly");
+static_assert(SHARE == 1 || SLICE % 8 == 0, "swizzled by eight rows");
 static_assert(GATHERED || SPLIT == 1, "gate and up, and the head, have tiles enough");
 
 struct __align__(64) Map { u64 words[16]; };
@@ -64,6 +66,13 @@ __device__ __forceinline__ void copy2(u32 to, const Map *map, int a, int b, u32 
         " [%0], [%1, {%3, %4}], [%2], %5;"
         ::"r"(to), "l"(map), "r"(bar), "r"(a), "r"(b), "l"(hint) : "memory");
 }
+// To the same place in all blocks of `mask`, whose barriers count it too.
+__device__ __forceinline__ void copy2(u32 to, const Map *map, int a, int b, u32 bar, u64 hint, u16 mask) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint"
+        " [%0], [%1, {%3, %4}], [%2], %6, %5;"
+        ::"r"(to), "l"(map), "r"(bar), "r"(a), "r"(b), "l"(hint), "h"(mask) : "memory");
+}
 __device__ __forceinline__ void copy4(u32 to, const Map *map, int a, int d, u32 bar, u64 hint) {
     asm volatile(
         "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint"
@@ -79,28 +88,35 @@ __device__ __forceinline__ u64 operand(u32 at) {
 #define F16(i) F4(i), F4(i + 4), F4(i + 8), F4(i + 12)
 // d (+)= A B^T over 16 inner indices; `more`: added to what d holds.
 __device__ __forceinline__ void multiply(float *d, u64 a, u64 b, u32 more) {
-    if (NI == 8)
+    if (TOK == 8)
         asm volatile(
             "{\n.reg .pred p;\nsetp.ne.b32 p, %6, 0;\n"
             "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%0,%1,%2,%3}, %4, %5, p, 1, 1, 0, 0;\n}"
             : F4(0) : "l"(a), "l"(b), "r"(more));
-    if (NI == 16)
+    if (TOK == 16)
         asm volatile(
             "{\n.reg .pred p;\nsetp.ne.b32 p, %10, 0;\n"
             "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {%0,%1,%2,%3,%4,%5,%6,%7}, %8, %9, p, 1, 1, 0, 0;\n}"
             : F4(0), F4(4) : "l"(a), "l"(b), "r"(more));
-    if (NI == 32)
+    if (TOK == 32)
         asm volatile(
             "{\n.reg .pred p;\nsetp.ne.b32 p, %18, 0;\n"
             "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15},"
             " %16, %17, p, 1, 1, 0, 0;\n}"
             : F16(0) : "l"(a), "l"(b), "r"(more));
-    if (NI == 64)
+    if (TOK == 64)
         asm volatile(
             "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
             "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
             "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, %32, %33, p, 1, 1, 0, 0;\n}"
             : F16(0), F16(16) : "l"(a), "l"(b), "r"(more));
+    if (TOK == 128)
+        asm volatile(
+            "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
+            "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+            "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,"
+            "%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, %64, %65, p, 1, 1, 0, 0;\n}"
+            : F16(0), F16(16), F16(32), F16(48) : "l"(a), "l"(b), "r"(more));
 }
 __device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
@@ -113,17 +129,22 @@ __device__ __forceinline__ void await_products(float *d) {
     for (int i = 0; i < TOK / 2; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
-// Sends a number to another block of the cluster, which waits for its bytes.
-__device__ __forceinline__ void send(u32 to, u32 bar, float v) {
-    if (SPLIT == 1) asm volatile("st.shared.f32 [%0], %1;" ::"r"(to), "f"(v) : "memory");   // no cluster was launched
-    else asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];"
-                 ::"r"(to), "r"(__float_as_uint(v)), "r"(bar) : "memory");
-}
 __device__ __forceinline__ u32 there(u32 at, int block) {
-    if (SPLIT == 1) return at;
     u32 r;
     asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(r) : "r"(at), "r"(block));
     return r;
+}
+// Sends a number to another block of the cluster, which waits for its bytes.
+__device__ __forceinline__ void send(u32 to, u32 bar, int block, float v) {
+    if (SPLIT == 1) asm volatile("st.shared.f32 [%0], %1;" ::"r"(to), "f"(v) : "memory");   // maybe no cluster was launched
+    else asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];"
+                 ::"r"(there(to, block)), "r"(__float_as_uint(v)), "r"(there(bar, block)) : "memory");
+}
+__device__ __forceinline__ void arrive_there(u32 bar) {
+    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(bar) : "memory");
+}
+__device__ __forceinline__ void meet() {
+    asm volatile("barrier.cluster.arrive.relaxed;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
 __device__ __forceinline__ bool come(u32 bar) {
     u32 yes;
@@ -132,20 +153,23 @@ __device__ __forceinline__ bool come(u32 bar) {
     return yes;
 }
 
-extern "C" __global__ void __launch_bounds__(CONSUMERS + 64) linear(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(CONSUMERS + 64, 2) linear(const __grid_constant__ Params p) {
     extern __shared__ __align__(1024) unsigned char memory[];
     __shared__ __align__(8) u64 bars[2 * STAGES + 3];
     __shared__ float factors[TOK];
     const int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31;
-    const u32 data = (shared_at(memory) + 1023) & ~1023u, parts = data + STAGES * STAGE;
+    const u32 data = (shared_at(memory) + 1023) & ~1023u, parts = ALIAS ? data : data + STAGES * STAGE;
     const u32 full = shared_at(bars), empty = full + STAGES * 8, go = empty + STAGES * 8, normed = go + 8, sent = normed + 8;
-    const int split = SPLIT > 1 ? blockIdx.x % SPLIT : 0, first = blockIdx.x / SPLIT, step = gridDim.x / SPLIT;
+    // Blocks of a cluster: splits side by side, then tiles.
+    const int split = blockIdx.x % SPLIT, share = blockIdx.x / SPLIT % SHARE;
+    const int start = blockIdx.x / CLUSTER * SHARE, first = start + share, step = gridDim.x / SPLIT;
     const int begin = p.chunks * split / SPLIT, end = p.chunks * (split + 1) / SPLIT;
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+    const int stages = (p.tiles - start + step - 1) / step * (end - begin);     // that pass through the ring
+    if (stages <= LEAD) asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
     if (tid == 0) {
         for (int i = 0; i < STAGES; ++i) {
             mbar_init(full + i * 8, 1);
-            mbar_init(empty + i * 8, MW * 4);
+            mbar_init(empty + i * 8, SHARE * MW * 4);
         }
         mbar_init(go, 1);
         mbar_init(normed, 1);
@@ -154,21 +178,24 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 64) linear(const __grid
         if (GATHERED) mbar_expect(sent, TOK * ROWS * 4);
     }
     __syncwarp();
-    if (SPLIT > 1) asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+    if (CLUSTER > 1) meet();
     else __syncthreads();
 
     if (warp == CONSUMERS / 32) {
         if (lane) return;
         const u64 once = policy(true), often = policy(false);
+        u16 sharing = 0;
+        for (int i = 0; i < SHARE; ++i) sharing |= 1 << (split + i * SPLIT);
         // Blocks begin at different inner indices: rows of weights lie a power of two apart, and the same
         // index of all of them would meet in few channels of memory.
         auto turned = [&](int tile, int chunk) {
-            const int at = chunk + (ROTATE ? tile * ROTATE % (end - begin) : 0);
+            const int at = chunk + tile / SHARE * ROTATE % (end - begin);
             return at < end ? at : at - (end - begin);
         };
         auto weights = [&](int stage, int tile, int in_turn) {
             const int chunk = turned(tile, in_turn);
-            u32 to = data + stage * STAGE;
+            const u32 to = data + stage * STAGE;
+            tile += share;
 #pragma unroll
             for (int a = 0; a < KA; ++a) {
                 if (KIND == ACT) copy4(to + a * W_BYTES, &p.weight_map, (chunk * KA + a) * 64, tile * (ROWS / 16), full + stage * 8, once);
@@ -177,11 +204,13 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 64) linear(const __grid
         };
         auto tokens = [&](int stage, int tile, int in_turn) {
             const int chunk = turned(tile, in_turn);
-            u32 to = data + stage * STAGE + KA * W_BYTES;
+            const u32 to = data + stage * STAGE + KA * W_BYTES + share * SLICE * 128;
 #pragma unroll
-            for (int a = 0; a < KA; ++a) copy2(to + a * X_BYTES, &p.x_map, (chunk * KA + a) * 64, 0, full + stage * 8, often);
+            for (int a = 0; a < KA; ++a)
+                if (SHARE == 1) copy2(to + a * X_BYTES, &p.x_map, (chunk * KA + a) * 64, 0, full + stage * 8, often);
+                else copy2(to + a * X_BYTES, &p.x_map, (chunk * KA + a) * 64, share * SLICE, full + stage * 8, often, sharing);
         };
-        int tile = first, chunk = begin, filled = 0;
+        int tile = start, chunk = begin, filled = 0;
         auto next = [&] {
             if (++chunk == end) { chunk = begin; tile += step; }
         };
@@ -192,7 +221,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 64) linear(const __grid
             weights(filled++, tile, chunk);
             next();
         }
-        tile = first;
+        tile = start;
         chunk = begin;
         asm volatile("griddepcontrol.wait;" ::: "memory");
         for (int i = 0, stage = 0, parity = 1; tile < p.tiles; ++i) {
@@ -206,6 +235,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 64) linear(const __grid
                 weights(stage, tile, chunk);
             }
             tokens(stage, tile, chunk);
+            if (i == stages - LEAD) asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
             if (++stage == STAGES) { stage = 0; parity ^= 1; }
             next();
         }
@@ -248,9 +278,17 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 64) linear(const __grid
             }
         }
     }
+    // A stage is free for its next tiles when all that share x have read it. Nobody waits for the last ones.
+    int freed = 0;
+    auto release = [&](int stage) {
+        if (freed++ + STAGES >= stages) return;
+        if (SHARE == 1 && lane == 0) mbar_arrive(empty + stage * 8);
+        if (SHARE > 1 && lane < SHARE) arrive_there(there(empty + stage * 8, split + lane * SPLIT));
+    };
     float d[TOK / 2];
     int stage = 0, parity = 0;
-    for (int tile = first; tile < p.tiles; tile += step) {
+    for (int from = start; from < p.tiles; from += step) {
+        const int tile = from + share;
         int last = -1;
         for (int chunk = begin; chunk < end; ++chunk) {
             mbar_wait(full + stage * 8, parity);
@@ -260,20 +298,17 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 64) linear(const __grid
             for (int a = 0; a < KA; ++a)
 #pragma unroll
                 for (int k = 0; k < 4; ++k)
-#pragma unroll
-                    for (int n = 0; n < TOK / NI; ++n)
-                        multiply(d + n * 32, operand(at + a * W_BYTES + k * 32), operand(x + a * X_BYTES + n * 8192 + k * 32),
-                                 chunk > begin || a || k);
+                    multiply(d, operand(at + a * W_BYTES + k * 32), operand(x + a * X_BYTES + k * 32), chunk > begin || a || k);
             commit_products();
             await_products<1>(d);
-            if (last >= 0 && lane == 0) mbar_arrive(empty + last * 8);
+            if (last >= 0) release(last);
             __syncwarp();
             last = stage;
             if (++stage == STAGES) { stage = 0; parity ^= 1; }
         }
         await_products<0>(d);
-        if (last >= 0 && lane == 0) mbar_arrive(empty + last * 8);
-        if (tile == first) mbar_wait(normed, 0);
+        release(last);
+        if (from == start) mbar_wait(normed, 0);
         if (GATHERED) break;
 #pragma unroll
         for (int j = 0; j < TOK / 8; ++j)
@@ -296,14 +331,16 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 64) linear(const __grid
             }
     }
     if (!GATHERED) return;
+    if (ALIAS && CLUSTER > 1) meet();   // parts lie where the ring was
+    else if (ALIAS) asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory");
 #pragma unroll
     for (int j = 0; j < TOK / 8; ++j)
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            const int c = j * 8 + 2 * t + i, owner = c / OWN;
-            const u32 to = there(parts + ((split * OWN + c % OWN) * APART + warp * 16 + g) * 4, owner), bar = there(sent, owner);
-            send(to, bar, d[j * 4 + i]);
-            send(to + 32, bar, d[j * 4 + 2 + i]);
+            const int c = j * 8 + 2 * t + i, owner = c / OWN + share * SPLIT;
+            const u32 to = parts + ((split * OWN + c % OWN) * APART + warp * 16 + g) * 4;
+            send(to, sent, owner, d[j * 4 + i]);
+            send(to + 32, sent, owner, d[j * 4 + 2 + i]);
         }
     if (SPLIT == 1) asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory");
     else mbar_wait(sent, 0);
