@@ -29,16 +29,23 @@ enum { STORE, ADD, ACT, WIDE };
 constexpr int ROWS = 64 * MW;               // of weights in a tile
 constexpr int W_BYTES = ROWS * 128;         // of 64 inner indices
 constexpr int X_BYTES = TOK * 128;
-constexpr int STAGE = KA * (W_BYTES + X_BYTES);
-constexpr int CONSUMERS = MW * 128;         // threads; then a warp that copies, and one for the norm's factors
+constexpr int CONSUMERS = MW * 128;         // threads; then a warp that copies weights, one for x, and those for the norm's factors
+constexpr int NORMERS = TOK < 64 ? 1 : 2;
+constexpr int THREADS = CONSUMERS + 64 + NORMERS * 32;
 constexpr bool GATHERED = KIND == STORE || KIND == ADD;   // parts go through shared memory; one tile a cluster
-constexpr int APART = ROWS + 4;             // floats from token to token there
 constexpr int OWN = TOK / SPLIT;            // tokens that a block finishes
 constexpr int SLICE = TOK / SHARE;          // tokens of x that a block copies, for all that share them
 constexpr int CLUSTER = SPLIT * SHARE;
 static_assert(TOK % SPLIT == 0, "tokens are shared out evenly");
 static_assert(SHARE == 1 || SLICE % 8 == 0, "swizzled by eight rows");
 static_assert(GATHERED || SPLIT == 1, "gate and up, and the head, have tiles enough");
+
+constexpr int PAIRED = OWN > 1 ? OWN : 2;       // tokens that a block is sent; a neighbour's where it finishes a single one
+// Where a number of a tile's parts lies: the four that a thread holds side by side, two tokens of rows r and r + 8.
+constexpr int APART = ROWS * 2 + ROWS / 4;      // floats from two tokens to the next two
+__device__ __forceinline__ int place(int split, int token, int row) {
+    return (split * PAIRED / 2 + token / 2) * APART + row / 16 * 36 + row % 8 * 4 + row / 8 % 2 * 2 + token % 2;
+}
 
 struct __align__(64) Map { u64 words[16]; };
 struct Params {
@@ -134,11 +141,13 @@ __device__ __forceinline__ u32 there(u32 at, int block) {
     asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(r) : "r"(at), "r"(block));
     return r;
 }
-// Sends a number to another block of the cluster, which waits for its bytes.
-__device__ __forceinline__ void send(u32 to, u32 bar, int block, float v) {
-    if (SPLIT == 1) asm volatile("st.shared.f32 [%0], %1;" ::"r"(to), "f"(v) : "memory");   // maybe no cluster was launched
-    else asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];"
-                 ::"r"(there(to, block)), "r"(__float_as_uint(v)), "r"(there(bar, block)) : "memory");
+// Sends numbers to another block of the cluster, which waits for their bytes.
+__device__ __forceinline__ void send(u32 to, u32 bar, int block, const float *v) {
+    if (SPLIT == 1)     // maybe no cluster was launched
+        asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to), "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]) : "memory");
+    else asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];"
+                 ::"r"(there(to, block)), "r"(__float_as_uint(v[0])), "r"(__float_as_uint(v[1])), "r"(__float_as_uint(v[2])),
+                 "r"(__float_as_uint(v[3])), "r"(there(bar, block)) : "memory");
 }
 __device__ __forceinline__ void arrive_there(u32 bar) {
     asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(bar) : "memory");
@@ -153,29 +162,38 @@ __device__ __forceinline__ bool come(u32 bar) {
     return yes;
 }
 
-extern "C" __global__ void __launch_bounds__(CONSUMERS + 64, 2) linear(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(THREADS, TOK * MW > 128 ? 1 : 2) linear(const __grid_constant__ Params p) {
     extern __shared__ __align__(1024) unsigned char memory[];
-    __shared__ __align__(8) u64 bars[2 * STAGES + 3];
+    __shared__ __align__(8) u64 bars[2 * STAGES + 2 * X_STAGES + 3];
     __shared__ float factors[TOK];
     const int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31;
-    const u32 data = (shared_at(memory) + 1023) & ~1023u, parts = ALIAS ? data : data + STAGES * STAGE;
-    const u32 full = shared_at(bars), empty = full + STAGES * 8, go = empty + STAGES * 8, normed = go + 8, sent = normed + 8;
+    const u32 w_ring = (shared_at(memory) + 1023) & ~1023u, x_ring = w_ring + STAGES * KA * W_BYTES;
+    const u32 parts = ALIAS ? w_ring : x_ring + X_STAGES * KA * X_BYTES;
+    const u32 w_full = shared_at(bars), w_empty = w_full + STAGES * 8, x_full = w_empty + STAGES * 8, x_empty = x_full + X_STAGES * 8;
+    const u32 go = x_empty + X_STAGES * 8, normed = go + 8, sent = normed + 8;
     // Blocks of a cluster: splits side by side, then tiles.
     const int split = blockIdx.x % SPLIT, share = blockIdx.x / SPLIT % SHARE;
     const int start = blockIdx.x / CLUSTER * SHARE, first = start + share, step = gridDim.x / SPLIT;
-    const int begin = p.chunks * split / SPLIT, end = p.chunks * (split + 1) / SPLIT;
-    const int stages = (p.tiles - start + step - 1) / step * (end - begin);     // that pass through the ring
+    const int begin = p.chunks * split / SPLIT, count = p.chunks * (split + 1) / SPLIT - begin;
+    const int stages = (p.tiles - start + step - 1) / step * count;     // that pass through the rings
+    // Blocks begin at different inner indices: rows of weights lie a power of two apart, and the same
+    // index of all of them would meet in few channels of memory.
+    auto turned = [&](int tile) { return tile / SHARE * ROTATE % count; };
     if (stages <= LEAD) asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
     if (tid == 0) {
         for (int i = 0; i < STAGES; ++i) {
-            mbar_init(full + i * 8, 1);
-            mbar_init(empty + i * 8, SHARE * MW * 4);
+            mbar_init(w_full + i * 8, 1);
+            mbar_init(w_empty + i * 8, MW * 4);
+        }
+        for (int i = 0; i < X_STAGES; ++i) {
+            mbar_init(x_full + i * 8, 1);
+            mbar_init(x_empty + i * 8, SHARE * MW * 4);
         }
         mbar_init(go, 1);
-        mbar_init(normed, 1);
+        mbar_init(normed, NORMERS);
         mbar_init(sent, 1);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-        if (GATHERED) mbar_expect(sent, TOK * ROWS * 4);
+        if (GATHERED) mbar_expect(sent, SPLIT * PAIRED * ROWS * 4);
     }
     __syncwarp();
     if (CLUSTER > 1) meet();
@@ -183,74 +201,74 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 64, 2) linear(const __g
 
     if (warp == CONSUMERS / 32) {
         if (lane) return;
-        const u64 once = policy(true), often = policy(false);
+        const u64 hint = policy(true);
+        bool gone = false;
+        long long last = clock64() - PACE;
+        int i = 0, stage = 0, parity = 1;
+        for (int tile = start; tile < p.tiles; tile += step) {
+            int at = turned(tile);
+            for (int n = 0; n < count; ++n, ++i) {
+                if (i >= STAGES) mbar_wait(w_empty + stage * 8, parity);
+                else while (!gone && clock64() - last < PACE) gone = come(go);
+                if ((i >= STAGES || gone) && i >= FLIGHT) {
+                    const int before = stage - FLIGHT;
+                    mbar_wait(w_full + (before < 0 ? before + STAGES : before) * 8, before < 0 ? parity : parity ^ 1);
+                }
+                last = clock64();
+                const u32 bar = w_full + stage * 8, to = w_ring + stage * KA * W_BYTES;
+                const int inner = (begin + at) * KA * 64;
+                mbar_expect(bar, KA * W_BYTES);
+#pragma unroll
+                for (int a = 0; a < KA; ++a) {
+                    if (KIND == ACT) copy4(to + a * W_BYTES, &p.weight_map, inner + a * 64, (tile + share) * (ROWS / 16), bar, hint);
+                    else copy2(to + a * W_BYTES, &p.weight_map, inner + a * 64, (tile + share) * ROWS, bar, hint);
+                }
+                if (i == stages - LEAD) asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+                if (++at == count) at = 0;
+                if (++stage == STAGES) { stage = 0; parity ^= 1; }
+            }
+        }
+        return;
+    }
+    if (warp == CONSUMERS / 32 + 1) {
+        if (lane) return;
+        const u64 hint = policy(false);
         u16 sharing = 0;
         for (int i = 0; i < SHARE; ++i) sharing |= 1 << (split + i * SPLIT);
-        // Blocks begin at different inner indices: rows of weights lie a power of two apart, and the same
-        // index of all of them would meet in few channels of memory.
-        auto turned = [&](int tile, int chunk) {
-            const int at = chunk + tile / SHARE * ROTATE % (end - begin);
-            return at < end ? at : at - (end - begin);
-        };
-        auto weights = [&](int stage, int tile, int in_turn) {
-            const int chunk = turned(tile, in_turn);
-            const u32 to = data + stage * STAGE;
-            tile += share;
-#pragma unroll
-            for (int a = 0; a < KA; ++a) {
-                if (KIND == ACT) copy4(to + a * W_BYTES, &p.weight_map, (chunk * KA + a) * 64, tile * (ROWS / 16), full + stage * 8, once);
-                else copy2(to + a * W_BYTES, &p.weight_map, (chunk * KA + a) * 64, tile * ROWS, full + stage * 8, once);
-            }
-        };
-        auto tokens = [&](int stage, int tile, int in_turn) {
-            const int chunk = turned(tile, in_turn);
-            const u32 to = data + stage * STAGE + KA * W_BYTES + share * SLICE * 128;
-#pragma unroll
-            for (int a = 0; a < KA; ++a)
-                if (SHARE == 1) copy2(to + a * X_BYTES, &p.x_map, (chunk * KA + a) * 64, 0, full + stage * 8, often);
-                else copy2(to + a * X_BYTES, &p.x_map, (chunk * KA + a) * 64, share * SLICE, full + stage * 8, often, sharing);
-        };
-        int tile = start, chunk = begin, filled = 0;
-        auto next = [&] {
-            if (++chunk == end) { chunk = begin; tile += step; }
-        };
-        for (long long last = clock64() - PACE; tile < p.tiles && filled < STAGES && !come(go);) {
-            if (clock64() - last < PACE) continue;
-            last = clock64();
-            mbar_expect(full + filled * 8, STAGE);
-            weights(filled++, tile, chunk);
-            next();
-        }
-        tile = start;
-        chunk = begin;
         asm volatile("griddepcontrol.wait;" ::: "memory");
-        for (int i = 0, stage = 0, parity = 1; tile < p.tiles; ++i) {
-            if (i >= STAGES) mbar_wait(empty + stage * 8, parity);
-            if (i >= filled) {
-                if (i >= FLIGHT) {
-                    const int at = stage - FLIGHT;
-                    mbar_wait(full + (at < 0 ? at + STAGES : at) * 8, at < 0 ? parity : parity ^ 1);
-                }
-                mbar_expect(full + stage * 8, STAGE);
-                weights(stage, tile, chunk);
+        mbar_arrive(go);
+        int i = 0, stage = 0, parity = 1;
+        for (int tile = start; tile < p.tiles; tile += step) {
+            int at = turned(tile);
+            for (int n = 0; n < count; ++n, ++i) {
+                if (i >= X_STAGES) mbar_wait(x_empty + stage * 8, parity);
+                const u32 bar = x_full + stage * 8, to = x_ring + stage * KA * X_BYTES + share * SLICE * 128;
+                const int inner = (begin + at) * KA * 64;
+                mbar_expect(bar, KA * X_BYTES);
+#pragma unroll
+                for (int a = 0; a < KA; ++a)
+                    if (SHARE == 1) copy2(to + a * X_BYTES, &p.x_map, inner + a * 64, 0, bar, hint);
+                    else copy2(to + a * X_BYTES, &p.x_map, inner + a * 64, share * SLICE, bar, hint, sharing);
+                if (++at == count) at = 0;
+                if (++stage == X_STAGES) { stage = 0; parity ^= 1; }
             }
-            tokens(stage, tile, chunk);
-            if (i == stages - LEAD) asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-            if (++stage == STAGES) { stage = 0; parity ^= 1; }
-            next();
         }
         return;
     }
     if (warp > CONSUMERS / 32) {
         asm volatile("griddepcontrol.wait;" ::: "memory");
-        if (lane == 0) mbar_arrive(go);
         constexpr int LANES = TOK < 32 ? 32 / TOK : 1;     // that share a token
-        for (int c = lane % (32 / LANES); c < TOK; c += 32 / LANES) {
+        constexpr int BATCH = 32 / LANES;                  // loads under way
+        const int sums = p.squares ? p.k / 64 : 0;
+        for (int c = (warp - CONSUMERS / 32 - 2) * 32 + lane % (32 / LANES); c < TOK; c += NORMERS * 32 / LANES) {
             float sum = 0.f;
-            if (p.squares && c < p.rows) {
-                const int count = p.k / 64;
-#pragma unroll 8
-                for (int i = lane / (32 / LANES); i < count; i += LANES) sum += p.squares[i * p.rows + c];
+            for (int i = lane / (32 / LANES); i < sums; i += BATCH * LANES) {
+                float v[BATCH];
+#pragma unroll
+                for (int b = 0; b < BATCH; ++b)
+                    v[b] = c < p.rows && i + b * LANES < sums ? p.squares[(i + b * LANES) * p.rows + c] : 0.f;
+#pragma unroll
+                for (int b = 0; b < BATCH; ++b) sum += v[b];
             }
 #pragma unroll
             for (int d = 16; d >= 32 / LANES; d >>= 1) sum += __shfl_xor_sync(~0u, sum, d);
@@ -278,70 +296,65 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 64, 2) linear(const __g
             }
         }
     }
-    // A stage is free for its next tiles when all that share x have read it. Nobody waits for the last ones.
-    int freed = 0;
-    auto release = [&](int stage) {
-        if (freed++ + STAGES >= stages) return;
-        if (SHARE == 1 && lane == 0) mbar_arrive(empty + stage * 8);
-        if (SHARE > 1 && lane < SHARE) arrive_there(there(empty + stage * 8, split + lane * SPLIT));
-    };
     float d[TOK / 2];
-    int stage = 0, parity = 0;
+    int i = 0, w = 0, w_parity = 0, x = 0, x_parity = 0;
     for (int from = start; from < p.tiles; from += step) {
         const int tile = from + share;
-        int last = -1;
-        for (int chunk = begin; chunk < end; ++chunk) {
-            mbar_wait(full + stage * 8, parity);
-            const u32 at = data + stage * STAGE + group * 8192, x = data + stage * STAGE + KA * W_BYTES;
+        for (int n = 0; n < count; ++n, ++i) {
+            mbar_wait(w_full + w * 8, w_parity);
+            mbar_wait(x_full + x * 8, x_parity);
+            const u64 a = operand(w_ring + w * KA * W_BYTES + group * 8192), b = operand(x_ring + x * KA * X_BYTES);
             begin_products();
 #pragma unroll
-            for (int a = 0; a < KA; ++a)
-#pragma unroll
-                for (int k = 0; k < 4; ++k)
-                    multiply(d, operand(at + a * W_BYTES + k * 32), operand(x + a * X_BYTES + k * 32), chunk > begin || a || k);
+            for (int k = 0; k < KA * 4; ++k)
+                multiply(d, a + (k / 4 * W_BYTES + k % 4 * 32) / 16, b + (k / 4 * X_BYTES + k % 4 * 32) / 16, n || k);
             commit_products();
-            await_products<1>(d);
-            if (last >= 0) release(last);
+            await_products<0>(d);
+            // Tiles of x are free when all that share them have read them. Nobody waits for the last ones.
+            if (lane == 0) mbar_arrive(w_empty + w * 8);
+            if (lane < SHARE && i + X_STAGES < stages) {
+                if (SHARE == 1) mbar_arrive(x_empty + x * 8);
+                else arrive_there(there(x_empty + x * 8, split + lane * SPLIT));
+            }
             __syncwarp();
-            last = stage;
-            if (++stage == STAGES) { stage = 0; parity ^= 1; }
+            if (++w == STAGES) { w = 0; w_parity ^= 1; }
+            if (++x == X_STAGES) { x = 0; x_parity ^= 1; }
         }
         await_products<0>(d);
-        release(last);
         if (from == start) mbar_wait(normed, 0);
         if (GATHERED) break;
 #pragma unroll
-        for (int j = 0; j < TOK / 8; ++j)
+        for (int j = 0; j < TOK / 8; ++j) {
+            float r[2];
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
-                const int c = j * 8 + 2 * t + i;
-                if (c >= p.rows) continue;
+                const int c = j * 8 + 2 * t + i, n = tile * ROWS + warp * 16 + g;
                 const float v = d[j * 4 + i] * factors[c], u = d[j * 4 + 2 + i] * factors[c];
                 if (KIND == ACT) {
-                    const int n = tile * (ROWS / 2) + warp * 8 + g;
                     const float gate = rounded(v);
-                    const float r = rounded(gate / (1.f + exp2_(-1.4426950408889634f * gate))) * rounded(u);
-                    if (n < p.n) ((u16 *)p.out)[(long long)c * p.n + n] = (u16)pack(r, 0.f);
-                } else {
-                    const int n = tile * ROWS + warp * 16 + g;
+                    r[i] = rounded(__fdividef(gate, 1.f + exp2_(-1.4426950408889634f * gate))) * rounded(u);
+                } else if (c < p.rows) {
                     float *row = (float *)p.out + (long long)c * p.n;
                     if (n < p.n) row[n] = v;
                     if (n + 8 < p.n) row[n + 8] = u;
                 }
             }
+            if (KIND == ACT) {      // two outputs of a token for each thread, instead of one of two tokens
+                const u32 both = transpose(pack(r[0], r[1]));
+                const int c = j * 8 + g, n = tile * (ROWS / 2) + warp * 8 + t * 2;
+                if (c < p.rows && n < p.n) *(u32 *)((u16 *)p.out + (long long)c * p.n + n) = both;
+            }
+        }
     }
     if (!GATHERED) return;
     if (ALIAS && CLUSTER > 1) meet();   // parts lie where the ring was
     else if (ALIAS) asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory");
 #pragma unroll
-    for (int j = 0; j < TOK / 8; ++j)
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const int c = j * 8 + 2 * t + i, owner = c / OWN + share * SPLIT;
-            const u32 to = parts + ((split * OWN + c % OWN) * APART + warp * 16 + g) * 4;
-            send(to, sent, owner, d[j * 4 + i]);
-            send(to + 32, sent, owner, d[j * 4 + 2 + i]);
-        }
+    for (int j = 0; j < TOK / 8; ++j) {
+        const int c = j * 8 + 2 * t, owner = c / OWN;
+        for (int o = owner; o < owner + PAIRED / OWN; ++o)
+            send(parts + place(split, c % PAIRED, warp * 16 + g) * 4, sent, o + share * SPLIT, d + j * 4);
+    }
     if (SPLIT == 1) asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory");
     else mbar_wait(sent, 0);
 #pragma unroll
@@ -350,11 +363,11 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 64, 2) linear(const __g
         if (own >= OWN || c >= p.rows) break;
         float a = 0.f, b = 0.f;
         if (column < p.n) {
-            const float *from = (const float *)__cvta_shared_to_generic(parts) + own * APART + half * 64 + lane * 2;
+            const float *from = (const float *)__cvta_shared_to_generic(parts);
 #pragma unroll
             for (int s = 0; s < SPLIT; ++s) {
-                const float2 part = *(const float2 *)(from + s * OWN * APART);
-                a += part.x; b += part.y;
+                a += from[place(s, c % PAIRED, half * 64 + lane * 2)];
+                b += from[place(s, c % PAIRED, half * 64 + lane * 2 + 1)];
             }
             const float factor = factors[c];
             a = a * factor + lo(bias);
