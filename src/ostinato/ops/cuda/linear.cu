@@ -1,26 +1,29 @@
 // One product of a small step, out = x W^T, with what stands around it: at most 128 rows of x.
 //
 // The rows of weights are the large operand of Hopper's warp-group products (m64), the rows of x the
-// small one (n8 to n128). One thread copies tiles of both into a ring in shared memory (TMA, 128-byte
-// swizzle). Weights depend on nothing that a step computes: with dependent launch the ring is full before
-// the kernel in front has ended. Half of a multiprocessor's shared memory at most, so that the next
-// product's blocks find room and fill theirs.
+// small one (n8 to n128). Two threads copy tiles of weights and of x into rings in shared memory (TMA, 128-byte
+// swizzle). Weights depend on nothing that a step computes: with dependent launch their ring is full before
+// the kernel in front has ended. Half of a multiprocessor's shared memory at most, where the next
+// product's blocks are to find room and fill theirs.
 //
 // While the kernel in front still runs they are asked for at the pace of memory, and afterwards only FLIGHT
-// stages at a time: a long queue in front of memory would delay
-// the few bytes that a step waits for.
+// stages at a time: a long queue in front of memory would delay the few bytes that a step waits for. The
+// kernel behind is launched when LEAD stages are left to ask for.
 //
-// A narrow output has too few tiles for the multiprocessors. Then the blocks of a cluster share a tile's
+// A narrow output has too few tiles for the multiprocessors. Then SPLIT blocks of a cluster share a tile's
 // inner dimension. Each finishes some of the tokens: the others send it their parts through distributed
 // shared memory, and it adds them in order.
+//
+// All blocks read x: from 32 rows on that is as many bytes as the L2 cache can deliver. So SHARE neighbouring tiles
+// are in a cluster, and each of their blocks copies a part of x into the memory of all (multicast).
 //
 // RMS norm in two halves: whoever writes the residual stream x also writes x times the next norm's weight
 // (`y`) and each token's sum of squares over its 64 columns; the product with y is multiplied by
 // the norm's factor at the end. Squares: [width / 64, rows] float32.
 //
 // Macros: KIND (0 store, 1 add to the residual, 2 gate and up with SiLU, 3 float32), TOK (8, 16, 32, 64, 128: rows of x
-// at most), MW (warp groups: 64 rows of weights each), SPLIT (blocks of a cluster), KA (64 inner indices each,
-// of a stage), STAGES, FLIGHT, PACE (cycles a stage), ROTATE (stages from tile to tile).
+// at most), MW (warp groups: 64 rows of weights each), SPLIT, SHARE (a cluster is their product), KA (64 inner indices each,
+// of a stage), STAGES (of weights), X_STAGES (of x), FLIGHT, LEAD, PACE (cycles a stage), ROTATE (stages from tile to tile).
 
 #include "common.cuh"
 #include "ring.cuh"
@@ -142,12 +145,13 @@ __device__ __forceinline__ u32 there(u32 at, int block) {
     return r;
 }
 // Sends numbers to another block of the cluster, which waits for their bytes.
-__device__ __forceinline__ void send(u32 to, u32 bar, int block, const float *v) {
-    if (SPLIT == 1)     // maybe no cluster was launched
-        asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to), "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]) : "memory");
-    else asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];"
+__device__ __forceinline__ void send4(u32 to, u32 bar, int block, const float *v) {
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];"
                  ::"r"(there(to, block)), "r"(__float_as_uint(v[0])), "r"(__float_as_uint(v[1])), "r"(__float_as_uint(v[2])),
                  "r"(__float_as_uint(v[3])), "r"(there(bar, block)) : "memory");
+}
+__device__ __forceinline__ void store4(u32 to, const float *v) {
+    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to), "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]) : "memory");
 }
 __device__ __forceinline__ void arrive_there(u32 bar) {
     asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(bar) : "memory");
@@ -168,7 +172,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, TOK * MW > 128 ? 1 : 2) li
     __shared__ float factors[TOK];
     const int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31;
     const u32 w_ring = (shared_at(memory) + 1023) & ~1023u, x_ring = w_ring + STAGES * KA * W_BYTES;
-    const u32 parts = ALIAS ? w_ring : x_ring + X_STAGES * KA * X_BYTES;
+    const u32 parts = x_ring + X_STAGES * KA * X_BYTES;
     const u32 w_full = shared_at(bars), w_empty = w_full + STAGES * 8, x_full = w_empty + STAGES * 8, x_empty = x_full + X_STAGES * 8;
     const u32 go = x_empty + X_STAGES * 8, normed = go + 8, sent = normed + 8;
     // Blocks of a cluster: splits side by side, then tiles.
@@ -347,20 +351,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, TOK * MW > 128 ? 1 : 2) li
         }
     }
     if (!GATHERED) return;
-    if (ALIAS && CLUSTER > 1) meet();   // parts lie where the ring was
-    else if (ALIAS) asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory");
 #pragma unroll
     for (int j = 0; j < TOK / 8; ++j) {
-        const int c = j * 8 + 2 * t, owner = c / OWN;
-        for (int o = owner; o < owner + PAIRED / OWN; ++o)
-            send(parts + place(split, c % PAIRED, warp * 16 + g) * 4, sent, o + share * SPLIT, d + j * 4);
+        const int c = j * 8 + 2 * t;
+#pragma unroll
+        for (int o = 0; o < PAIRED / OWN; ++o) {
+            const int owner = c / OWN + o;
+            if (SPLIT == 1) store4(parts + place(0, c, warp * 16 + g) * 4, d + j * 4);   // maybe no cluster was launched
+            else send4(parts + place(split, c % PAIRED, warp * 16 + g) * 4, sent, owner + share * SPLIT, d + j * 4);
+        }
     }
     if (SPLIT == 1) asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory");
     else mbar_wait(sent, 0);
 #pragma unroll
     for (int i = 0; i < MOST; ++i) {
         const int own = warp / MW + i * 4, c = split * OWN + own;
-        if (own >= OWN || c >= p.rows) break;
+        if (own >= OWN || c >= p.rows) continue;
         float a = 0.f, b = 0.f;
         if (column < p.n) {
             const float *from = (const float *)__cvta_shared_to_generic(parts);
