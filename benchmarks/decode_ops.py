@@ -62,7 +62,7 @@ def products(name: str, rows: list[int], fp8: bool) -> list[dict[str, Any]]:
         work = []
         for count in rows:
             problem = Problem(op, columns, depth, bucket(count) or BUCKETS[-1], torch.bfloat16, fp8)
-            versions = candidates(problem) if bucket(count) else [LIBRARY]
+            versions = candidates(problem, ops._products is not None) if bucket(count) else [LIBRARY]
             work.append((count, problem, versions, ops.launcher(problem, count)))
         with compile_ahead():
             for _, _, versions, launch in work:

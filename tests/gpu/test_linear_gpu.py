@@ -62,17 +62,26 @@ def near(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 6e-3) 
 
 
 @pytest.mark.parametrize("rows", COUNTS)
+@pytest.mark.parametrize("share", [1, 2])
 @pytest.mark.parametrize(("kind", "columns", "depth", "cut"), CASES)
 def test_against_float64(
-    products: Products, kind: Product, columns: int, depth: int, cut: tuple[int, int, int], rows: int
+    products: Products,
+    kind: Product,
+    columns: int,
+    depth: int,
+    cut: tuple[int, int, int],
+    share: int,
+    rows: int,
 ) -> None:
     groups, splits, chunk = cut
+    if splits * share > 8:
+        return
     size = next(n for n in ROWS if rows <= n)
-    if tile_of(kind, size, groups, splits, chunk) is None:
+    if tile_of(kind, size, groups, splits, share, chunk) is None:
         chunk = 64
-        if tile_of(kind, size, groups, splits, chunk) is None:
+        if tile_of(kind, size, groups, splits, share, chunk) is None:
             return
-    version = Version(Kind.TILE, False, 64, 64 * groups, chunk, splits)
+    version = Version(Kind.TILE, False, 64, 64 * groups, chunk, splits, share=share)
     gate, add, wide = kind is Product.GATE, kind is Product.ADD, kind is Product.WIDE
     weight = torch.randn(columns * (2 if gate else 1), depth, device=CUDA).mul_(depth**-0.5).to(BF16)
     has_bias = kind in (Product.STORE, Product.ADD) and rows % 2 == 1
@@ -111,7 +120,7 @@ def test_against_float64(
         assert then.squares[-1:].isnan().all()
 
 
-@pytest.mark.parametrize("rows", [2, 8, 11, 32, 50])
+@pytest.mark.parametrize("rows", [2, 8, 11, 32, 50, 100])
 @pytest.mark.parametrize(("hidden", "inner"), [(2048, 8192), (576, 1536)])
 def test_a_norm_that_is_begun_equals_one_that_is_not(rows: int, hidden: int, inner: int) -> None:
     """The ops of half a layer, with `then` and without: the second way is the plain one."""
@@ -122,7 +131,7 @@ def test_a_norm_that_is_begun_equals_one_that_is_not(rows: int, hidden: int, inn
         torch.randn(rows, inner, device=CUDA).to(BF16),
         torch.randn(rows, hidden, device=CUDA).to(BF16),
     )
-    bucket = next(n for n in (16, 32, 64) if rows <= n)
+    bucket = next(n for n in (16, 32, 64, 128) if rows <= n)
     table = Table(tiles=True)
     for op, linear in (("linear_add", down), ("norm_gate_up", gate_up)):
         assert table(op, linear, bucket, BF16).kind is Kind.TILE
@@ -152,8 +161,8 @@ def test_every_candidate_can_be_launched(products: Products) -> None:
         linear = Linear(
             torch.zeros(columns * (2 if op == "norm_gate_up" else 1), depth, device=CUDA, dtype=BF16)
         )
-        for rows in (2, 9, 32, 64):
-            problem = problem_of(op, linear, next(n for n in (16, 32, 64) if rows <= n), BF16)
+        for rows in (2, 9, 32, 64, 128):
+            problem = problem_of(op, linear, next(n for n in (16, 32, 64, 128) if rows <= n), BF16)
             for version in candidates(problem, tiles=True):
                 if version.kind is Kind.TILE:
                     kind = {

@@ -47,7 +47,7 @@ def problems(rows: int, dtype: torch.dtype = BF16, fp8: bool = False) -> list[Pr
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("rows", [16, 32, 64])
+@pytest.mark.parametrize("rows", [16, 32, 64, 128])
 def test_every_candidate_fits_for_every_number_of_rows(rows: int) -> None:
     for problem in problems(rows):
         versions = [v for v in tune.candidates(problem, tiles=True) if v.kind is Kind.TILE]
@@ -55,11 +55,13 @@ def test_every_candidate_fits_for_every_number_of_rows(rows: int) -> None:
         assert tune.default(problem, tiles=True) in versions
         for v in versions:
             for size in (n for n in ROWS if n <= rows):
-                tile = tile_of(PRODUCTS[problem.op], size, v.columns // 64, v.splits, v.depth)
+                tile = tile_of(PRODUCTS[problem.op], size, v.columns // 64, v.splits, v.share, v.depth)
                 assert tile is not None, (problem, v, size)
                 assert tile.stages >= 2
-                assert tile.stages * tile.stage_bytes + tile.parts_bytes + 1024 <= SHARED_BYTES
-                assert v.splits <= 8, "the most blocks of a cluster that every Hopper GPU has room for"
+                assert (tile.shared_bytes + 1024) * tile.blocks <= 2 * SHARED_BYTES
+                assert v.splits * v.share <= 8, (
+                    "the most blocks of a cluster that every Hopper GPU has room for"
+                )
 
 
 def test_narrow_products_are_shared_by_about_one_block_a_multiprocessor() -> None:
@@ -69,6 +71,18 @@ def test_narrow_products_are_shared_by_about_one_block_a_multiprocessor() -> Non
     assert chosen["linear_add", 2048, 8192] == 4
     assert chosen["linear_add", 1024, 3072] == 8
     assert chosen["norm_linear", 12288, 4096] == 1
+
+
+def test_many_rows_are_read_once_for_two_tiles() -> None:
+    chosen = {(p.op, p.columns, p.depth): tune.default(p, tiles=True) for p in problems(64)}
+    for shape, splits in (
+        (("norm_linear", 3072, 2048), 4),
+        (("linear_add", 2048, 8192), 4),
+        (("norm_gate_up", 8192, 2048), 1),
+    ):
+        assert (chosen[shape].splits, chosen[shape].share) == (splits, 2)
+    assert chosen["linear_add", 1024, 3072].share == 1, "eight blocks share its tiles"
+    assert tile_of(Product.GATE, 8, 1, 1, 2, 128).share == 1, "eight rows of x are one piece"  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(

@@ -1,26 +1,29 @@
 // One product of a small step, out = x W^T, with what stands around it: at most 128 rows of x.
 //
 // The rows of weights are the large operand of Hopper's warp-group products (m64), the rows of x the
-// small one (n8 to n128). One thread copies tiles of both into a ring in shared memory (TMA, 128-byte
-// swizzle). Weights depend on nothing that a step computes: with dependent launch the ring is full before
-// the kernel in front has ended. Half of a multiprocessor's shared memory at most, so that the next
-// product's blocks find room and fill theirs.
+// small one (n8 to n128). Two threads copy tiles of weights and of x into rings in shared memory (TMA, 128-byte
+// swizzle). Weights depend on nothing that a step computes: with dependent launch their ring is full before
+// the kernel in front has ended. Half of a multiprocessor's shared memory at most, where the next
+// product's blocks are to find room and fill theirs.
 //
 // While the kernel in front still runs they are asked for at the pace of memory, and afterwards only FLIGHT
-// stages at a time: a long queue in front of memory would delay
-// the few bytes that a step waits for.
+// stages at a time: a long queue in front of memory would delay the few bytes that a step waits for. The
+// kernel behind is launched when LEAD stages are left to ask for.
 //
-// A narrow output has too few tiles for the multiprocessors. Then the blocks of a cluster share a tile's
+// A narrow output has too few tiles for the multiprocessors. Then SPLIT blocks of a cluster share a tile's
 // inner dimension. Each finishes some of the tokens: the others send it their parts through distributed
 // shared memory, and it adds them in order.
+//
+// All blocks read x: from 32 rows on that is as many bytes as the L2 cache can deliver. So SHARE neighbouring tiles
+// are in a cluster, and each of their blocks copies a part of x into the memory of all (multicast).
 //
 // RMS norm in two halves: whoever writes the residual stream x also writes x times the next norm's weight
 // (`y`) and each token's sum of squares over its 64 columns; the product with y is multiplied by
 // the norm's factor at the end. Squares: [width / 64, rows] float32.
 //
 // Macros: KIND (0 store, 1 add to the residual, 2 gate and up with SiLU, 3 float32), TOK (8, 16, 32, 64, 128: rows of x
-// at most), MW (warp groups: 64 rows of weights each), SPLIT (blocks of a cluster), KA (64 inner indices each,
-// of a stage), STAGES, FLIGHT, PACE (cycles a stage), ROTATE (stages from tile to tile).
+// at most), MW (warp groups: 64 rows of weights each), SPLIT, SHARE (a cluster is their product), KA (64 inner indices each,
+// of a stage), STAGES (of weights), X_STAGES (of x), FLIGHT, LEAD, PACE (cycles a stage), ROTATE (stages from tile to tile).
 
 #include "common.cuh"
 #include "ring.cuh"
@@ -29,14 +32,23 @@ enum { STORE, ADD, ACT, WIDE };
 constexpr int ROWS = 64 * MW;               // of weights in a tile
 constexpr int W_BYTES = ROWS * 128;         // of 64 inner indices
 constexpr int X_BYTES = TOK * 128;
-constexpr int STAGE = KA * (W_BYTES + X_BYTES);
-constexpr int CONSUMERS = MW * 128;         // threads; then a warp that copies, and one for the norm's factors
+constexpr int CONSUMERS = MW * 128;         // threads; then a warp that copies weights, one for x, and those for the norm's factors
+constexpr int NORMERS = TOK < 64 ? 1 : 2;
+constexpr int THREADS = CONSUMERS + 64 + NORMERS * 32;
 constexpr bool GATHERED = KIND == STORE || KIND == ADD;   // parts go through shared memory; one tile a cluster
-constexpr int APART = ROWS + 4;             // floats from token to token there
 constexpr int OWN = TOK / SPLIT;            // tokens that a block finishes
-constexpr int NI = TOK < 64 ? TOK : 64;     // tokens of one instruction
+constexpr int SLICE = TOK / SHARE;          // tokens of x that a block copies, for all that share them
+constexpr int CLUSTER = SPLIT * SHARE;
 static_assert(TOK % SPLIT == 0, "tokens are shared out evenly");
+static_assert(SHARE == 1 || SLICE % 8 == 0, "swizzled by eight rows");
 static_assert(GATHERED || SPLIT == 1, "gate and up, and the head, have tiles enough");
+
+constexpr int PAIRED = OWN > 1 ? OWN : 2;       // tokens that a block is sent; a neighbour's where it finishes a single one
+// Where a number of a tile's parts lies: the four that a thread holds side by side, two tokens of rows r and r + 8.
+constexpr int APART = ROWS * 2 + ROWS / 4;      // floats from two tokens to the next two
+__device__ __forceinline__ int place(int split, int token, int row) {
+    return (split * PAIRED / 2 + token / 2) * APART + row / 16 * 36 + row % 8 * 4 + row / 8 % 2 * 2 + token % 2;
+}
 
 struct __align__(64) Map { u64 words[16]; };
 struct Params {
@@ -64,6 +76,13 @@ __device__ __forceinline__ void copy2(u32 to, const Map *map, int a, int b, u32 
         " [%0], [%1, {%3, %4}], [%2], %5;"
         ::"r"(to), "l"(map), "r"(bar), "r"(a), "r"(b), "l"(hint) : "memory");
 }
+// To the same place in all blocks of `mask`, whose barriers count it too.
+__device__ __forceinline__ void copy2(u32 to, const Map *map, int a, int b, u32 bar, u64 hint, u16 mask) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint"
+        " [%0], [%1, {%3, %4}], [%2], %6, %5;"
+        ::"r"(to), "l"(map), "r"(bar), "r"(a), "r"(b), "l"(hint), "h"(mask) : "memory");
+}
 __device__ __forceinline__ void copy4(u32 to, const Map *map, int a, int d, u32 bar, u64 hint) {
     asm volatile(
         "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint"
@@ -79,28 +98,35 @@ __device__ __forceinline__ u64 operand(u32 at) {
 #define F16(i) F4(i), F4(i + 4), F4(i + 8), F4(i + 12)
 // d (+)= A B^T over 16 inner indices; `more`: added to what d holds.
 __device__ __forceinline__ void multiply(float *d, u64 a, u64 b, u32 more) {
-    if (NI == 8)
+    if (TOK == 8)
         asm volatile(
             "{\n.reg .pred p;\nsetp.ne.b32 p, %6, 0;\n"
             "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%0,%1,%2,%3}, %4, %5, p, 1, 1, 0, 0;\n}"
             : F4(0) : "l"(a), "l"(b), "r"(more));
-    if (NI == 16)
+    if (TOK == 16)
         asm volatile(
             "{\n.reg .pred p;\nsetp.ne.b32 p, %10, 0;\n"
             "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {%0,%1,%2,%3,%4,%5,%6,%7}, %8, %9, p, 1, 1, 0, 0;\n}"
             : F4(0), F4(4) : "l"(a), "l"(b), "r"(more));
-    if (NI == 32)
+    if (TOK == 32)
         asm volatile(
             "{\n.reg .pred p;\nsetp.ne.b32 p, %18, 0;\n"
             "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15},"
             " %16, %17, p, 1, 1, 0, 0;\n}"
             : F16(0) : "l"(a), "l"(b), "r"(more));
-    if (NI == 64)
+    if (TOK == 64)
         asm volatile(
             "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
             "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
             "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, %32, %33, p, 1, 1, 0, 0;\n}"
             : F16(0), F16(16) : "l"(a), "l"(b), "r"(more));
+    if (TOK == 128)
+        asm volatile(
+            "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
+            "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+            "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,"
+            "%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, %64, %65, p, 1, 1, 0, 0;\n}"
+            : F16(0), F16(16), F16(32), F16(48) : "l"(a), "l"(b), "r"(more));
 }
 __device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
@@ -113,17 +139,25 @@ __device__ __forceinline__ void await_products(float *d) {
     for (int i = 0; i < TOK / 2; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
-// Sends a number to another block of the cluster, which waits for its bytes.
-__device__ __forceinline__ void send(u32 to, u32 bar, float v) {
-    if (SPLIT == 1) asm volatile("st.shared.f32 [%0], %1;" ::"r"(to), "f"(v) : "memory");   // no cluster was launched
-    else asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];"
-                 ::"r"(to), "r"(__float_as_uint(v)), "r"(bar) : "memory");
-}
 __device__ __forceinline__ u32 there(u32 at, int block) {
-    if (SPLIT == 1) return at;
     u32 r;
     asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(r) : "r"(at), "r"(block));
     return r;
+}
+// Sends numbers to another block of the cluster, which waits for their bytes.
+__device__ __forceinline__ void send4(u32 to, u32 bar, int block, const float *v) {
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];"
+                 ::"r"(there(to, block)), "r"(__float_as_uint(v[0])), "r"(__float_as_uint(v[1])), "r"(__float_as_uint(v[2])),
+                 "r"(__float_as_uint(v[3])), "r"(there(bar, block)) : "memory");
+}
+__device__ __forceinline__ void store4(u32 to, const float *v) {
+    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to), "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]) : "memory");
+}
+__device__ __forceinline__ void arrive_there(u32 bar) {
+    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(bar) : "memory");
+}
+__device__ __forceinline__ void meet() {
+    asm volatile("barrier.cluster.arrive.relaxed;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
 __device__ __forceinline__ bool come(u32 bar) {
     u32 yes;
@@ -132,95 +166,113 @@ __device__ __forceinline__ bool come(u32 bar) {
     return yes;
 }
 
-extern "C" __global__ void __launch_bounds__(CONSUMERS + 64) linear(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(THREADS, TOK * MW > 128 ? 1 : 2) linear(const __grid_constant__ Params p) {
     extern __shared__ __align__(1024) unsigned char memory[];
-    __shared__ __align__(8) u64 bars[2 * STAGES + 3];
+    __shared__ __align__(8) u64 bars[2 * STAGES + 2 * X_STAGES + 3];
     __shared__ float factors[TOK];
     const int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31;
-    const u32 data = (shared_at(memory) + 1023) & ~1023u, parts = data + STAGES * STAGE;
-    const u32 full = shared_at(bars), empty = full + STAGES * 8, go = empty + STAGES * 8, normed = go + 8, sent = normed + 8;
-    const int split = SPLIT > 1 ? blockIdx.x % SPLIT : 0, first = blockIdx.x / SPLIT, step = gridDim.x / SPLIT;
-    const int begin = p.chunks * split / SPLIT, end = p.chunks * (split + 1) / SPLIT;
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+    const u32 w_ring = (shared_at(memory) + 1023) & ~1023u, x_ring = w_ring + STAGES * KA * W_BYTES;
+    const u32 parts = x_ring + X_STAGES * KA * X_BYTES;
+    const u32 w_full = shared_at(bars), w_empty = w_full + STAGES * 8, x_full = w_empty + STAGES * 8, x_empty = x_full + X_STAGES * 8;
+    const u32 go = x_empty + X_STAGES * 8, normed = go + 8, sent = normed + 8;
+    // Blocks of a cluster: splits side by side, then tiles.
+    const int split = blockIdx.x % SPLIT, share = blockIdx.x / SPLIT % SHARE;
+    const int start = blockIdx.x / CLUSTER * SHARE, first = start + share, step = gridDim.x / SPLIT;
+    const int begin = p.chunks * split / SPLIT, count = p.chunks * (split + 1) / SPLIT - begin;
+    const int stages = (p.tiles - start + step - 1) / step * count;     // that pass through the rings
+    // Blocks begin at different inner indices: rows of weights lie a power of two apart, and the same
+    // index of all of them would meet in few channels of memory.
+    auto turned = [&](int tile) { return tile / SHARE * ROTATE % count; };
+    if (stages <= LEAD) asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
     if (tid == 0) {
         for (int i = 0; i < STAGES; ++i) {
-            mbar_init(full + i * 8, 1);
-            mbar_init(empty + i * 8, MW * 4);
+            mbar_init(w_full + i * 8, 1);
+            mbar_init(w_empty + i * 8, MW * 4);
+        }
+        for (int i = 0; i < X_STAGES; ++i) {
+            mbar_init(x_full + i * 8, 1);
+            mbar_init(x_empty + i * 8, SHARE * MW * 4);
         }
         mbar_init(go, 1);
-        mbar_init(normed, 1);
+        mbar_init(normed, NORMERS);
         mbar_init(sent, 1);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-        if (GATHERED) mbar_expect(sent, TOK * ROWS * 4);
+        if (GATHERED) mbar_expect(sent, SPLIT * PAIRED * ROWS * 4);
     }
     __syncwarp();
-    if (SPLIT > 1) asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+    if (CLUSTER > 1) meet();
     else __syncthreads();
 
     if (warp == CONSUMERS / 32) {
         if (lane) return;
-        const u64 once = policy(true), often = policy(false);
-        // Blocks begin at different inner indices: rows of weights lie a power of two apart, and the same
-        // index of all of them would meet in few channels of memory.
-        auto turned = [&](int tile, int chunk) {
-            const int at = chunk + (ROTATE ? tile * ROTATE % (end - begin) : 0);
-            return at < end ? at : at - (end - begin);
-        };
-        auto weights = [&](int stage, int tile, int in_turn) {
-            const int chunk = turned(tile, in_turn);
-            u32 to = data + stage * STAGE;
-#pragma unroll
-            for (int a = 0; a < KA; ++a) {
-                if (KIND == ACT) copy4(to + a * W_BYTES, &p.weight_map, (chunk * KA + a) * 64, tile * (ROWS / 16), full + stage * 8, once);
-                else copy2(to + a * W_BYTES, &p.weight_map, (chunk * KA + a) * 64, tile * ROWS, full + stage * 8, once);
-            }
-        };
-        auto tokens = [&](int stage, int tile, int in_turn) {
-            const int chunk = turned(tile, in_turn);
-            u32 to = data + stage * STAGE + KA * W_BYTES;
-#pragma unroll
-            for (int a = 0; a < KA; ++a) copy2(to + a * X_BYTES, &p.x_map, (chunk * KA + a) * 64, 0, full + stage * 8, often);
-        };
-        int tile = first, chunk = begin, filled = 0;
-        auto next = [&] {
-            if (++chunk == end) { chunk = begin; tile += step; }
-        };
-        for (long long last = clock64() - PACE; tile < p.tiles && filled < STAGES && !come(go);) {
-            if (clock64() - last < PACE) continue;
-            last = clock64();
-            mbar_expect(full + filled * 8, STAGE);
-            weights(filled++, tile, chunk);
-            next();
-        }
-        tile = first;
-        chunk = begin;
-        asm volatile("griddepcontrol.wait;" ::: "memory");
-        for (int i = 0, stage = 0, parity = 1; tile < p.tiles; ++i) {
-            if (i >= STAGES) mbar_wait(empty + stage * 8, parity);
-            if (i >= filled) {
-                if (i >= FLIGHT) {
-                    const int at = stage - FLIGHT;
-                    mbar_wait(full + (at < 0 ? at + STAGES : at) * 8, at < 0 ? parity : parity ^ 1);
+        const u64 hint = policy(true);
+        bool gone = false;
+        long long last = clock64() - PACE;
+        int i = 0, stage = 0, parity = 1;
+        for (int tile = start; tile < p.tiles; tile += step) {
+            int at = turned(tile);
+            for (int n = 0; n < count; ++n, ++i) {
+                if (i >= STAGES) mbar_wait(w_empty + stage * 8, parity);
+                else while (!gone && clock64() - last < PACE) gone = come(go);
+                if ((i >= STAGES || gone) && i >= FLIGHT) {
+                    const int before = stage - FLIGHT;
+                    mbar_wait(w_full + (before < 0 ? before + STAGES : before) * 8, before < 0 ? parity : parity ^ 1);
                 }
-                mbar_expect(full + stage * 8, STAGE);
-                weights(stage, tile, chunk);
+                last = clock64();
+                const u32 bar = w_full + stage * 8, to = w_ring + stage * KA * W_BYTES;
+                const int inner = (begin + at) * KA * 64;
+                mbar_expect(bar, KA * W_BYTES);
+#pragma unroll
+                for (int a = 0; a < KA; ++a) {
+                    if (KIND == ACT) copy4(to + a * W_BYTES, &p.weight_map, inner + a * 64, (tile + share) * (ROWS / 16), bar, hint);
+                    else copy2(to + a * W_BYTES, &p.weight_map, inner + a * 64, (tile + share) * ROWS, bar, hint);
+                }
+                if (i == stages - LEAD) asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+                if (++at == count) at = 0;
+                if (++stage == STAGES) { stage = 0; parity ^= 1; }
             }
-            tokens(stage, tile, chunk);
-            if (++stage == STAGES) { stage = 0; parity ^= 1; }
-            next();
+        }
+        return;
+    }
+    if (warp == CONSUMERS / 32 + 1) {
+        if (lane) return;
+        const u64 hint = policy(false);
+        u16 sharing = 0;
+        for (int i = 0; i < SHARE; ++i) sharing |= 1 << (split + i * SPLIT);
+        asm volatile("griddepcontrol.wait;" ::: "memory");
+        mbar_arrive(go);
+        int i = 0, stage = 0, parity = 1;
+        for (int tile = start; tile < p.tiles; tile += step) {
+            int at = turned(tile);
+            for (int n = 0; n < count; ++n, ++i) {
+                if (i >= X_STAGES) mbar_wait(x_empty + stage * 8, parity);
+                const u32 bar = x_full + stage * 8, to = x_ring + stage * KA * X_BYTES + share * SLICE * 128;
+                const int inner = (begin + at) * KA * 64;
+                mbar_expect(bar, KA * X_BYTES);
+#pragma unroll
+                for (int a = 0; a < KA; ++a)
+                    if (SHARE == 1) copy2(to + a * X_BYTES, &p.x_map, inner + a * 64, 0, bar, hint);
+                    else copy2(to + a * X_BYTES, &p.x_map, inner + a * 64, share * SLICE, bar, hint, sharing);
+                if (++at == count) at = 0;
+                if (++stage == X_STAGES) { stage = 0; parity ^= 1; }
+            }
         }
         return;
     }
     if (warp > CONSUMERS / 32) {
         asm volatile("griddepcontrol.wait;" ::: "memory");
-        if (lane == 0) mbar_arrive(go);
         constexpr int LANES = TOK < 32 ? 32 / TOK : 1;     // that share a token
-        for (int c = lane % (32 / LANES); c < TOK; c += 32 / LANES) {
+        constexpr int BATCH = 32 / LANES;                  // loads under way
+        const int sums = p.squares ? p.k / 64 : 0;
+        for (int c = (warp - CONSUMERS / 32 - 2) * 32 + lane % (32 / LANES); c < TOK; c += NORMERS * 32 / LANES) {
             float sum = 0.f;
-            if (p.squares && c < p.rows) {
-                const int count = p.k / 64;
-#pragma unroll 8
-                for (int i = lane / (32 / LANES); i < count; i += LANES) sum += p.squares[i * p.rows + c];
+            for (int i = lane / (32 / LANES); i < sums; i += BATCH * LANES) {
+                float v[BATCH];
+#pragma unroll
+                for (int b = 0; b < BATCH; ++b)
+                    v[b] = c < p.rows && i + b * LANES < sums ? p.squares[(i + b * LANES) * p.rows + c] : 0.f;
+#pragma unroll
+                for (int b = 0; b < BATCH; ++b) sum += v[b];
             }
 #pragma unroll
             for (int d = 16; d >= 32 / LANES; d >>= 1) sum += __shfl_xor_sync(~0u, sum, d);
@@ -249,75 +301,79 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 64) linear(const __grid
         }
     }
     float d[TOK / 2];
-    int stage = 0, parity = 0;
-    for (int tile = first; tile < p.tiles; tile += step) {
-        int last = -1;
-        for (int chunk = begin; chunk < end; ++chunk) {
-            mbar_wait(full + stage * 8, parity);
-            const u32 at = data + stage * STAGE + group * 8192, x = data + stage * STAGE + KA * W_BYTES;
+    int i = 0, w = 0, w_parity = 0, x = 0, x_parity = 0;
+    for (int from = start; from < p.tiles; from += step) {
+        const int tile = from + share;
+        for (int n = 0; n < count; ++n, ++i) {
+            mbar_wait(w_full + w * 8, w_parity);
+            mbar_wait(x_full + x * 8, x_parity);
+            const u64 a = operand(w_ring + w * KA * W_BYTES + group * 8192), b = operand(x_ring + x * KA * X_BYTES);
             begin_products();
 #pragma unroll
-            for (int a = 0; a < KA; ++a)
-#pragma unroll
-                for (int k = 0; k < 4; ++k)
-#pragma unroll
-                    for (int n = 0; n < TOK / NI; ++n)
-                        multiply(d + n * 32, operand(at + a * W_BYTES + k * 32), operand(x + a * X_BYTES + n * 8192 + k * 32),
-                                 chunk > begin || a || k);
+            for (int k = 0; k < KA * 4; ++k)
+                multiply(d, a + (k / 4 * W_BYTES + k % 4 * 32) / 16, b + (k / 4 * X_BYTES + k % 4 * 32) / 16, n || k);
             commit_products();
-            await_products<1>(d);
-            if (last >= 0 && lane == 0) mbar_arrive(empty + last * 8);
+            await_products<0>(d);
+            // Tiles of x are free when all that share them have read them. Nobody waits for the last ones.
+            if (lane == 0) mbar_arrive(w_empty + w * 8);
+            if (lane < SHARE && i + X_STAGES < stages) {
+                if (SHARE == 1) mbar_arrive(x_empty + x * 8);
+                else arrive_there(there(x_empty + x * 8, split + lane * SPLIT));
+            }
             __syncwarp();
-            last = stage;
-            if (++stage == STAGES) { stage = 0; parity ^= 1; }
+            if (++w == STAGES) { w = 0; w_parity ^= 1; }
+            if (++x == X_STAGES) { x = 0; x_parity ^= 1; }
         }
         await_products<0>(d);
-        if (last >= 0 && lane == 0) mbar_arrive(empty + last * 8);
-        if (tile == first) mbar_wait(normed, 0);
+        if (from == start) mbar_wait(normed, 0);
         if (GATHERED) break;
 #pragma unroll
-        for (int j = 0; j < TOK / 8; ++j)
+        for (int j = 0; j < TOK / 8; ++j) {
+            float r[2];
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
-                const int c = j * 8 + 2 * t + i;
-                if (c >= p.rows) continue;
+                const int c = j * 8 + 2 * t + i, n = tile * ROWS + warp * 16 + g;
                 const float v = d[j * 4 + i] * factors[c], u = d[j * 4 + 2 + i] * factors[c];
                 if (KIND == ACT) {
-                    const int n = tile * (ROWS / 2) + warp * 8 + g;
                     const float gate = rounded(v);
-                    const float r = rounded(gate / (1.f + exp2_(-1.4426950408889634f * gate))) * rounded(u);
-                    if (n < p.n) ((u16 *)p.out)[(long long)c * p.n + n] = (u16)pack(r, 0.f);
-                } else {
-                    const int n = tile * ROWS + warp * 16 + g;
+                    r[i] = rounded(__fdividef(gate, 1.f + exp2_(-1.4426950408889634f * gate))) * rounded(u);
+                } else if (c < p.rows) {
                     float *row = (float *)p.out + (long long)c * p.n;
                     if (n < p.n) row[n] = v;
                     if (n + 8 < p.n) row[n + 8] = u;
                 }
             }
+            if (KIND == ACT) {      // two outputs of a token for each thread, instead of one of two tokens
+                const u32 both = transpose(pack(r[0], r[1]));
+                const int c = j * 8 + g, n = tile * (ROWS / 2) + warp * 8 + t * 2;
+                if (c < p.rows && n < p.n) *(u32 *)((u16 *)p.out + (long long)c * p.n + n) = both;
+            }
+        }
     }
     if (!GATHERED) return;
 #pragma unroll
-    for (int j = 0; j < TOK / 8; ++j)
+    for (int j = 0; j < TOK / 8; ++j) {
+        const int c = j * 8 + 2 * t;
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const int c = j * 8 + 2 * t + i, owner = c / OWN;
-            const u32 to = there(parts + ((split * OWN + c % OWN) * APART + warp * 16 + g) * 4, owner), bar = there(sent, owner);
-            send(to, bar, d[j * 4 + i]);
-            send(to + 32, bar, d[j * 4 + 2 + i]);
+        for (int o = 0; o < PAIRED / OWN; ++o) {
+            const int owner = c / OWN + o;
+            if (SPLIT == 1) store4(parts + place(0, c, warp * 16 + g) * 4, d + j * 4);   // maybe no cluster was launched
+            else send4(parts + place(split, c % PAIRED, warp * 16 + g) * 4, sent, owner + share * SPLIT, d + j * 4);
         }
+    }
     if (SPLIT == 1) asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory");
     else mbar_wait(sent, 0);
 #pragma unroll
     for (int i = 0; i < MOST; ++i) {
         const int own = warp / MW + i * 4, c = split * OWN + own;
-        if (own >= OWN || c >= p.rows) break;
+        if (own >= OWN || c >= p.rows) continue;
         float a = 0.f, b = 0.f;
         if (column < p.n) {
-            const float *from = (const float *)__cvta_shared_to_generic(parts) + own * APART + half * 64 + lane * 2;
+            const float *from = (const float *)__cvta_shared_to_generic(parts);
 #pragma unroll
             for (int s = 0; s < SPLIT; ++s) {
-                const float2 part = *(const float2 *)(from + s * OWN * APART);
-                a += part.x; b += part.y;
+                a += from[place(s, c % PAIRED, half * 64 + lane * 2)];
+                b += from[place(s, c % PAIRED, half * 64 + lane * 2 + 1)];
             }
             const float factor = factors[c];
             a = a * factor + lo(bias);

@@ -27,8 +27,12 @@ ROWS = (8, 16, 32, 64, 128)
 """Of x in a tile."""
 SHARED_BYTES = 111 << 10
 """Two blocks on a multiprocessor: the next product fills its ring while this one works."""
-TUNING = {"FLIGHT": 3, "PACE": 600, "ROTATE": 1}
+FLIGHT_BYTES = 48 << 10
+"""Of weights, under way to a multiprocessor."""
+TUNING = {"PACE": 600, "ROTATE": 1}
 """Of the stream of weights, see `linear.cu`."""
+AT_ONCE = 1 << 20
+"""LEAD of a product whose successor is launched as early as can be."""
 
 
 class Product(IntEnum):
@@ -50,43 +54,58 @@ class Tile:
     """Warp groups of a block, with 64 rows of weights each"""
     splits: int
     """Blocks of a cluster that share the inner dimension"""
+    share: int
+    """Blocks of a cluster, with neighbouring tiles, that read x once"""
     depth: int
     """Inner indices of a stage, a multiple of 64"""
     stages: int
+    """Of weights"""
+    x_stages: int
     parts_bytes: int
     """Of shared memory for parts of sums"""
+    blocks: int
+    """On a multiprocessor"""
 
     @property
     def threads(self) -> int:
-        return self.groups * 128 + 64
+        return self.groups * 128 + (96 if self.rows < 64 else 128)
 
     @property
-    def stage_bytes(self) -> int:
-        return self.depth * 2 * (self.groups * 64 + self.rows)
+    def weight_bytes(self) -> int:
+        """Of a stage"""
+        return self.depth * 2 * self.groups * 64
+
+    @property
+    def shared_bytes(self) -> int:
+        x_bytes = self.x_stages * self.depth * 2 * self.rows
+        return self.stages * self.weight_bytes + x_bytes + self.parts_bytes + 1024
 
 
 @cache
 def _tile(kind: Product, rows: int, version: Version) -> Tile:
     """Raises: KernelError: it does not fit."""
-    found = tile_of(kind, rows, version.columns // 64, version.splits, version.depth)
+    found = tile_of(kind, rows, version.columns // 64, version.splits, version.share, version.depth)
     if found is None:
         raise KernelError(f"{version} does not fit into shared memory for {rows} rows")
     return found
 
 
-def tile_of(
-    kind: Product, rows: int, groups: int, splits: int, depth: int, shared: int = SHARED_BYTES
-) -> Tile | None:
+def tile_of(kind: Product, rows: int, groups: int, splits: int, share: int, depth: int) -> Tile | None:
     """The tile with as many stages as fit; None where two do not."""
     gathered = kind in (Product.STORE, Product.ADD)
     if rows % splits or (splits > 1 and not gathered):
         return None
-    tile = Tile(rows, groups, splits, depth, 1, rows * (groups * 64 + 4) * 4 if gathered else 0)
-    stages = min(8, (shared - 2048 - tile.parts_bytes) // tile.stage_bytes)
+    # The head, and gate and up, have tiles for a whole multiprocessor, and take it.
+    blocks = 1 if gathered or (groups > 1 and (kind is Product.GATE or rows > 64)) else 2
+    shared = SHARED_BYTES if gathered else 2 * SHARED_BYTES // blocks
+    parts = splits * max(2, rows // splits) * groups * 72 * 4 if gathered else 0
+    x_stages = {8: 4, 16: 4, 32: 3, 64: 5, 128: 2}[rows] if gathered else 4 if rows < 32 else 3
+    tile = Tile(rows, groups, splits, min(share, rows // 8), depth, 0, x_stages, parts, blocks)
+    stages = min(16, (shared - 1024 - tile.shared_bytes) // tile.weight_bytes)
     return replace(tile, stages=stages) if stages >= 2 else None
 
 
-SIMPLE = Tile(8, 1, 1, 64, 2, 8 * 68 * 4)
+SIMPLE = Tile(8, 1, 1, 1, 64, 2, 2, 8 * 72 * 4, 1)
 
 
 class Products:
@@ -160,21 +179,24 @@ class Products:
             )
         else:
             params += self._map(weight, (k, n), (2 * k,), (64, 64 * tile.groups))
-        params += self._map(x, (k, rows), (2 * k,), (64, tile.rows))
-        whole = kind in (Product.STORE, Product.ADD)
-        grid = tiles * tile.splits if whole else min(tiles, self._processors * (1 if tile.groups > 1 else 2))
-        kernel.launch(params, grid)
+        params += self._map(x, (k, rows), (2 * k,), (64, tile.rows // tile.share))
+        clusters = -(-tiles // tile.share)
+        if kind in (Product.GATE, Product.WIDE):  # a block goes from tile to tile
+            clusters = min(clusters, self._processors * tile.blocks // tile.share)
+        kernel.launch(params, clusters * tile.splits * tile.share)
 
     def _kernel(self, kind: Product, tile: Tile) -> Kernel:
         found = self._kernels.get((kind, tile))
         if found is None:
+            flight = round(FLIGHT_BYTES / tile.blocks / tile.weight_bytes)
             macros = {
-                "KIND": int(kind), "TOK": tile.rows, "MW": tile.groups, "SPLIT": tile.splits,
-                "KA": tile.depth // 64, "STAGES": tile.stages, **TUNING, "FLIGHT": min(TUNING["FLIGHT"], tile.stages - 1),
+                "KIND": int(kind), "TOK": tile.rows, "MW": tile.groups, "SPLIT": tile.splits, "SHARE": tile.share,
+                "KA": tile.depth // 64, "STAGES": tile.stages, "X_STAGES": tile.x_stages, **TUNING,
+                "FLIGHT": max(1, min(flight, tile.stages - 1)), "LEAD": 4 if kind is Product.ADD else AT_ONCE,
             }  # fmt: skip
             found = self._kernels[kind, tile] = build(
                 SOURCE, "linear", macros, device=self._device, grid=1, block=tile.threads,
-                shared_bytes=tile.stages * tile.stage_bytes + tile.parts_bytes + 1024, cluster=tile.splits,
+                shared_bytes=tile.shared_bytes, cluster=tile.splits * tile.share,
             )  # fmt: skip
             POINTERS[found.handle] = 8
         return found

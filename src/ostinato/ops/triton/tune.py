@@ -29,10 +29,10 @@ from .compile import compile_ahead
 
 logger = logging.getLogger(__name__)
 
-BUCKETS = (1, 16, 32, 64)
+BUCKETS = (1, 16, 32, 64, 128)
 """Rows that a version is chosen for; fewer rows share the choice, more are the library's."""
 MOST_TILES = 136
-"""Blocks of a product whose inner dimension is shared: about one for each multiprocessor."""
+"""Blocks of a product whose inner dimension is shared, up to 16 rows: about one for each multiprocessor."""
 ENOUGH = 120
 """Programs that keep most multiprocessors of a large GPU busy."""
 BUDGET_SECONDS = 10.0
@@ -74,14 +74,17 @@ class Version:
     """Programs that share a block's inputs"""
     warps: int = 4
     stages: int = 3
+    share: int = 1
+    """Neighbouring tiles that read the activations once"""
 
     def __str__(self) -> str:
         if self.kind is Kind.LIBRARY:
             return "library"
         norm = "norm + " if self.norms else ""
         if self.kind is Kind.TILE:
-            shared = f", {self.splits} blocks share a tile" if self.splits > 1 else ""
-            return f"tile {self.columns}x{self.depth}{shared}"
+            split = f", {self.splits} blocks share a tile" if self.splits > 1 else ""
+            share = f", {self.share} tiles share x" if self.share > 1 else ""
+            return f"tile {self.columns}x{self.depth}{split}{share}"
         if self.kind is Kind.GEMV:
             return f"{norm}gemv, {self.columns} outputs, {self.warps} warps"
         split = f", {self.splits} splits" if self.splits > 1 else ""
@@ -138,7 +141,7 @@ def default(problem: Problem, tiles: bool = False) -> Version:
         return tile
     if problem.rows == 1:
         return _gemv(problem, _gemv_columns(problem)) or LIBRARY
-    if problem.dtype is torch.float32:  # no tensor cores for it that are exact enough
+    if problem.rows > 64 or problem.dtype is torch.float32:  # no tensor cores for it that are exact enough
         return LIBRARY
     blocks = {16: (64, 32, 16), 32: (64, 32), 64: (128, 64)}[problem.rows]
     made = [_stream(problem, block, 256 if block <= 32 else 128, _can_norm(problem)) for block in blocks]
@@ -153,10 +156,13 @@ def candidates(problem: Problem, tiles: bool = False) -> list[Version]:
     if tiles and (tile := _tile(problem)):
         if problem.op in ("norm_linear", "linear_add"):
             stages = cdiv(problem.depth, tile.depth)  # each block has one at least
-            others = (tile.splits * 2, tile.splits // 2)
-            found += [replace(tile, splits=n) for n in others if 1 <= n <= min(8, stages)]
-        elif tile.columns == 64:
-            found.append(replace(tile, columns=128, depth=64))
+            for n in (tile.splits * 2, tile.splits // 2):
+                if 1 <= n <= min(8, stages):
+                    found.append(replace(tile, splits=n, share=tile.share if n * tile.share <= 8 else 1))
+            if problem.rows <= 64 and 1 < tile.splits * 2 <= min(8, stages):
+                found.append(replace(tile, columns=128, depth=64, splits=tile.splits * 2, share=1))
+        elif problem.gate:
+            found.append(replace(tile, columns=192 - tile.columns, depth=64))
         else:
             found.append(replace(tile, columns=64))
     elif problem.rows == 1:
@@ -166,7 +172,7 @@ def candidates(problem: Problem, tiles: bool = False) -> list[Version]:
             _gemv(problem, best * 2),
             _gemv(problem, best, double=True),
         ]
-    elif problem.dtype is not torch.float32:
+    elif problem.rows <= 64 and problem.dtype is not torch.float32:
         fused = _can_norm(problem)
         shapes = {
             16: ((16, 256), (32, 128), (64, 128)),
@@ -186,15 +192,16 @@ def _tile(problem: Problem) -> Version | None:
         return None
     if problem.depth % (64 if problem.has_norm else 8) or problem.columns % (8 if problem.has_norm else 64):
         return None
-    depth = 128 if problem.rows <= 32 else 64
+    rows = problem.rows
     if problem.op == "norm_head":
-        return Version(Kind.TILE, False, problem.rows, 128, 64)
+        return Version(Kind.TILE, False, rows, 128, 64, share=2)
+    depth = 128 if rows <= 16 or (rows == 32 and (problem.gate or problem.depth >= 4096)) else 64
     if problem.gate:
-        return Version(Kind.TILE, False, problem.rows, 64, depth)
-    blocks, splits = cdiv(problem.columns, 64), 1
-    while splits < 8 and blocks * splits * 2 <= MOST_TILES and problem.depth >= 4 * splits * depth:
+        return Version(Kind.TILE, False, rows, 64 if rows <= 64 else 128, depth, share=2)
+    blocks, splits, most = cdiv(problem.columns, 64), 1, MOST_TILES if rows <= 16 else MOST_TILES * 3 // 2
+    while splits < 8 and blocks * splits * 2 <= most and problem.depth >= 4 * splits * depth:
         splits *= 2
-    return Version(Kind.TILE, False, problem.rows, 64, depth, splits)
+    return Version(Kind.TILE, False, rows, 64, depth, splits, share=2 if rows >= 64 and splits < 8 else 1)
 
 
 def _can_norm(problem: Problem) -> bool:
