@@ -124,7 +124,6 @@ def test_the_ring_has_as_many_chunks_as_the_source_says(shape: str, fp8: bool) -
         "apart",
         "stride_of",
         "STAGE",
-        "X_BYTES",
         "RED",
         "ATT",
         "FIXED",

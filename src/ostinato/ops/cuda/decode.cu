@@ -42,7 +42,8 @@ constexpr int NW = WARPS;                   // consumer warps
 constexpr int NT = NW * 32;                 // consumer threads
 constexpr int PW = 4;                       // producer warps: a bulk copy takes its warp about 35 cycles to issue
 constexpr int SW = 64 / sizeof(W);          // inner indices in a slice: 16 bytes of each of 4 lanes
-constexpr int XR = FP8 ? 2 : 1;             // uint4 of the token in a slice, for each lane
+constexpr int XW = FP8 ? 8 : 4;             // words of the token in a slice, for each of 4 lanes
+constexpr int BATCH = 4;                    // slices that a warp loads together
 constexpr int GROUP = HEADS / KVH;          // query heads of a KV head
 constexpr int HALF = HD / 2;
 constexpr int DL = HD / 8;                  // lanes that share a head: 8 dimensions each
@@ -50,6 +51,7 @@ constexpr int TPI = 32 / DL;                // tokens that a warp looks at toget
 constexpr int U = 8;                        // such groups that it asks for together
 constexpr int PASS = NW * TPI * U;          // tokens that a block asks for together
 constexpr int FEW = 4;                      // splits that the reader merges
+constexpr int PART = HD / 2 + 2;            // words of a head's split
 
 constexpr int chunk_of(int k) { return divisor(k / SW, MOST_SLICES) * SW; }
 constexpr int stride_of(int ck) { return apart(ck * (int)sizeof(W)); }
@@ -62,6 +64,11 @@ template <int K_, int N_, bool GATED_> struct Op {
     static constexpr bool HALVED = !GATED && K / 2 % SW == 0 && cdiv(N / 8, GRID) * 8 < cdiv(N / 16, GRID) * 16;
     static constexpr int ROWS = GATED || HALVED ? 8 : 16, TILES = N / ROWS;
     static constexpr int INNER = HALVED ? K / 2 : K, CK = chunk_of(INNER), CHUNKS = INNER / CK, STRIDE = stride_of(CK);
+    // A warp's part of a tile: EACH slices of each chunk, one after the other. What it needs of the token it keeps in
+    // registers, SIDE slices in a set of XW: lane 4 * i + t has the t-th quarter of slice i, which makes it column i of the product.
+    static constexpr int SLICES = CK / SW, EACH = cdiv(SLICES, NW), TURNS = CHUNKS * EACH;
+    static constexpr int COLUMNS = HALVED ? 4 : 8, SIDE = EACH > COLUMNS ? COLUMNS : COLUMNS / EACH * EACH, SETS = cdiv(TURNS, SIDE);
+    static __device__ __forceinline__ int column(int g) { return HALVED ? g & 3 : g; }
     static constexpr long long SECOND = GATED ? (long long)N * K : HALVED ? K / 2 : 0;   // from a tile's row 0 to its row 8
 };
 using Qkv = Op<HID, QKVN, false>;
@@ -71,10 +78,9 @@ using Down = Op<INTER, HID, false>;
 using Head = Op<HID, VOCAB, false>;
 
 constexpr int STAGE = 16 * cmax(stride_of(chunk_of(HID)), cmax(stride_of(chunk_of(QSIZE)), stride_of(chunk_of(INTER))));
-constexpr int X_BYTES = apart(cmax(HID, cmax(QSIZE, INTER)) * 2);
-constexpr int RED = TOGETHER * NW * 16;               // floats in one reduction buffer
+constexpr int RED = TOGETHER * NW * 64;               // floats in one reduction buffer
 constexpr int ATT = NW * HD + (NW + 2) / 2 * 4;       // floats for merging warps in attention
-constexpr int FIXED = X_BYTES + cmax(2 * RED, ATT) * 4 + NW * 4 + HD * 4 + 3 * HD * 2 + LONGEST * 4 + 16;
+constexpr int FIXED = (2 * RED + ATT) * 4 + 2 * NW * 4 + HD * 4 + 3 * HD * 2 + LONGEST * 4 + 16;
 constexpr int STAGES = (227 * 1024 - FIXED) / (STAGE + 16);
 static_assert(STAGES > FLIGHT, "the ring does not fit");
 static_assert(16 * TOGETHER <= NT, "a thread for each result of the tiles");
@@ -85,13 +91,14 @@ static_assert(HD == 64 || HD == 128, "head dimensions that lanes share evenly");
 
 // Shared memory, all of it at places known when this is compiled.
 extern __shared__ __align__(128) unsigned char memory[];   // first the ring's stages
-constexpr int X_AT = STAGES * STAGE, RED_AT = X_AT + X_BYTES, SQUARES_AT = RED_AT + cmax(2 * RED, ATT) * 4;
-constexpr int ANGLES_AT = SQUARES_AT + NW * 4, SLOTS_AT = ANGLES_AT + HD * 4, FLAG_AT = SLOTS_AT + LONGEST * 4;
+constexpr int RED_AT = STAGES * STAGE, ATT_AT = RED_AT + 2 * RED * 4, SQUARES_AT = ATT_AT + ATT * 4;
+constexpr int ANGLES_AT = SQUARES_AT + 2 * NW * 4, SLOTS_AT = ANGLES_AT + HD * 4, FLAG_AT = SLOTS_AT + LONGEST * 4;
 constexpr int FRESH_AT = FLAG_AT + 16, FULL_AT = FRESH_AT + 3 * HD * 2, EMPTY_AT = FULL_AT + STAGES * 8;
 static_assert(EMPTY_AT + STAGES * 8 <= 227 * 1024 && FRESH_AT % 16 == 0 && FULL_AT % 8 == 0, "the layout");
 #define SHARED(type, name, place) __device__ __forceinline__ type *name() { return (type *)(memory + place); }
-SHARED(float, reduced, RED_AT)       // [2][TOGETHER][NW][16], or attention's parts: [NW][HD], then [NW + 1] of (largest, sum)
-SHARED(float, sums, SQUARES_AT)      // [NW] of squares
+SHARED(float, reduced, RED_AT)       // [2][TOGETHER][NW][16 rows][4 lanes]
+SHARED(float, gathered, ATT_AT)      // attention's parts: [NW][HD], then [NW + 1] of (largest, sum)
+SHARED(float, sums, SQUARES_AT)      // [2][NW] of squares
 SHARED(float, angles, ANGLES_AT)     // [HD]
 SHARED(int, places, SLOTS_AT)        // [LONGEST], where tokens of this block's split lie in the cache
 SHARED(u32, flag, FLAG_AT)
@@ -113,7 +120,7 @@ struct Params {
     const u16 *embedding;      // [VOCAB, HID]
     const int *ids;            // [1], as all that follows of the step
     u64 *x, *qkv, *attn, *act; // tagged pairs: [HID / 2], [QKVN / 2], [QSIZE / 2], [INTER / 2]
-    u64 *parts;                // [HEADS, MAXS, HD + 2] float32 with a tag each
+    u64 *parts;                // [HEADS, MAXS, HD / 2 + 2]: tagged pairs, then the logarithm of their weight, float32
     u32 *semaphores;           // [HEADS], zero before and after
     u32 *steps;                // steps so far; `finish` counts where this kernel cannot
     float *logits;             // [VOCAB], or null: only the best
@@ -358,143 +365,191 @@ __device__ __forceinline__ void spread(float (&f)[8], uint4 v) {
 enum { STORE, ADD, ACT, BEST };
 enum { CELLS, ATTENTION };
 
-// Four values of attention's result that readers merge from splits.
-__device__ __forceinline__ uint2 merge(const Params &p, int at, int splits, u32 tag) {
-    const u64 *space = p.parts + (long long)(at / HD) * MAXS * (HD + 2);
-    Pair a[FEW], b[FEW], m[FEW];
-    bool all = false;
-#pragma unroll 1
-    for (u32 spins = 0; !all; ++spins) {
-        if (spins == 1u << 24) __trap();
-        if (spins) rest();
+// What a warp needs of an op's input: from the words to its registers, times the norm's weights where there is a norm.
+// Tag 0: the embedding. Returns this lane's sum of squares.
+template <typename O, bool NORM, int FROM>
+__device__ __forceinline__ float stage(const Params &p, const Context &context, const u64 *x, const u16 *norm, u32 tag,
+                                       u32 (&kept)[O::SETS * XW]) {
+    constexpr int PAIRS = XW / 2;   // of words, in a set
+    const int tid = thread(), warp = tid >> 5, lane = tid & 31, g = lane >> 2, t = lane & 3;
 #pragma unroll
-        for (int j = 0; j < FEW; ++j)
-            if (j < splits) {
-                const u64 *own = space + j * (HD + 2);
-                a[j] = ld_pair(own + at % HD); b[j] = ld_pair(own + at % HD + 2); m[j] = ld_pair(own + HD);
-            } else {
-                a[j] = b[j] = m[j] = Pair{0, 0};   // otherwise their registers would be kept from layer to layer
-            }
-        all = true;
-#pragma unroll
-        for (int j = 0; j < FEW; ++j)
-            if (j < splits) all = all && fresh(a[j], tag) && fresh(b[j], tag) && fresh(m[j], tag);
-    }
-    float above = -infinity();
-#pragma unroll
-    for (int j = 0; j < FEW; ++j)
-        if (j < splits) above = fmaxf(above, __uint_as_float((u32)m[j].a));
-    float total = 0.f, v[4] = {0.f, 0.f, 0.f, 0.f};
-#pragma unroll
-    for (int j = 0; j < FEW; ++j)
-        if (j < splits) {
-            float weight = exp2_(__uint_as_float((u32)m[j].a) - above);
-            total += __uint_as_float((u32)m[j].b) * weight;
-            v[0] += __uint_as_float((u32)a[j].a) * weight; v[1] += __uint_as_float((u32)a[j].b) * weight;
-            v[2] += __uint_as_float((u32)b[j].a) * weight; v[3] += __uint_as_float((u32)b[j].b) * weight;
-        }
-    return make_uint2(pack(v[0] / total, v[1] / total), pack(v[2] / total, v[3] / total));
-}
-
-// Brings an op's input to shared memory, times the norm's weights where there is a norm. Tag 0: the embedding.
-template <int K, bool NORM, int FROM>
-__device__ __forceinline__ void stage(const Params &p, const Context &context, const u64 *x, const u16 *norm, u32 tag) {
-    constexpr int COUNT = K / 4, PER = cdiv(COUNT, NT);         // of four values, two words
-    const int tid = thread(), first = min(tid & ~31, COUNT - 1);
-    auto mine = [&](int u) { return COUNT % NT == 0 || tid + u * NT < COUNT; };
-    auto put = [&](int u, uint2 v) {
+    for (int i = 0; i < O::SETS * XW; ++i) kept[i] = 0;
+    if (O::SLICES % NW && warp * O::EACH >= O::SLICES) return 0.f;
+    // Where this lane's values of a set begin, and whether there are any.
+    const auto turn = [&](int set) { return set * O::SIDE + O::column(g); };
+    const auto inner = [&](int set) {
+        return (O::HALVED ? g / 4 * O::INNER : 0) + turn(set) / O::EACH * O::CK + (warp * O::EACH + turn(set) % O::EACH) * SW + t * (SW / 4);
+    };
+    const auto there = [&](int set) {
+        return (O::SIDE == O::COLUMNS || O::column(g) < O::SIDE) && (O::TURNS % O::SIDE == 0 || turn(set) < O::TURNS) && (O::SLICES % NW == 0 || warp * O::EACH + turn(set) % O::EACH < O::SLICES);
+    };
+    const auto keep = [&](int set, int pair, u32 a, u32 b) {
+        u32 *to = kept + set * XW + pair * 2;
 #if FP8
-        v = make_uint2(pack(lo(v.x) * TOKEN_FACTOR, lo(v.y) * TOKEN_FACTOR), pack(hi(v.x) * TOKEN_FACTOR, hi(v.y) * TOKEN_FACTOR));
+        to[0] = pack(lo(a) * TOKEN_FACTOR, lo(b) * TOKEN_FACTOR);
+        to[1] = pack(hi(a) * TOKEN_FACTOR, hi(b) * TOKEN_FACTOR);
+#else
+        to[0] = a;
+        to[1] = b;
 #endif
-        asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(shared_at(memory) + X_AT + (tid + u * NT) * 8), "r"(v.x), "r"(v.y) : "memory");
     };
     if (FROM == ATTENTION && context.splits > 1 && context.splits <= FEW) {
         // A lane looks out for each split, at the word that is written last.
-        if ((tid & 31) < context.splits) insist(p.parts + ((long long)(first * 4 / HD) * MAXS + (tid & 31)) * (HD + 2) + HD + 1, tag);
+        const auto part = [&](int head, int split) { return p.parts + ((long long)head * MAXS + split) * PART; };
+        if (lane < context.splits) insist(part(warp * O::EACH * SW / HD, lane) + HD / 2, tag);
         __syncwarp();
+        constexpr int AT_ONCE = O::SETS > 1 && !FP8 ? 2 : 1;
+#pragma unroll
+        for (int set = 0; set < O::SETS; set += AT_ONCE) {
+            Pair v[AT_ONCE][FEW][PAIRS];
+            u64 weight[AT_ONCE][FEW];
+            bool all = false;
 #pragma unroll 1
-        for (int u = 0; u < PER; ++u)
-            if (mine(u)) put(u, merge(p, (tid + u * NT) * 4, context.splits, tag));
-        return consumers_meet();
+            for (u32 spins = 0; !all; ++spins) {
+                if (spins == 1u << 24) __trap();
+                if (spins) rest();
+#pragma unroll
+                for (int a = 0; a < AT_ONCE; ++a)
+#pragma unroll
+                    for (int j = 0; j < FEW; ++j)
+                        if (j < context.splits && set + a < O::SETS && there(set + a)) {
+                            const u64 *own = part(inner(set + a) / HD, j);
+                            weight[a][j] = ld_cell(own + HD / 2);
+#pragma unroll
+                            for (int q = 0; q < PAIRS; ++q) v[a][j][q] = ld_pair(own + inner(set + a) % HD / 2 + q * 2);
+                        } else {   // otherwise their registers would be kept from layer to layer
+                            weight[a][j] = (u64)tag << 32;
+#pragma unroll
+                            for (int q = 0; q < PAIRS; ++q) v[a][j][q] = Pair{(u64)tag << 32, (u64)tag << 32};
+                        }
+                all = true;
+#pragma unroll
+                for (int a = 0; a < AT_ONCE; ++a)
+#pragma unroll
+                    for (int j = 0; j < FEW; ++j) {
+                        all = all && (u32)(weight[a][j] >> 32) == tag;
+#pragma unroll
+                        for (int q = 0; q < PAIRS; ++q) all = all && fresh(v[a][j][q], tag);
+                    }
+            }
+#pragma unroll
+            for (int a = 0; a < AT_ONCE; ++a) {
+                if (set + a >= O::SETS) break;
+                float above = -infinity(), w[FEW], total = 0.f;
+#pragma unroll
+                for (int j = 0; j < FEW; ++j)
+                    if (j < context.splits) above = fmaxf(above, __uint_as_float((u32)weight[a][j]));
+#pragma unroll
+                for (int j = 0; j < FEW; ++j) {
+                    w[j] = j < context.splits ? exp2_(__uint_as_float((u32)weight[a][j]) - above) : 0.f;
+                    total += w[j];
+                }
+                const float factor = 1.f / total;
+#pragma unroll
+                for (int q = 0; q < PAIRS; ++q) {
+                    float f[4] = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll
+                    for (int j = 0; j < FEW; ++j) {
+                        f[0] += lo((u32)v[a][j][q].a) * w[j]; f[1] += hi((u32)v[a][j][q].a) * w[j];
+                        f[2] += lo((u32)v[a][j][q].b) * w[j]; f[3] += hi((u32)v[a][j][q].b) * w[j];
+                    }
+                    keep(set + a, q, pack(f[0] * factor, f[1] * factor), pack(f[2] * factor, f[3] * factor));
+                }
+            }
+        }
+        return 0.f;
     }
-    uint2 gain[NORM ? PER : 1];
+    uint4 gain[NORM ? O::SETS * XW / 4 : 1];
     if (NORM) {
 #pragma unroll
-        for (int u = 0; u < PER; ++u)
-            gain[u] = mine(u) ? *(const uint2 *)(norm + (tid + u * NT) * 4) : make_uint2(0, 0);
+        for (int i = 0; i < O::SETS * XW / 4; ++i) {
+            const int set = i / (XW / 4);
+            gain[i] = there(set) ? *(const uint4 *)(norm + inner(set) + i % (XW / 4) * 8) : make_uint4(0, 0, 0, 0);
+        }
     }
-    Pair v[PER] = {};
+    Pair v[O::SETS][PAIRS] = {};
     const bool embedding = NORM && tag == 0;
     if (embedding) {
-        const u16 *own = p.embedding + (long long)p.ids[0] * HID + tid * 4;
+        const u16 *own = p.embedding + (long long)p.ids[0] * HID;
 #pragma unroll
-        for (int u = 0; u < PER; ++u)
-            if (mine(u)) { const uint2 w = *(const uint2 *)(own + u * NT * 4); v[u].a = w.x; v[u].b = w.y; }
+        for (int set = 0; set < O::SETS; ++set)
+            if (there(set))
+#pragma unroll
+                for (int q = 0; q < PAIRS; ++q) {
+                    const uint2 w = *(const uint2 *)(own + inner(set) + q * 4);
+                    v[set][q].a = w.x; v[set][q].b = w.y;
+                }
     } else {
-        look_out(x + first * 2, tag);
+        look_out(x + inner(0) / 2, tag);
 #pragma unroll
-        for (int u = 0; u < PER; ++u)
-            if (mine(u)) v[u] = ld_pair(x + (tid + u * NT) * 2);
+        for (int set = 0; set < O::SETS; ++set)
+            if (there(set))
+#pragma unroll
+                for (int q = 0; q < PAIRS; ++q) v[set][q] = ld_pair(x + inner(set) / 2 + q * 2);
     }
     float squares = 0.f;
 #pragma unroll
-    for (int u = 0; u < PER; ++u) {
-        if (!mine(u)) break;
-        if (!embedding) insist(v[u], x + (tid + u * NT) * 2, tag);
-        uint2 w = make_uint2((u32)v[u].a, (u32)v[u].b);
-        if (NORM) {
-            float a = lo(w.x), b = hi(w.x), c = lo(w.y), d = hi(w.y);
-            squares += a * a + b * b + c * c + d * d;
-            w = make_uint2(pack(a * lo(gain[u].x), b * hi(gain[u].x)), pack(c * lo(gain[u].y), d * hi(gain[u].y)));
-        }
-        put(u, w);
-    }
-    if (NORM) {
+    for (int set = 0; set < O::SETS; ++set) {
+        if (!there(set)) break;
 #pragma unroll
-        for (int d = 16; d; d >>= 1) squares += __shfl_xor_sync(~0u, squares, d);
-        if ((tid & 31) == 0) sums()[tid >> 5] = squares;
+        for (int q = 0; q < PAIRS; ++q) {
+            if (!embedding) insist(v[set][q], x + inner(set) / 2 + q * 2, tag);
+            u32 one = (u32)v[set][q].a, two = (u32)v[set][q].b;
+            if (NORM) {
+                const float a = lo(one), b = hi(one), c = lo(two), d = hi(two);
+                const u32 *more = &gain[set * (XW / 4) + q / 2].x + q % 2 * 2;
+                squares += a * a + b * b + c * c + d * d;
+                one = pack(a * lo(more[0]), b * hi(more[0]));
+                two = pack(c * lo(more[1]), d * hi(more[1]));
+            }
+            keep(set, q, one, two);
+        }
     }
-    consumers_meet();
+    return squares;
 }
 
-__device__ __forceinline__ void multiply(float (&acc)[2][4], u32 at, int stride, u32 x, bool here) {
-    const int lane = threadIdx.x & 31;
-    u32 own = at + (lane >> 2) * stride + (lane & 3) * 16;
-    uint4 a = lds(own), b = lds(own + 8 * stride);
-    uint4 v[XR];
+// 16 rows times a slice of the token, as one column of the product; the others get nothing. Columns are added at the end.
+template <typename O>
+__device__ __forceinline__ void multiply(float (&acc)[4][4], const uint4 &a, const uint4 &b, const u32 (&kept)[O::SETS * XW], int turn, int g) {
+    const bool here = O::column(g) == turn % O::SIDE;
+    u32 x[XW];
 #pragma unroll
-    for (int r = 0; r < XR; ++r) v[r] = here ? lds(x + r * 16) : make_uint4(0, 0, 0, 0);
+    for (int i = 0; i < XW; ++i) x[i] = here ? kept[turn / O::SIDE * XW + i] : 0;
 #if FP8
     const u32 *pa = &a.x, *pb = &b.x;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
         u32 a0 = even(pa[i]), a2 = odd(pa[i]), b0 = even(pb[i]), b2 = odd(pb[i]);
-        const u32 *px = &v[i / 2].x + (i % 2) * 2;
-        mma(acc[i % 2], a0, b0, a2, b2, px[0], px[1]);
+        mma(acc[i], a0, b0, a2, b2, x[2 * i], x[2 * i + 1]);
     }
 #else
-    mma(acc[0], a.x, b.x, a.y, b.y, v[0].x, v[0].y);
-    mma(acc[1], a.z, b.z, a.w, b.w, v[0].z, v[0].w);
+    mma(acc[turn % 2 * 2], a.x, b.x, a.y, b.y, x[0], x[1]);
+    mma(acc[turn % 2 * 2 + 1], a.z, b.z, a.w, b.w, x[2], x[3]);
 #endif
 }
+
+// Which buffer the warps' sums go to: there are two, so that one meeting is enough for each. Another two for squares.
+struct Turn { int sums, squares; };
 
 // out (+)= op(x): this block's tiles. `tag` is of the input, `out_tag` of what is written, and for ADD
 // `old_tag` of what the sum is added to (0: the embedding).
 template <typename O, bool NORM, int KIND, int FROM>
-__device__ __forceinline__ void consume(Ring &ring, Share &share, const Params &p, const Context &context, const u64 *x,
+__device__ __forceinline__ void consume(Ring &ring, Share &share, Turn &use, const Params &p, const Context &context, const u64 *x,
                                         u32 tag, const u16 *norm, const float *scale, const u16 *bias, u64 *out, u32 out_tag,
                                         u32 old_tag) {
-    constexpr int SLICES = O::CK / SW, J = cdiv(SLICES, NW);
+    constexpr int EACH = O::EACH, LUMP = cmax(1, BATCH / EACH);   // chunks that are waited for together
+    constexpr int ROUNDS = O::SETS > 2 && EACH <= O::COLUMNS ? O::SETS : 1;   // a loop over sets of inputs instead of more code
+    constexpr int CHUNKS = ROUNDS > 1 ? O::SIDE / EACH : O::CHUNKS;           // in each round; the last one may have fewer
     const int tid = thread(), warp = tid >> 5, lane = tid & 31, g = lane >> 2, t = lane & 3, row = tid & 15;
     int tile = share.first();
     share.pass(O::TILES);
     if (tile >= O::TILES) return;
-    stage<O::K, NORM, FROM>(p, context, x, norm, tag);
-    // Column 0 is the token; where rows come in halves it is the token's first half, and column 1 the second.
-    const bool here = g < (O::HALVED ? 2 : 1);
-    const u32 own_x = shared_at(memory) + X_AT + (g * (O::K / 2) + t * (SW / 4)) * 2;
-    int turn = tid >> 4, buffer = 0, best_at = 0;   // which tile's results are this thread's to finish
+    u32 kept[O::SETS * XW];
+    float squares = stage<O, NORM, FROM>(p, context, x, norm, tag, kept);
+    if (NORM) use.squares ^= 1;
+    int turn = tid >> 4, best_at = 0;   // which tile's results are this thread's to finish
     float best = -infinity();
+    const int begin = tile;
     for (; tile < O::TILES; tile += TOGETHER * GRID) {
         const int n = (tile + turn * GRID) * O::ROWS + row;
         const bool mine = turn < TOGETHER && row < O::ROWS && n < O::N;
@@ -507,42 +562,80 @@ __device__ __forceinline__ void consume(Ring &ring, Share &share, const Params &
         }
 #endif
         if (KIND == ADD && mine && old_tag) old = ld_cell(out + n / 2);
-        float *red = reduced() + buffer * RED + warp * 16 + g;
+        float *red = reduced() + use.sums * RED + warp * 64 + lane;
 #pragma unroll 1
-        for (int i = 0; i < TOGETHER && tile + i * GRID < O::TILES; ++i, red += NW * 16) {
-            float acc[2][4] = {{0.f, 0.f, 0.f, 0.f}, {0.f, 0.f, 0.f, 0.f}};
+        for (int i = 0; i < TOGETHER && tile + i * GRID < O::TILES; ++i, red += NW * 64) {
+            float acc[4][4] = {};
+            int column = g;
 #pragma unroll 1
-            for (int c = 0; c < O::CHUNKS; ++c) {
-                mbar_wait(ring.full(), ring.parity);
-                const u32 at = ring.data();
+            for (int round = 0; round < ROUNDS; ++round) {
 #pragma unroll
-                for (int j = 0; j < J; ++j) {
-                    int slice = warp + NW * j;
-                    if (SLICES % NW == 0 || slice < SLICES)
-                        multiply(acc, at + slice * 64, O::STRIDE, own_x + (c * O::CK + slice * SW) * 2, here);
+                for (int c = 0; c < CHUNKS; c += LUMP) {
+                    asm volatile("" : "+r"(column));   // else every column's inputs would be kept in registers from tile to tile
+                    uint4 a[LUMP * EACH], b[LUMP * EACH];
+                    u32 empty[LUMP];
+#pragma unroll
+                    for (int k = 0; k < LUMP; ++k) {
+                        if (c + k >= CHUNKS) break;
+#pragma unroll
+                        for (int j = 0; j < EACH; ++j) a[k * EACH + j] = b[k * EACH + j] = make_uint4(0, 0, 0, 0);
+                        empty[k] = 0;
+                        if (CHUNKS * ROUNDS > O::CHUNKS && round * CHUNKS + c + k >= O::CHUNKS) continue;
+                        mbar_wait(ring.full(), ring.parity);
+                        const u32 at = ring.data() + g * O::STRIDE + warp * EACH * 64 + t * 16;
+#pragma unroll
+                        for (int j = 0; j < EACH; ++j) {
+                            if (O::SLICES % NW == 0 || warp * EACH + j < O::SLICES) {
+                                a[k * EACH + j] = lds(at + j * 64);
+                                b[k * EACH + j] = lds(at + j * 64 + 8 * O::STRIDE);
+                            }
+                        }
+                        empty[k] = ring.empty();
+                        ring.next();
+                    }
+#pragma unroll
+                    for (int k = 0; k < LUMP; ++k) {
+                        if (c + k >= CHUNKS) break;
+#pragma unroll
+                        for (int j = 0; j < EACH; ++j) multiply<O>(acc, a[k * EACH + j], b[k * EACH + j], kept, (c + k) * EACH + j, column);
+                    }
+                    __syncwarp();
+#pragma unroll
+                    for (int k = 0; k < LUMP; ++k)
+                        if (c + k < CHUNKS && lane == 0 && (CHUNKS * ROUNDS == O::CHUNKS || empty[k])) mbar_arrive(empty[k]);
                 }
-                __syncwarp();
-                if (lane == 0) mbar_arrive(ring.empty());
-                ring.next();
+                if (ROUNDS > 1) {   // the next set's turn
+                    u32 used[XW];
+#pragma unroll
+                    for (int w = 0; w < XW; ++w) used[w] = kept[w];
+#pragma unroll
+                    for (int w = 0; w < O::SETS * XW; ++w) kept[w] = w < (O::SETS - 1) * XW ? kept[w + XW] : used[w - (O::SETS - 1) * XW];
+                }
             }
-            if (t == 0) {
-                float first = acc[0][0] + acc[1][0];
-                if (O::HALVED) red[0] = first + (acc[0][3] + acc[1][3]);
-                else { red[0] = first; red[8] = acc[0][2] + acc[1][2]; }
-            }
+#pragma unroll
+            for (int q = 0; q < 4; ++q) acc[0][q] = acc[0][q] + acc[1][q] + (acc[2][q] + acc[3][q]);
+            const float first = acc[0][0] + acc[0][1], second = acc[0][2] + acc[0][3];
+            if (O::HALVED) red[0] = t < 2 ? first : second;
+            else { red[0] = first; red[32] = second; }
+        }
+        if (NORM && tile == begin) {
+#pragma unroll
+            for (int d = 16; d; d >>= 1) squares += __shfl_xor_sync(~0u, squares, d);
+            if (lane == 0) sums()[use.squares * NW + warp] = squares;
         }
         consumers_meet();
         float v = 0.f, u = 0.f;
         if (mine) {
-            const float *part = reduced() + buffer * RED + turn * (NW * 16) + row;
-            float squares = 0.f;
+            const float *part = reduced() + use.sums * RED + turn * (NW * 64) + row * 4;
+            float all = 0.f;
+            const auto sum = [](const float4 &f) { return f.x + f.y + (f.z + f.w); };
 #pragma unroll
             for (int w = 0; w < NW; ++w) {
-                v += part[w * 16];
-                if (KIND == ACT) u += part[w * 16 + 8];
-                if (NORM) squares += sums()[w];
+                v += sum(*(const float4 *)(part + w * 64));
+                if (KIND == ACT) u += sum(*(const float4 *)(part + w * 64 + 32));
+                if (NORM) all += sums()[use.squares * NW + w];
             }
-            if (NORM) { float factor = rsqrtf(squares / O::K + p.eps); v *= factor; u *= factor; }
+            if (NORM) { float factor = rsqrtf(all / O::K + p.eps); v *= factor; u *= factor; }
 #if FP8
             v *= factor_v * RESULT_FACTOR;
             u *= factor_u * RESULT_FACTOR;
@@ -570,7 +663,7 @@ __device__ __forceinline__ void consume(Ring &ring, Share &share, const Params &
             // The next tiles' results are the next warps', while these still add.
             turn = (turn + NT / 16 - cmax(2, TOGETHER)) % (NT / 16);
         }
-        buffer ^= 1;
+        use.sums ^= 1;
     }
     if (KIND == BEST) {
         // The lowest index wins ties.
@@ -582,7 +675,7 @@ __device__ __forceinline__ void consume(Ring &ring, Share &share, const Params &
             float v = __shfl_xor_sync(~0u, best, d);
             better(v, __shfl_xor_sync(~0u, best_at, d));
         }
-        float *tops = reduced() + buffer * RED;   // nobody reads this one any more
+        float *tops = reduced() + use.sums * RED;   // nobody reads this one any more
         if (lane == 0 && warp < (TOGETHER + 1) / 2) { tops[2 * warp] = best; tops[2 * warp + 1] = __int_as_float(best_at); }
         consumers_meet();
         if (tid == 0) {
@@ -591,7 +684,6 @@ __device__ __forceinline__ void consume(Ring &ring, Share &share, const Params &
             p.best_at[blockIdx.x] = best_at;
         }
     }
-    consumers_meet();   // before the next op writes what this one reads
 }
 
 struct Eight { Pair a, b; };
@@ -643,8 +735,8 @@ __device__ __forceinline__ void prepare(const Params &p, const Layer &layer, int
 // Attention of this block's items. A split's tokens are shared by the warps; the new token is a part of its own.
 __device__ __forceinline__ void attend(const Params &p, const Layer &layer, const Context &c, u32 tag) {
     const int tid = thread(), warp = tid >> 5, lane = tid & 31, dl = lane % DL, sub = lane / DL;
-    float *const parts = reduced();
-    float2 *const stats = (float2 *)(reduced() + NW * HD);
+    float *const parts = gathered();
+    float2 *const stats = (float2 *)(parts + NW * HD);
 #pragma unroll 1
     for (int item = blockIdx.x; item < c.items(); item += GRID) {
         const int head = item % HEADS, split = item / HEADS, kv = head / GROUP;
@@ -753,15 +845,11 @@ __device__ __forceinline__ void attend(const Params &p, const Layer &layer, cons
                 total += stats[w].y * weight;
                 result += w < NW ? parts[w * HD + tid] * weight : last ? widen(value[tid]) * weight : 0.f;
             }
-            if (c.splits == 1) {
-                result = c.length > 0 ? result / total : 0.f;
-                const float other = __shfl_xor_sync(~0u, result, 1);
-                if ((tid & 1) == 0) st_cell(out + tid / 2, pack(result, other), tag);
-            } else {
-                u64 *space = p.parts + ((long long)head * MAXS + split) * (HD + 2);
-                st_cell(space + tid, __float_as_uint(result), tag);
-                if (tid == 0) { st_cell(space + HD, __float_as_uint(above), tag); st_cell(space + HD + 1, __float_as_uint(total), tag); }
-            }
+            result = c.length > 0 ? result / total : 0.f;
+            const float other = __shfl_xor_sync(~0u, result, 1);
+            u64 *const space = p.parts + ((long long)head * MAXS + split) * PART;
+            if ((tid & 1) == 0) st_cell((c.splits == 1 ? out : space) + tid / 2, pack(result, other), tag);
+            if (tid == 0 && c.splits > 1) st_cell(space + HD / 2, __float_as_uint(above + __log2f(total)), tag);
         }
         if (c.splits > FEW) {
             consumers_meet();
@@ -774,15 +862,16 @@ __device__ __forceinline__ void attend(const Params &p, const Layer &layer, cons
             }
             consumers_meet();
             if (*flag() && tid < HD) {
-                const u64 *space = p.parts + (long long)head * MAXS * (HD + 2);
+                const u64 *space = p.parts + (long long)head * MAXS * PART;
                 float above = -infinity(), total = 0.f, result = 0.f;
 #pragma unroll 1
                 for (int j = 0; j < c.splits; ++j) {
-                    const u64 *own = space + j * (HD + 2);
-                    float here = __uint_as_float(insist(own + HD, tag)), next = fmaxf(above, here);
-                    float fade = exp2_(above - next), weight = exp2_(here - next);
-                    total = total * fade + __uint_as_float(insist(own + HD + 1, tag)) * weight;
-                    result = result * fade + __uint_as_float(insist(own + tid, tag)) * weight;
+                    const u64 *own = space + j * PART;
+                    const float here = __uint_as_float(insist(own + HD / 2, tag)), next = fmaxf(above, here);
+                    const float fade = exp2_(above - next), weight = exp2_(here - next);
+                    const u32 two = insist(own + tid / 2, tag);
+                    total = total * fade + weight;
+                    result = result * fade + (tid & 1 ? hi(two) : lo(two)) * weight;
                     above = next;
                 }
                 result /= total;
@@ -790,7 +879,8 @@ __device__ __forceinline__ void attend(const Params &p, const Layer &layer, cons
                 if ((tid & 1) == 0) st_cell(out + tid / 2, pack(result, other), tag);
             }
         }
-        consumers_meet();   // before the next item writes what this one reads
+        // Before the next item writes what this one reads. Otherwise the warps meet in between, in the MLP at the latest.
+        if (GateUp::TILES < GRID || item + GRID < c.items()) consumers_meet();
     }
 }
 
@@ -818,6 +908,7 @@ extern "C" __global__ void __launch_bounds__(NT + PW * 32, 1) decode(const __gri
     }
     asm volatile("griddepcontrol.wait;" ::: "memory");
     Share share = {0};
+    Turn use = {0, 0};
     const Context c = context_of(p.lens[0]);
     if (c.length > 0) {
         const float *turns = p.rope + (long long)p.positions[0] * HD;
@@ -835,17 +926,17 @@ extern "C" __global__ void __launch_bounds__(NT + PW * 32, 1) decode(const __gri
             expect(w.mlp_norm, HID * 2);
             expect(l + 1 < NL ? p.layer[l + 1].input_norm : p.final_norm, HID * 2);
         }
-        consume<Qkv, true, STORE, CELLS>(ring, share, p, c, p.x, last, w.input_norm, w.qkv_scale, QKV_BIAS ? w.qkv_bias : nullptr,
+        consume<Qkv, true, STORE, CELLS>(ring, share, use, p, c, p.x, last, w.input_norm, w.qkv_scale, QKV_BIAS ? w.qkv_bias : nullptr,
                                          p.qkv, one, 0);
         attend(p, w, c, one);
-        consume<Output, false, ADD, ATTENTION>(ring, share, p, c, p.attn, one, nullptr, w.output_scale,
+        consume<Output, false, ADD, ATTENTION>(ring, share, use, p, c, p.attn, one, nullptr, w.output_scale,
                                                O_BIAS ? w.output_bias : nullptr, p.x, one, last);
-        consume<GateUp, true, ACT, CELLS>(ring, share, p, c, p.x, one, w.mlp_norm, w.gate_up_scale, nullptr, p.act, one, 0);
-        consume<Down, false, ADD, CELLS>(ring, share, p, c, p.act, one, nullptr, w.down_scale, nullptr, p.x, two, one);
+        consume<GateUp, true, ACT, CELLS>(ring, share, use, p, c, p.x, one, w.mlp_norm, w.gate_up_scale, nullptr, p.act, one, 0);
+        consume<Down, false, ADD, CELLS>(ring, share, use, p, c, p.act, one, nullptr, w.down_scale, nullptr, p.x, two, one);
         last = two;
         tag = two;
     }
-    consume<Head, true, BEST, CELLS>(ring, share, p, c, p.x, last, p.final_norm, p.head_scale, nullptr, nullptr, 0, 0);
+    consume<Head, true, BEST, CELLS>(ring, share, use, p, c, p.x, last, p.final_norm, p.head_scale, nullptr, nullptr, 0, 0);
     // It has read what each block made, so all have read `steps`.
     if (COUNTS && blockIdx.x == 0 && threadIdx.x == 0) *p.steps = *(volatile u32 *)p.steps + 1;
 }

@@ -182,7 +182,7 @@ class FusedDecode:
             "qkv": zeros(a.qkv_size // 2),
             "attn": zeros(a.q_size // 2),
             "act": zeros(macros["INTER"] // 2),
-            "parts": zeros(a.heads, SPLITS, a.head_dim + 2),
+            "parts": zeros(a.heads, SPLITS, a.head_dim // 2 + 2),
             "semaphores": zeros(a.heads, dtype=torch.int32),
             "steps": zeros(1, dtype=torch.int32),
             # Blocks without a tile of the head never write theirs.
@@ -270,8 +270,8 @@ def ring_stages(hidden: int, q_size: int, inner: int, head_dim: int, *, fp8: boo
 
     sizes = (hidden, q_size, inner)
     stage = 16 * max(map(row, sizes))
-    reduced, attention = TOGETHER * WARPS * 16, WARPS * head_dim + (WARPS + 2) // 2 * 4
-    fixed = apart(2 * max(sizes)) + 4 * max(2 * reduced, attention) + 4 * WARPS + 4 * head_dim
+    reduced, attention = TOGETHER * WARPS * 64, WARPS * head_dim + (WARPS + 2) // 2 * 4
+    fixed = 4 * (2 * reduced + attention) + 4 * 2 * WARPS + 4 * head_dim
     fixed += 2 * 3 * head_dim + 4 * LONGEST + 16  # the new token; places of old ones; a flag
     return (SHARED_BYTES - fixed) // (stage + 16)
 
