@@ -112,7 +112,7 @@ class FusedDecode:
         scratch: Scratch,
         *,
         greedy: bool,
-    ) -> None:
+    ) -> torch.Tensor:
         """Leave float32 logits in `scratch.logits`; or, greedy, only tokens in `scratch.tokens`.
 
         Args:
@@ -121,6 +121,9 @@ class FusedDecode:
             caches: keys and values of each layer, `[num_blocks, block_size, kv_heads, head_dim]`.
             scratch: where results go; nothing else of it is used.
             greedy: whether only the best token is wanted.
+
+        Returns:
+            The largest logit of each block's part of the row, -inf where it has none; until the next step.
         """
         bound = self._bound_for(stack, caches[0][0].shape[1], view.block_table.shape[1])
         cells, a = bound.cells, stack.attention
@@ -141,6 +144,7 @@ class FusedDecode:
         bound.decode.launch(addresses(pointers) + struct.pack("<ff", stack.norm_eps, a.scale * LOG2_E))
         if greedy or not bound.counts:
             bound.finish.launch(addresses(results))
+        return cells["best"]
 
     def workspaces(self) -> dict[str, torch.Tensor]:
         """All that it keeps on the device, by name."""

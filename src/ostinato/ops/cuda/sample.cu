@@ -34,7 +34,8 @@ struct Params {
     const float *temperature, *min_p, *top_p;   // by row
     const int *top_k, *seed;   // by row; seed [R, 2]
     int *out;                  // [S]
-    int seed_stride;
+    const float *largest;      // [parts]: of parts of the one row, or null
+    int seed_stride, parts;
 };
 
 struct Shared {
@@ -340,7 +341,8 @@ extern "C" __global__ void __launch_bounds__(T, 1024 / T) sample(const __grid_co
     const int k = p.top_k[r];
     const int *seed = p.seed + (long long)r * p.seed_stride;
     const double u = uniform(seed[0], seed[1], position);
-    u32 top = 0;
+    // With the parts' largest known, blocks need not tell each other theirs.
+    u32 top = tid < p.parts ? image(__ldcg(p.largest + tid) + 0.f) : 0;
     auto keep = [&](int j, float x) {
         x = x != x ? none : x + 0.f;   // NaN is -inf; -0.0 and 0.0 tie
         sh.row[j * T + tid] = x;
@@ -358,10 +360,12 @@ extern "C" __global__ void __launch_bounds__(T, 1024 / T) sample(const __grid_co
     }
     top = block_max(top, sh.words[0]);
     cluster_waits();   // every block runs: its memory may be written
-    if (tid < CLUSTER) push32(&sh.peak_of[rank], tid, top);
-    cluster_meets();
+    if (p.parts == 0) {
+        if (tid < CLUSTER) push32(&sh.peak_of[rank], tid, top);
+        cluster_meets();
 #pragma unroll 1
-    for (int i = 0; i < CLUSTER; ++i) top = max(top, sh.peak_of[i]);
+        for (int i = 0; i < CLUSTER; ++i) top = max(top, sh.peak_of[i]);
+    }
 
     Row row;
     row.largest = logit_of(top);
