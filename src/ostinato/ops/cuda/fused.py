@@ -30,6 +30,8 @@ THREADS = (WARPS + 4) * 32
 SHARED_BYTES = 227 * 1024
 TOGETHER = 2
 """Tiles of weights between two meetings of a block's warps"""
+HELD = 8
+"""Slices of weights, of 1 KiB, that a warp holds in registers"""
 SPLITS = 16
 LONGEST = 512
 """Most tokens in a split as long as four splits do, which is what readers merge by themselves"""
@@ -266,16 +268,22 @@ def ring_stages(hidden: int, q_size: int, inner: int, head_dim: int, *, fp8: boo
     def apart(nbytes: int) -> int:
         return nbytes if nbytes // 64 % 2 else nbytes + 64
 
-    def row(size: int) -> int:
-        """Bytes from row to row of a chunk."""
-        slices = size // slice_
-        chunk = next(d for d in range(TUNING[fp8]["MOST_SLICES"], 0, -1) if slices % d == 0)
-        return apart(chunk * slice_ * item)
+    def chunk(size: int) -> int:
+        """Slices of a chunk."""
+        return next(d for d in range(TUNING[fp8]["MOST_SLICES"], 0, -1) if size // slice_ % d == 0)
+
+    def part(size: int) -> tuple[int, int]:
+        """Slices of a row that a warp multiplies; the same in whole batches."""
+        each = -(-chunk(size) // WARPS)
+        turns = size // (chunk(size) * slice_) * each
+        batch = max(1, min(turns, max(1, HELD // each) * each))
+        return turns, -(-turns // batch) * batch
 
     sizes = (hidden, q_size, inner)
-    stage = 16 * max(map(row, sizes))
-    reduced, attention = TOGETHER * WARPS * 64, WARPS * head_dim + (WARPS + 2) // 2 * 4
-    fixed = 4 * (2 * reduced + attention) + 4 * 2 * WARPS + 4 * head_dim
+    stage = 16 * max(apart(chunk(size) * slice_ * item) for size in sizes)
+    token = max(max(part(size)[1], sum(part(size // 2))) for size in sizes) * slice_ * 2
+    reduced, attention = TOGETHER * WARPS * 16, WARPS * head_dim + (WARPS + 2) // 2 * 4
+    fixed = WARPS * token + 4 * (2 * reduced + attention) + 4 * 2 * WARPS + 4 * head_dim
     fixed += 2 * 3 * head_dim + 4 * LONGEST + 16  # the new token; places of old ones; a flag
     return (SHARED_BYTES - fixed) // (stage + 16)
 
