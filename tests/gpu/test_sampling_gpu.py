@@ -49,6 +49,7 @@ class OnDevice:
     """One call's tensors on the GPU. `call` is what a graph captures; `reset` puts the logits back."""
 
     sampler: ClassVar[ClusterSampler | None] = None
+    largest: torch.Tensor | None = None
 
     def __init__(
         self,
@@ -88,6 +89,7 @@ class OnDevice:
             scratch=self.scratch,
             pdl=self.pdl,
             draw=self.sampler,
+            largest=self.largest,
         )
 
     def tokens(self) -> list[int]:
@@ -221,6 +223,31 @@ def test_a_list_that_is_too_short() -> None:
     rows = torch.arange(n, dtype=torch.int32)
     device = OnDevice(logits, rows, torch.arange(n), inputs, make_state(n, vocab), SAMPLE)
     assert_same_draws(device.tokens(), run(logits, inputs, rows=rows), logits, rows, torch.arange(n), inputs)
+
+
+@pytest.mark.parametrize("vocab", [49152, 128256, 151936, 1001])
+def test_the_largest_logits_of_parts_change_nothing(vocab: int) -> None:
+    """Of a row alone: what the one-kernel step knows of it. Parts as its blocks cut it, some of them empty."""
+    logits, rows, positions, inputs, state = sample_case(33, vocab, 2.0)
+    logits[3, 5:] = -torch.inf
+    logits[4, 7] = torch.inf
+    logits[6] = -torch.inf
+    logits[7, ::3] = torch.nan
+    logits[9] = -0.0
+    logits[9, ::2] = 0.0
+    for s in range(32):
+        one = slice(s, s + 1)
+        alone = OnDevice(logits[one], rows[one], positions[one], inputs, state, SAMPLE)
+        tokens = alone.tokens()
+        numbers = logits[s].nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+        blocks = [
+            numbers[i * 16 :].unfold(0, 16, 132 * 16).flatten() for i in range(132) if i * 16 + 16 <= vocab
+        ]
+        blocks.append(numbers[vocab // (132 * 16) * (132 * 16) :])
+        best = [block.max() if len(block) else torch.tensor(-torch.inf) for block in blocks]
+        alone.largest = torch.stack([*best, torch.tensor(-torch.inf)]).cuda()
+        assert float(alone.largest.max()) == float(numbers.max())
+        assert [alone.tokens()[0] for _ in range(3)] == tokens * 3, s
 
 
 def test_prompt_logprobs_equal_the_cpu() -> None:

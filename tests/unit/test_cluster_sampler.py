@@ -67,8 +67,20 @@ def test_few_rows_get_the_larger_cluster(built: list[FakeKernel], seqs: int, clu
         inputs.seed,
         out,
     )
-    assert params == struct.pack("<9Qi4x", *(t.data_ptr() for t in tensors), 3)
-    assert POINTERS[kernel.handle] == 9, "what an audit reads as addresses"
+    assert params == struct.pack("<10Q2i", *(t.data_ptr() for t in tensors), 0, 3, 0)
+    assert POINTERS[kernel.handle] == 10, "what an audit reads as addresses"
+
+
+@pytest.mark.parametrize(("seqs", "parts", "used"), [(1, 132, 132), (1, 513, 0), (2, 132, 0)])
+def test_the_largest_logits_of_one_row_are_passed_on(
+    built: list[FakeKernel], seqs: int, parts: int, used: int
+) -> None:
+    (logits, rows, positions), inputs, out = arguments(seqs, 1000)
+    largest = torch.zeros(parts)
+    assert ClusterSampler(CPU).run(logits, rows, positions, inputs, out=out, largest=largest)
+    (kernel,) = (k for k in built if k.launches)
+    pointer, _, count = struct.unpack("<Q2i", kernel.launches[0][0][-16:])
+    assert (pointer, count) == (largest.data_ptr() if used else 0, used)
 
 
 @pytest.mark.parametrize("vocab", [1, 32, 49152, 50257, 128256, 151936, 262144, 262145, 524287])

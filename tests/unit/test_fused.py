@@ -114,16 +114,31 @@ def test_the_ring_has_as_many_chunks_as_the_source_says(shape: str, fp8: bool) -
         "LONGEST": fused.LONGEST,
         "TOGETHER": fused.TOGETHER,
     }
-    names: dict[str, Any] = {**numbers, "cmax": max, "sizeof": lambda size: size, "W": 1 if fp8 else 2}
+    names: dict[str, Any] = {
+        **numbers,
+        "cmax": max,
+        "cmin": min,
+        "cdiv": lambda a, b: -(-a // b),
+        "HELD": fused.HELD,
+        "sizeof": lambda size: size,
+        "W": 1 if fp8 else 2,
+    }
     names["divisor"] = lambda n, most: next(d for d in range(most, 0, -1) if n % d == 0)
     text = fused.SOURCE.read_text().replace("(int)", "").replace("/", "//")
     wanted = (
         "NW",
         "SW",
         "chunk_of",
+        "each_of",
+        "turns_of",
+        "batch_of",
+        "room_of",
+        "halves_of",
         "apart",
         "stride_of",
         "STAGE",
+        "X_ROOM",
+        "X_WARP",
         "X_BYTES",
         "RED",
         "ATT",

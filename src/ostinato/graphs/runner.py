@@ -113,10 +113,10 @@ class StepProgram:
     def __call__(self, batch: Batch) -> None:
         """Run a batch. Results land in `batch.state`; on a GPU nothing is allocated or awaited."""
         ops, scratch = self.ops, self.arena.view(batch.num_tokens, batch.num_seqs)
-        view = ops.prepare(batch, scratch)
+        view, largest = ops.prepare(batch, scratch), None
         if self.fuses(batch.key):
             caches = [self.cache.layer(index) for index in range(len(self.model.layers))]
-            ops.fused(self.model, view, caches, scratch, greedy=not self.keeps_logits(batch.key))
+            largest = ops.fused(self.model, view, caches, scratch, greedy=not self.keeps_logits(batch.key))
         else:
             self.model.forward(view, self.cache, scratch, ops)
         # A sampled token stands right after its context, so its position is the context's length.
@@ -130,6 +130,7 @@ class StepProgram:
                 variant=batch.key.sampler,
                 workspace=scratch.sampler,
                 out=scratch.tokens,
+                largest=largest,
             )
         ops.advance(batch, view, scratch.tokens)
 

@@ -278,11 +278,14 @@ class OpSet(Protocol):
         scratch: Scratch,
         *,
         greedy: bool,
-    ) -> None:
+    ) -> torch.Tensor | None:
         """The whole model in one go, for a decode step that it `fuses`.
 
         Leaves float32 logits in `scratch.logits` or, greedy, only the best tokens in
         `scratch.tokens`.
+
+        Returns:
+            Where it is known, the largest logits of parts of the row, any cut, for `sample`; until the next step.
         """
         ...
 
@@ -380,8 +383,9 @@ class OpSet(Protocol):
         variant: SamplerVariant,
         workspace: torch.Tensor,
         out: torch.Tensor,
+        largest: torch.Tensor | None = None,
     ) -> None:
-        """Choose a token for each sequence; see `ostinato.sampling.sample`."""
+        """Choose a token for each sequence; see `ostinato.sampling.sample`. `largest`: what `fused` returned."""
         ...
 
     def advance(self, batch: Batch, view: StepView, tokens: torch.Tensor) -> None:

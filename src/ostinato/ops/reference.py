@@ -156,7 +156,7 @@ class ReferenceOps:
         scratch: Scratch,
         *,
         greedy: bool,
-    ) -> None:
+    ) -> torch.Tensor | None:
         raise NotImplementedError("no step is fused in plain torch")
 
     def embed(self, ids: torch.Tensor, table: torch.Tensor, out: torch.Tensor) -> None:
@@ -299,6 +299,7 @@ class ReferenceOps:
         variant: SamplerVariant,
         workspace: torch.Tensor,
         out: torch.Tensor,
+        largest: torch.Tensor | None = None,
     ) -> None:
         sampling.sample(logits, rows, positions, inputs, state, variant=variant, out=out)
 

@@ -4,17 +4,19 @@
 // One block runs on each multiprocessor. Four producer warps stream this block's share of all weights,
 // in the order of use, through a ring in shared memory by bulk copies; they depend on nothing
 // that the step computes. While the ring is full they go on into the L2 cache, at the pace of the memory,
-// so that memory never rests. The other WARPS warps consume: each takes slices of the inner dimension
-// of a tile of 16 weight rows and multiplies them on tensor cores (the tile is the m16 operand, the token
-// a column of n8); the slices of a few tiles are added through shared memory at once.
+// so that memory never rests. The other WARPS warps consume: each takes the same slices of the inner dimension
+// of all tiles of 16 weight rows, brings its part of the token for them, and multiplies on tensor cores (the
+// tile is the m16 operand, the token its columns); the slices of a few tiles are added through shared memory at once.
+// While it waits for the token it already holds its first HELD slices of weights in registers.
 //
 // Between blocks, activations travel in 8-byte words of two bfloat16 and a tag: readers poll the very
 // words that they need, so there is no barrier and no fence, and one trip to the L2 cache (NCCL's LL
 // protocol). A tag is never used twice. Nothing is overwritten too early: whoever writes version l + 1
 // of a buffer has, through what it read, waited for all who read version l.
 //
-// The fragments' inner index is permuted: a thread takes 16 consecutive bytes of a weight row, and
-// the same inner indices of the token, where mma would give it two far pairs. The sum is the same.
+// The fragments' inner index is permuted: a thread takes 16 consecutive bytes of a weight row, and they are the
+// four registers of a fragment, where mma would have two far pairs of each of two rows. The sum is the same, if the token is
+// permuted likewise: see `Slice`.
 //
 // Macros: HID QSIZE QKVN INTER VOCAB NL HEADS KVH HD BLOCK_SIZE WINDOW TABLE_WIDTH FP8 QKNORM QKV_BIAS O_BIAS GRID WARPS
 // MOST_SLICES (of a chunk) FLIGHT (chunks of weights under way to the ring) LEAD (chunks
@@ -34,6 +36,7 @@ constexpr int divisor(int n, int most) {    // the largest divisor of n up to mo
     return 1;
 }
 constexpr int cmax(int a, int b) { return a > b ? a : b; }
+constexpr int cmin(int a, int b) { return a < b ? a : b; }
 constexpr int cdiv(int a, int b) { return (a + b - 1) / b; }
 // Bytes from row to row in shared memory: an odd number of half lines, so that two rows share no bank.
 constexpr int apart(int bytes) { return bytes / 64 % 2 ? bytes : bytes + 64; }
@@ -42,16 +45,23 @@ constexpr int NW = WARPS;                   // consumer warps
 constexpr int NT = NW * 32;                 // consumer threads
 constexpr int PW = 4;                       // producer warps: a bulk copy takes its warp about 35 cycles to issue
 constexpr int SW = 64 / sizeof(W);          // inner indices in a slice: 16 bytes of each of 4 lanes
-constexpr int XR = FP8 ? 2 : 1;             // uint4 of the token in a slice, for each lane
+constexpr int HELD = 8;                     // slices of weights that a warp holds in registers
+constexpr int QUADS = SW / 4;               // of the token in a slice: four values, two words
 constexpr int GROUP = HEADS / KVH;          // query heads of a KV head
 constexpr int HALF = HD / 2;
 constexpr int DL = HD / 8;                  // lanes that share a head: 8 dimensions each
-constexpr int TPI = 32 / DL;                // tokens that a warp looks at together
-constexpr int U = 8;                        // such groups that it asks for together
-constexpr int PASS = NW * TPI * U;          // tokens that a block asks for together
+constexpr int OWN = 2048 / HD;              // tokens of a context that a warp asks for together
+constexpr int PASS = NW * OWN;              // that a block does
 constexpr int FEW = 4;                      // splits that the reader merges
+constexpr int PART = HD / 2 + 2;            // words of a head's split
 
 constexpr int chunk_of(int k) { return divisor(k / SW, MOST_SLICES) * SW; }
+// A warp's part of a tile, in slices: so many of a chunk and of the tile; so many wait in registers at most; in whole batches.
+constexpr int each_of(int inner) { return cdiv(chunk_of(inner) / SW, NW); }
+constexpr int turns_of(int inner) { return inner / chunk_of(inner) * each_of(inner); }
+constexpr int batch_of(int inner) { return cmax(1, cmin(turns_of(inner), cmax(1, HELD / each_of(inner)) * each_of(inner))); }
+constexpr int room_of(int inner) { return cdiv(turns_of(inner), batch_of(inner)) * batch_of(inner); }
+constexpr int halves_of(int k) { return turns_of(k / 2) + room_of(k / 2); }
 constexpr int stride_of(int ck) { return apart(ck * (int)sizeof(W)); }
 
 // A product of the step. A tile is 16 rows of weights; or eight rows of gate and the same of up; or the
@@ -62,6 +72,9 @@ template <int K_, int N_, bool GATED_> struct Op {
     static constexpr bool HALVED = !GATED && K / 2 % SW == 0 && cdiv(N / 8, GRID) * 8 < cdiv(N / 16, GRID) * 16;
     static constexpr int ROWS = GATED || HALVED ? 8 : 16, TILES = N / ROWS;
     static constexpr int INNER = HALVED ? K / 2 : K, CK = chunk_of(INNER), CHUNKS = INNER / CK, STRIDE = stride_of(CK);
+    // A warp's part of a tile: EACH slices of each chunk, one after the other. It brings its own part of the token for that.
+    static constexpr int SLICES = CK / SW, EACH = each_of(INNER), TURNS = turns_of(INNER), BATCH = batch_of(INNER), BATCHES = cdiv(TURNS, BATCH);
+    static constexpr int KEPT = TURNS * (HALVED ? 2 : 1);   // slices of the token that a warp keeps
     static constexpr long long SECOND = GATED ? (long long)N * K : HALVED ? K / 2 : 0;   // from a tile's row 0 to its row 8
 };
 using Qkv = Op<HID, QKVN, false>;
@@ -71,10 +84,12 @@ using Down = Op<INTER, HID, false>;
 using Head = Op<HID, VOCAB, false>;
 
 constexpr int STAGE = 16 * cmax(stride_of(chunk_of(HID)), cmax(stride_of(chunk_of(QSIZE)), stride_of(chunk_of(INTER))));
-constexpr int X_BYTES = apart(cmax(HID, cmax(QSIZE, INTER)) * 2);
+constexpr int X_ROOM = cmax(cmax(cmax(room_of(HID), halves_of(HID)), cmax(room_of(QSIZE), halves_of(QSIZE))), cmax(room_of(INTER), halves_of(INTER)));
+constexpr int X_WARP = X_ROOM * SW * 2;               // bytes of the token that a warp has room for
+constexpr int X_BYTES = NW * X_WARP;
 constexpr int RED = TOGETHER * NW * 16;               // floats in one reduction buffer
 constexpr int ATT = NW * HD + (NW + 2) / 2 * 4;       // floats for merging warps in attention
-constexpr int FIXED = X_BYTES + cmax(2 * RED, ATT) * 4 + NW * 4 + HD * 4 + 3 * HD * 2 + LONGEST * 4 + 16;
+constexpr int FIXED = X_BYTES + (2 * RED + ATT) * 4 + 2 * NW * 4 + HD * 4 + 3 * HD * 2 + LONGEST * 4 + 16;
 constexpr int STAGES = (227 * 1024 - FIXED) / (STAGE + 16);
 static_assert(STAGES > FLIGHT, "the ring does not fit");
 static_assert(16 * TOGETHER <= NT, "a thread for each result of the tiles");
@@ -85,13 +100,14 @@ static_assert(HD == 64 || HD == 128, "head dimensions that lanes share evenly");
 
 // Shared memory, all of it at places known when this is compiled.
 extern __shared__ __align__(128) unsigned char memory[];   // first the ring's stages
-constexpr int X_AT = STAGES * STAGE, RED_AT = X_AT + X_BYTES, SQUARES_AT = RED_AT + cmax(2 * RED, ATT) * 4;
-constexpr int ANGLES_AT = SQUARES_AT + NW * 4, SLOTS_AT = ANGLES_AT + HD * 4, FLAG_AT = SLOTS_AT + LONGEST * 4;
+constexpr int X_AT = STAGES * STAGE, RED_AT = X_AT + X_BYTES, ATT_AT = RED_AT + 2 * RED * 4;
+constexpr int SQUARES_AT = ATT_AT + ATT * 4, ANGLES_AT = SQUARES_AT + 2 * NW * 4, SLOTS_AT = ANGLES_AT + HD * 4, FLAG_AT = SLOTS_AT + LONGEST * 4;
 constexpr int FRESH_AT = FLAG_AT + 16, FULL_AT = FRESH_AT + 3 * HD * 2, EMPTY_AT = FULL_AT + STAGES * 8;
 static_assert(EMPTY_AT + STAGES * 8 <= 227 * 1024 && FRESH_AT % 16 == 0 && FULL_AT % 8 == 0, "the layout");
 #define SHARED(type, name, place) __device__ __forceinline__ type *name() { return (type *)(memory + place); }
-SHARED(float, reduced, RED_AT)       // [2][TOGETHER][NW][16], or attention's parts: [NW][HD], then [NW + 1] of (largest, sum)
-SHARED(float, sums, SQUARES_AT)      // [NW] of squares
+SHARED(float, reduced, RED_AT)       // [2][TOGETHER][16][NW]
+SHARED(float, gathered, ATT_AT)      // attention's parts: [NW][HD], then [NW + 1] of (largest, sum)
+SHARED(float, sums, SQUARES_AT)      // [2][NW] of squares
 SHARED(float, angles, ANGLES_AT)     // [HD]
 SHARED(int, places, SLOTS_AT)        // [LONGEST], where tokens of this block's split lie in the cache
 SHARED(u32, flag, FLAG_AT)
@@ -113,7 +129,7 @@ struct Params {
     const u16 *embedding;      // [VOCAB, HID]
     const int *ids;            // [1], as all that follows of the step
     u64 *x, *qkv, *attn, *act; // tagged pairs: [HID / 2], [QKVN / 2], [QSIZE / 2], [INTER / 2]
-    u64 *parts;                // [HEADS, MAXS, HD + 2] float32 with a tag each
+    u64 *parts;                // [HEADS, MAXS, HD / 2 + 2]: tagged pairs, then the logarithm of their weight, float32
     u32 *semaphores;           // [HEADS], zero before and after
     u32 *steps;                // steps so far; `finish` counts where this kernel cannot
     float *logits;             // [VOCAB], or null: only the best
@@ -160,15 +176,6 @@ __device__ __forceinline__ u64 ld_cell(const u64 *p) {
 }
 __device__ __forceinline__ bool fresh(const Pair &v, u32 tag) { return (u32)(v.a >> 32) == tag && (u32)(v.b >> 32) == tag; }
 __device__ __forceinline__ void rest() { asm volatile("nanosleep.u32 32;"); }
-// What was asked for early, now for certain.
-__device__ __forceinline__ void insist(Pair &v, const u64 *p, u32 tag) {
-    u32 spins = 0;
-    while (!fresh(v, tag)) {
-        if (++spins == 1u << 24) __trap();   // many seconds: an error instead of a hang
-        rest();
-        v = ld_pair(p);
-    }
-}
 __device__ __forceinline__ void st_cell(u64 *p, u32 value, u32 tag) {
     asm volatile("st.relaxed.gpu.global.b64 [%0], %1;" ::"l"(p), "l"((u64)tag << 32 | value) : "memory");
 }
@@ -186,12 +193,15 @@ __device__ __forceinline__ void look_out(const u64 *p, u32 tag) {
     __syncwarp();
 }
 #if FP8
-// E4M3 bytes to bfloat16 by moving their bits to where bfloat16 has them: that is the value times 2^-120,
-// subnormals too. Tokens are multiplied by 2^100 instead, and the result by 2^20. Of four bytes, `even`
-// takes the first and the third, `odd` the others; tokens lie in shared memory in the same order.
-constexpr float TOKEN_FACTOR = 1.2676506002282294e30f, RESULT_FACTOR = 1048576.f;
-__device__ __forceinline__ u32 even(u32 v) { return (v << 8 & 0x80008000u) | (v << 4 & 0x07f007f0u); }
-__device__ __forceinline__ u32 odd(u32 v) { return (v & 0x80008000u) | (v >> 4 & 0x07f007f0u); }
+// Two E4M3 bytes to float16, which has all their values.
+__device__ __forceinline__ void unpack(u32 v, u32 &first, u32 &second) {
+    asm("{\n.reg .b16 a, b;\nmov.b32 {a, b}, %2;\ncvt.rn.f16x2.e4m3x2 %0, a;\ncvt.rn.f16x2.e4m3x2 %1, b;\n}" : "=r"(first), "=r"(second) : "r"(v));
+}
+__device__ __forceinline__ void mma_f16(float *c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
 #endif
 
 struct Ring {
@@ -357,144 +367,225 @@ __device__ __forceinline__ void spread(float (&f)[8], uint4 v) {
 
 enum { STORE, ADD, ACT, BEST };
 enum { CELLS, ATTENTION };
+// Which buffer the warps' sums go to: there are two, so that one meeting is enough for each. Another two for squares.
+struct Turn { int sums, squares; };
 
-// Four values of attention's result that readers merge from splits.
-__device__ __forceinline__ uint2 merge(const Params &p, int at, int splits, u32 tag) {
-    const u64 *space = p.parts + (long long)(at / HD) * MAXS * (HD + 2);
-    Pair a[FEW], b[FEW], m[FEW];
-    bool all = false;
-#pragma unroll 1
-    for (u32 spins = 0; !all; ++spins) {
-        if (spins == 1u << 24) __trap();
-        if (spins) rest();
-#pragma unroll
-        for (int j = 0; j < FEW; ++j)
-            if (j < splits) {
-                const u64 *own = space + j * (HD + 2);
-                a[j] = ld_pair(own + at % HD); b[j] = ld_pair(own + at % HD + 2); m[j] = ld_pair(own + HD);
-            } else {
-                a[j] = b[j] = m[j] = Pair{0, 0};   // otherwise their registers would be kept from layer to layer
-            }
-        all = true;
-#pragma unroll
-        for (int j = 0; j < FEW; ++j)
-            if (j < splits) all = all && fresh(a[j], tag) && fresh(b[j], tag) && fresh(m[j], tag);
-    }
-    float above = -infinity();
-#pragma unroll
-    for (int j = 0; j < FEW; ++j)
-        if (j < splits) above = fmaxf(above, __uint_as_float((u32)m[j].a));
-    float total = 0.f, v[4] = {0.f, 0.f, 0.f, 0.f};
-#pragma unroll
-    for (int j = 0; j < FEW; ++j)
-        if (j < splits) {
-            float weight = exp2_(__uint_as_float((u32)m[j].a) - above);
-            total += __uint_as_float((u32)m[j].b) * weight;
-            v[0] += __uint_as_float((u32)a[j].a) * weight; v[1] += __uint_as_float((u32)a[j].b) * weight;
-            v[2] += __uint_as_float((u32)b[j].a) * weight; v[3] += __uint_as_float((u32)b[j].b) * weight;
-        }
-    return make_uint2(pack(v[0] / total, v[1] / total), pack(v[2] / total, v[3] / total));
-}
-
-// Brings an op's input to shared memory, times the norm's weights where there is a norm. Tag 0: the embedding.
-template <int K, bool NORM, int FROM>
-__device__ __forceinline__ void stage(const Params &p, const Context &context, const u64 *x, const u16 *norm, u32 tag) {
-    constexpr int COUNT = K / 4, PER = cdiv(COUNT, NT);         // of four values, two words
-    const int tid = thread(), first = min(tid & ~31, COUNT - 1);
-    auto mine = [&](int u) { return COUNT % NT == 0 || tid + u * NT < COUNT; };
-    auto put = [&](int u, uint2 v) {
-#if FP8
-        v = make_uint2(pack(lo(v.x) * TOKEN_FACTOR, lo(v.y) * TOKEN_FACTOR), pack(hi(v.x) * TOKEN_FACTOR, hi(v.y) * TOKEN_FACTOR));
-#endif
-        asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(shared_at(memory) + X_AT + (tid + u * NT) * 8), "r"(v.x), "r"(v.y) : "memory");
+// Brings what a warp needs of an op's input to its part of shared memory, times the norm's weights where there is a norm.
+// Tag 0: the embedding. Returns this lane's sum of squares, and `inverse` of what FP8's token is multiplied by.
+template <typename O, bool NORM, int FROM>
+__device__ __forceinline__ float stage(const Params &p, const Context &context, const u64 *x, const u16 *norm, u32 tag, float &inverse) {
+    constexpr int COUNT = O::KEPT * QUADS, PER = cdiv(COUNT, 32);   // of four values; for a lane
+    const int tid = thread(), warp = tid >> 5, lane = tid & 31;
+    inverse = 1.f;
+    if (O::SLICES % NW && warp * O::EACH >= O::SLICES) return 0.f;
+    // Where in the token a lane's values are, and whether there are any.
+    const auto slice = [&](int u) { return (lane + 32 * u) / QUADS % O::TURNS; };
+    const auto inner = [&](int u) {
+        const int half = O::HALVED ? (lane + 32 * u) / QUADS / O::TURNS : 0;
+        return half * O::INNER + slice(u) / O::EACH * O::CK + (warp * O::EACH + slice(u) % O::EACH) * SW + lane % QUADS * 4;
     };
-    if (FROM == ATTENTION && context.splits > 1 && context.splits <= FEW) {
-        // A lane looks out for each split, at the word that is written last.
-        if ((tid & 31) < context.splits) insist(p.parts + ((long long)(first * 4 / HD) * MAXS + (tid & 31)) * (HD + 2) + HD + 1, tag);
-        __syncwarp();
-#pragma unroll 1
-        for (int u = 0; u < PER; ++u)
-            if (mine(u)) put(u, merge(p, (tid + u * NT) * 4, context.splits, tag));
-        return consumers_meet();
-    }
-    uint2 gain[NORM ? PER : 1];
-    if (NORM) {
+    const auto there = [&](int u) {
+        return (COUNT % 32 == 0 || lane + 32 * u < COUNT) && (O::SLICES % NW == 0 || warp * O::EACH + slice(u) % O::EACH < O::SLICES);
+    };
+    uint2 w[PER];
 #pragma unroll
-        for (int u = 0; u < PER; ++u)
-            gain[u] = mine(u) ? *(const uint2 *)(norm + (tid + u * NT) * 4) : make_uint2(0, 0);
-    }
-    Pair v[PER] = {};
-    const bool embedding = NORM && tag == 0;
-    if (embedding) {
-        const u16 *own = p.embedding + (long long)p.ids[0] * HID + tid * 4;
-#pragma unroll
-        for (int u = 0; u < PER; ++u)
-            if (mine(u)) { const uint2 w = *(const uint2 *)(own + u * NT * 4); v[u].a = w.x; v[u].b = w.y; }
-    } else {
-        look_out(x + first * 2, tag);
-#pragma unroll
-        for (int u = 0; u < PER; ++u)
-            if (mine(u)) v[u] = ld_pair(x + (tid + u * NT) * 2);
-    }
+    for (int u = 0; u < PER; ++u) w[u] = make_uint2(0, 0);
     float squares = 0.f;
+    if (FROM == ATTENTION && context.splits > 1 && context.splits <= FEW) {
+        // Lanes look out for each split of each of the heads, at the word that is written last: asking in vain for all is dear.
+        constexpr int RUN = O::EACH * SW, STEP = HD % RUN == 0 ? O::EACH : RUN % HD == 0 ? HD / SW : 1, UNITS = O::KEPT / STEP;   // slices of a head
+#pragma unroll 1
+        for (int i = lane; i < UNITS * context.splits; i += 32) {
+            const int first = i % UNITS * STEP, side = first / O::TURNS, at = first % O::TURNS, own = warp * O::EACH + at % O::EACH;
+            if (O::SLICES % NW == 0 || own < O::SLICES)
+                insist(p.parts + ((long long)((side * O::INNER + at / O::EACH * O::CK + own * SW) / HD) * MAXS + i / UNITS) * PART + HD / 2, tag);
+        }
+        __syncwarp();
+        constexpr int AT_ONCE = 2;
+#pragma unroll
+        for (int first = 0; first < PER; first += AT_ONCE) {
+            Pair v[AT_ONCE][FEW];
+            u64 weight[AT_ONCE][FEW];
+            bool all = false;
+#pragma unroll 1
+            for (u32 spins = 0; !all; ++spins) {
+                if (spins == 1u << 24) __trap();
+                if (spins) rest();
+#pragma unroll
+                for (int a = 0; a < AT_ONCE; ++a)
+#pragma unroll
+                    for (int j = 0; j < FEW; ++j)
+                        if (first + a < PER && j < context.splits && there(first + a)) {
+                            const int at = inner(first + a);
+                            const u64 *own = p.parts + (long long)(at / HD) * MAXS * PART + j * PART;
+                            v[a][j] = ld_pair(own + at % HD / 2);
+                            weight[a][j] = ld_cell(own + HD / 2);
+                        } else {   // otherwise their registers would be kept from layer to layer
+                            v[a][j] = Pair{(u64)tag << 32, (u64)tag << 32};
+                            weight[a][j] = (u64)tag << 32 | 0xff800000u;
+                        }
+                all = true;
+#pragma unroll
+                for (int a = 0; a < AT_ONCE; ++a)
+#pragma unroll
+                    for (int j = 0; j < FEW; ++j) all = all && fresh(v[a][j], tag) && (u32)(weight[a][j] >> 32) == tag;
+            }
+#pragma unroll
+            for (int a = 0; a < AT_ONCE; ++a) {
+                if (first + a >= PER || !there(first + a)) continue;
+                float above = -infinity(), total = 0.f, f[4] = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll
+                for (int j = 0; j < FEW; ++j) above = fmaxf(above, __uint_as_float((u32)weight[a][j]));
+#pragma unroll
+                for (int j = 0; j < FEW; ++j) {
+                    const float share = exp2_(__uint_as_float((u32)weight[a][j]) - above);
+                    total += share;
+                    f[0] += lo((u32)v[a][j].a) * share; f[1] += hi((u32)v[a][j].a) * share;
+                    f[2] += lo((u32)v[a][j].b) * share; f[3] += hi((u32)v[a][j].b) * share;
+                }
+                total = 1.f / total;
+                w[first + a] = make_uint2(pack(f[0] * total, f[1] * total), pack(f[2] * total, f[3] * total));
+            }
+        }
+    } else {
+        Pair v[PER] = {};
+        uint2 gain[NORM ? PER : 1];
+        if (NORM) {
+#pragma unroll
+            for (int u = 0; u < PER; ++u) gain[u] = there(u) ? *(const uint2 *)(norm + inner(u)) : make_uint2(0, 0);
+        }
+        if (NORM && tag == 0) {
+            const u16 *own = p.embedding + (long long)p.ids[0] * HID;
+#pragma unroll
+            for (int u = 0; u < PER; ++u)
+                if (there(u)) { const uint2 e = *(const uint2 *)(own + inner(u)); v[u].a = e.x; v[u].b = e.y; }
+        } else {
+            look_out(x + inner(0) / 2, tag);
+            bool all = false;
+#pragma unroll 1
+            for (u32 spins = 0; !all; ++spins) {
+                if (spins == 1u << 24) __trap();
+                if (spins) rest();
+#pragma unroll
+                for (int u = 0; u < PER; ++u)
+                    if (there(u) && !fresh(v[u], tag)) v[u] = ld_pair(x + inner(u) / 2);
+                all = true;
+#pragma unroll
+                for (int u = 0; u < PER; ++u) all = all && (!there(u) || fresh(v[u], tag));
+            }
+        }
+#pragma unroll
+        for (int u = 0; u < PER; ++u) {
+            if (!there(u)) continue;
+            w[u] = make_uint2((u32)v[u].a, (u32)v[u].b);
+            if (NORM) {
+                const float a = lo(w[u].x), b = hi(w[u].x), c = lo(w[u].y), d = hi(w[u].y);
+                squares += a * a + b * b + c * c + d * d;
+                w[u] = make_uint2(pack(a * lo(gain[u].x), b * hi(gain[u].x)), pack(c * lo(gain[u].y), d * hi(gain[u].y)));
+            }
+        }
+    }
+#if FP8
+    // To float16, times a power of two that puts the warp's largest value below 2^15: what is 2^29 times smaller loses digits.
+    u32 most = 0;
+#pragma unroll
+    for (int u = 0; u < PER; ++u)
+        most = max(most, max(max(w[u].x << 16 & 0x7fff0000u, w[u].x & 0x7fff0000u), max(w[u].y << 16 & 0x7fff0000u, w[u].y & 0x7fff0000u)));
+    const u32 exponent = max(__reduce_max_sync(~0u, most) >> 23, 15u);
+    const float power = __uint_as_float((268u - exponent) << 23);
+    inverse = __uint_as_float((exponent - 14u) << 23);
 #pragma unroll
     for (int u = 0; u < PER; ++u) {
-        if (!mine(u)) break;
-        if (!embedding) insist(v[u], x + (tid + u * NT) * 2, tag);
-        uint2 w = make_uint2((u32)v[u].a, (u32)v[u].b);
-        if (NORM) {
-            float a = lo(w.x), b = hi(w.x), c = lo(w.y), d = hi(w.y);
-            squares += a * a + b * b + c * c + d * d;
-            w = make_uint2(pack(a * lo(gain[u].x), b * hi(gain[u].x)), pack(c * lo(gain[u].y), d * hi(gain[u].y)));
-        }
-        put(u, w);
+        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(w[u].x) : "f"(hi(w[u].x) * power), "f"(lo(w[u].x) * power));
+        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(w[u].y) : "f"(hi(w[u].y) * power), "f"(lo(w[u].y) * power));
     }
-    if (NORM) {
+#endif
+    // Of a lane's part of a slice even pairs first, then odd ones: they are in other columns of the product.
+    const u32 to = shared_at(memory) + X_AT + warp * X_WARP + lane / QUADS * (SW * 2) + lane % QUADS / (QUADS / 4) * (SW / 2) + lane % (QUADS / 4) * 4;
 #pragma unroll
-        for (int d = 16; d; d >>= 1) squares += __shfl_xor_sync(~0u, squares, d);
-        if ((tid & 31) == 0) sums()[tid >> 5] = squares;
+    for (int u = 0; u < PER; ++u) {
+        if (!there(u)) continue;
+        asm volatile("st.shared.u32 [%0], %1;" ::"r"(to + u * (32 / QUADS * SW * 2)), "r"(w[u].x) : "memory");
+        asm volatile("st.shared.u32 [%0], %1;" ::"r"(to + u * (32 / QUADS * SW * 2) + SW / 4), "r"(w[u].y) : "memory");
     }
-    consumers_meet();
+    __syncwarp();
+    return squares;
 }
 
-__device__ __forceinline__ void multiply(float (&acc)[2][4], u32 at, int stride, u32 x, bool here) {
-    const int lane = threadIdx.x & 31;
-    u32 own = at + (lane >> 2) * stride + (lane & 3) * 16;
-    uint4 a = lds(own), b = lds(own + 8 * stride);
-    uint4 v[XR];
-#pragma unroll
-    for (int r = 0; r < XR; ++r) v[r] = here ? lds(x + r * 16) : make_uint4(0, 0, 0, 0);
+// Rows g and g + 8 of a slice: 16 bytes of each. The registers of one row are the fragment of a product of their own, whose rows
+// g and g + 8 have even and odd pairs of inner indices; so has the token in its even and odd columns. Then nothing moves.
+struct Slice { uint4 a, b; };
 #if FP8
-    const u32 *pa = &a.x, *pb = &b.x;
+struct Token { uint4 x; };
+__device__ __forceinline__ Token token(u32 at) { return {lds(at)}; }
+__device__ __forceinline__ void multiply(float (&acc)[2][4], const uint4 &a, const Token &v) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        u32 a0 = even(pa[i]), a2 = odd(pa[i]), b0 = even(pb[i]), b2 = odd(pb[i]);
-        const u32 *px = &v[i / 2].x + (i % 2) * 2;
-        mma(acc[i % 2], a0, b0, a2, b2, px[0], px[1]);
+    for (int i = 0; i < 2; ++i) {
+        u32 r0, r1, r2, r3;
+        unpack(i ? a.z : a.x, r0, r1);
+        unpack(i ? a.w : a.y, r2, r3);
+        mma_f16(acc[i], r0, r1, r2, r3, i ? v.x.z : v.x.x, i ? v.x.w : v.x.y);
     }
-#else
-    mma(acc[0], a.x, b.x, a.y, b.y, v[0].x, v[0].y);
-    mma(acc[1], a.z, b.z, a.w, b.w, v[0].z, v[0].w);
-#endif
 }
+#else
+struct Token { u32 x, y; };
+__device__ __forceinline__ Token token(u32 at) {
+    Token v;
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(at));
+    return v;
+}
+#endif
 
 // out (+)= op(x): this block's tiles. `tag` is of the input, `out_tag` of what is written, and for ADD
 // `old_tag` of what the sum is added to (0: the embedding).
 template <typename O, bool NORM, int KIND, int FROM>
-__device__ __forceinline__ void consume(Ring &ring, Share &share, const Params &p, const Context &context, const u64 *x,
+__device__ __forceinline__ void consume(Ring &ring, Share &share, Turn &use, const Params &p, const Context &context, const u64 *x,
                                         u32 tag, const u16 *norm, const float *scale, const u16 *bias, u64 *out, u32 out_tag,
                                         u32 old_tag) {
-    constexpr int SLICES = O::CK / SW, J = cdiv(SLICES, NW);
+    // Weights wait in registers, a batch of slices: two tiles, or one, or a part of one.
+    constexpr int EACH = O::EACH, TURNS = O::TURNS, BATCH = O::BATCH, BATCHES = O::BATCHES;
+    constexpr bool TWO = TURNS * TOGETHER <= HELD;
+    constexpr int TILES_HELD = TWO ? TOGETHER : 1;
     const int tid = thread(), warp = tid >> 5, lane = tid & 31, g = lane >> 2, t = lane & 3, row = tid & 15;
     int tile = share.first();
     share.pass(O::TILES);
     if (tile >= O::TILES) return;
-    stage<O::K, NORM, FROM>(p, context, x, norm, tag);
-    // Column 0 is the token; where rows come in halves it is the token's first half, and column 1 the second.
-    const bool here = g < (O::HALVED ? 2 : 1);
-    const u32 own_x = shared_at(memory) + X_AT + (g * (O::K / 2) + t * (SW / 4)) * 2;
-    int turn = tid >> 4, buffer = 0, best_at = 0;   // which tile's results are this thread's to finish
+    Slice held[TILES_HELD][BATCH];
+    const u32 into = g * O::STRIDE + warp * EACH * 64 + t * 16;
+    const auto load = [&](int i, int batch) {
+#pragma unroll
+        for (int c = 0; c < BATCH / EACH; ++c) {
+#pragma unroll
+            for (int j = 0; j < EACH; ++j) held[i][c * EACH + j] = {make_uint4(0, 0, 0, 0), make_uint4(0, 0, 0, 0)};
+            if (TURNS % BATCH && batch * (BATCH / EACH) + c >= O::CHUNKS) continue;
+            mbar_wait(ring.full(), ring.parity);
+            const u32 at = ring.data() + into;
+#pragma unroll
+            for (int j = 0; j < EACH; ++j)
+                if (O::SLICES % NW == 0 || warp * EACH + j < O::SLICES)
+                    held[i][c * EACH + j] = {lds(at + j * 64), lds(at + j * 64 + 8 * O::STRIDE)};
+            __syncwarp();
+            if (lane == 0) mbar_arrive(ring.empty());
+            ring.next();
+        }
+    };
+    const auto load_first = [&](int tile) {
+#pragma unroll
+        for (int i = 0; i < TILES_HELD; ++i)
+            if (i == 0 || tile + i * GRID < O::TILES) load(i, 0);
+            else
+#pragma unroll
+                for (int u = 0; u < BATCH; ++u) held[i][u] = {make_uint4(0, 0, 0, 0), make_uint4(0, 0, 0, 0)};   // else it would be kept from layer to layer
+    };
+    load_first(tile);   // no result is needed for that
+    float inverse;
+    float squares = stage<O, NORM, FROM>(p, context, x, norm, tag, inverse);
+    if (NORM) use.squares ^= 1;
+    const u32 own_x = shared_at(memory) + X_AT + warp * X_WARP + t * (SW / 2) + (g & 1) * (SW / 4);
+    int turn = tid >> 4, best_at = 0;   // which tile's results are this thread's to finish
     float best = -infinity();
+    const int begin = tile;
+#pragma unroll 1
     for (; tile < O::TILES; tile += TOGETHER * GRID) {
         const int n = (tile + turn * GRID) * O::ROWS + row;
         const bool mine = turn < TOGETHER && row < O::ROWS && n < O::N;
@@ -507,45 +598,74 @@ __device__ __forceinline__ void consume(Ring &ring, Share &share, const Params &
         }
 #endif
         if (KIND == ADD && mine && old_tag) old = ld_cell(out + n / 2);
-        float *red = reduced() + buffer * RED + warp * 16 + g;
-#pragma unroll 1
-        for (int i = 0; i < TOGETHER && tile + i * GRID < O::TILES; ++i, red += NW * 16) {
-            float acc[2][4] = {{0.f, 0.f, 0.f, 0.f}, {0.f, 0.f, 0.f, 0.f}};
-#pragma unroll 1
-            for (int c = 0; c < O::CHUNKS; ++c) {
-                mbar_wait(ring.full(), ring.parity);
-                const u32 at = ring.data();
+        float *red = reduced() + use.sums * RED + g * NW + warp;
+        const auto multiply_held = [&](float (&up)[2][4], float (&low)[2][4], int i, u32 from) {
 #pragma unroll
-                for (int j = 0; j < J; ++j) {
-                    int slice = warp + NW * j;
-                    if (SLICES % NW == 0 || slice < SLICES)
-                        multiply(acc, at + slice * 64, O::STRIDE, own_x + (c * O::CK + slice * SW) * 2, here);
-                }
-                __syncwarp();
-                if (lane == 0) mbar_arrive(ring.empty());
-                ring.next();
+            for (int u = 0; u < BATCH; ++u) {
+                const Token v = token(from + u * (SW * 2)), w = O::HALVED ? token(from + (TURNS + u) * (SW * 2)) : v;
+#if FP8
+                multiply(up, held[i][u].a, v);
+                multiply(low, held[i][u].b, w);
+#else
+                const uint4 a = held[i][u].a, b = held[i][u].b;
+                mma(up[u % 2], a.x, a.y, a.z, a.w, v.x, v.y);
+                mma(low[u % 2], b.x, b.y, b.z, b.w, w.x, w.y);
+#endif
             }
+        };
+        const auto leave = [&](float (&up)[2][4], float (&low)[2][4], int i) {
+            float first = up[0][0] + up[1][0] + (up[0][3] + up[1][3]), second = low[0][0] + low[1][0] + (low[0][3] + low[1][3]);
+            if (O::HALVED) first += second;
+#if FP8
+            first *= inverse;
+            second *= inverse;
+#endif
             if (t == 0) {
-                float first = acc[0][0] + acc[1][0];
-                if (O::HALVED) red[0] = first + (acc[0][3] + acc[1][3]);
-                else { red[0] = first; red[8] = acc[0][2] + acc[1][2]; }
+                red[i * (NW * 16)] = first;
+                if (!O::HALVED) red[i * (NW * 16) + 8 * NW] = second;
             }
+        };
+        if (TWO) {
+#pragma unroll
+            for (int i = 0; i < TOGETHER; ++i) {
+                if (i > 0 && tile + i * GRID >= O::TILES) break;
+                float up[2][4] = {}, low[2][4] = {};
+                multiply_held(up, low, i % TILES_HELD, own_x);
+                leave(up, low, i);
+            }
+            if (tile + TOGETHER * GRID < O::TILES) load_first(tile + TOGETHER * GRID);
+        } else {
+#pragma unroll 1
+            for (int i = 0; i < TOGETHER && tile + i * GRID < O::TILES; ++i) {
+                float up[2][4] = {}, low[2][4] = {};
+#pragma unroll 1
+                for (int batch = 0; batch < BATCHES; ++batch) {
+                    multiply_held(up, low, 0, own_x + batch * BATCH * (SW * 2));
+                    if (batch + 1 < BATCHES) load(0, batch + 1);
+                    else if (tile + (i + 1) * GRID < O::TILES) load(0, 0);
+                }
+                leave(up, low, i);
+            }
+        }
+        if (NORM && tile == begin) {
+#pragma unroll
+            for (int d = 16; d; d >>= 1) squares += __shfl_xor_sync(~0u, squares, d);
+            if (lane == 0) sums()[use.squares * NW + warp] = squares;
         }
         consumers_meet();
         float v = 0.f, u = 0.f;
         if (mine) {
-            const float *part = reduced() + buffer * RED + turn * (NW * 16) + row;
-            float squares = 0.f;
-#pragma unroll
-            for (int w = 0; w < NW; ++w) {
-                v += part[w * 16];
-                if (KIND == ACT) u += part[w * 16 + 8];
-                if (NORM) squares += sums()[w];
-            }
-            if (NORM) { float factor = rsqrtf(squares / O::K + p.eps); v *= factor; u *= factor; }
+            const auto sum = [](const float *from) {
+                const float4 one = *(const float4 *)from, two = *(const float4 *)(from + 4);
+                return one.x + one.y + (one.z + one.w) + (two.x + two.y + (two.z + two.w));
+            };
+            const float *part = reduced() + use.sums * RED + turn * (NW * 16) + row * NW;
+            v = sum(part);
+            if (KIND == ACT) u = sum(part + 8 * NW);
+            if (NORM) { const float factor = rsqrtf(sum(sums() + use.squares * NW) / O::K + p.eps); v *= factor; u *= factor; }
 #if FP8
-            v *= factor_v * RESULT_FACTOR;
-            u *= factor_u * RESULT_FACTOR;
+            v *= factor_v;
+            u *= factor_u;
 #endif
             if (KIND != BEST && bias) v += widen(bias[n]);
             if (KIND == ADD) {
@@ -557,7 +677,7 @@ __device__ __forceinline__ void consume(Ring &ring, Share &share, const Params &
             }
             if (KIND == ACT) {
                 v = rounded(v);
-                v = rounded(v / (1.f + exp2_(-1.4426950408889634f * v))) * rounded(u);
+                v = rounded(__fdividef(v, 1.f + exp2_(-1.4426950408889634f * v))) * rounded(u);
             }
             if (KIND == BEST) {
                 if (p.logits) p.logits[n] = v;
@@ -570,7 +690,7 @@ __device__ __forceinline__ void consume(Ring &ring, Share &share, const Params &
             // The next tiles' results are the next warps', while these still add.
             turn = (turn + NT / 16 - cmax(2, TOGETHER)) % (NT / 16);
         }
-        buffer ^= 1;
+        use.sums ^= 1;
     }
     if (KIND == BEST) {
         // The lowest index wins ties.
@@ -582,7 +702,7 @@ __device__ __forceinline__ void consume(Ring &ring, Share &share, const Params &
             float v = __shfl_xor_sync(~0u, best, d);
             better(v, __shfl_xor_sync(~0u, best_at, d));
         }
-        float *tops = reduced() + buffer * RED;   // nobody reads this one any more
+        float *tops = reduced() + use.sums * RED;   // nobody reads this one any more
         if (lane == 0 && warp < (TOGETHER + 1) / 2) { tops[2 * warp] = best; tops[2 * warp + 1] = __int_as_float(best_at); }
         consumers_meet();
         if (tid == 0) {
@@ -591,14 +711,17 @@ __device__ __forceinline__ void consume(Ring &ring, Share &share, const Params &
             p.best_at[blockIdx.x] = best_at;
         }
     }
-    consumers_meet();   // before the next op writes what this one reads
 }
 
 struct Eight { Pair a, b; };
 __device__ __forceinline__ Eight ask(const u64 *p) { return {ld_pair(p), ld_pair(p + 2)}; }
 __device__ __forceinline__ uint4 get(Eight &v, const u64 *p, u32 tag) {
-    insist(v.a, p, tag);
-    insist(v.b, p + 2, tag);
+#pragma unroll 1
+    for (u32 spins = 0; !(fresh(v.a, tag) && fresh(v.b, tag)); ++spins) {
+        if (spins == 1u << 24) __trap();
+        rest();
+        v = ask(p);
+    }
     return make_uint4((u32)v.a.a, (u32)v.a.b, (u32)v.b.a, (u32)v.b.b);
 }
 
@@ -611,17 +734,15 @@ __device__ __forceinline__ void prepare(const Params &p, const Layer &layer, int
     const u64 *cells = p.qkv + ((vector == 0 ? head : (is_v ? HEADS + KVH : HEADS) + kv) * HD + dl * 8) / 2;
     Eight asked = ask(cells);
 #if QKNORM
-    float gain[8];
-    spread(gain, *(const uint4 *)((vector == 0 ? layer.q_norm : layer.k_norm) + dl * 8));
+    const uint4 gains = *(const uint4 *)((vector == 0 ? layer.q_norm : layer.k_norm) + dl * 8);
 #endif
     const float *turns = angles() + dl % (DL / 2) * 8;
-    float f[8], cos[8], sin[8];
-#pragma unroll
-    for (int i = 0; i < 8; ++i) { cos[i] = turns[i]; sin[i] = turns[HALF + i]; }
+    float f[8];
     const uint4 raw = get(asked, cells, tag);
     spread(f, raw);
 #if QKNORM
-    float s = 0.f;
+    float s = 0.f, gain[8];
+    spread(gain, gains);
 #pragma unroll
     for (int i = 0; i < 8; ++i) s += f[i] * f[i];
 #pragma unroll
@@ -632,7 +753,7 @@ __device__ __forceinline__ void prepare(const Params &p, const Layer &layer, int
 #endif
     const float sign = dl < DL / 2 ? -1.f : 1.f;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) f[i] = f[i] * cos[i] + sign * __shfl_xor_sync(~0u, f[i], DL / 2) * sin[i];
+    for (int i = 0; i < 8; ++i) f[i] = f[i] * turns[i] + sign * __shfl_xor_sync(~0u, f[i], DL / 2) * turns[HALF + i];
     if (vector > 2) return;
     const uint4 packed = is_v ? raw : make_uint4(pack(f[0], f[1]), pack(f[2], f[3]), pack(f[4], f[5]), pack(f[6], f[7]));
     *(uint4 *)(fresh_token() + vector * HD + dl * 8) = packed;
@@ -640,96 +761,101 @@ __device__ __forceinline__ void prepare(const Params &p, const Layer &layer, int
         *(uint4 *)((is_v ? layer.values : layer.keys) + (long long)p.slots[0] * (KVH * HD) + kv * HD + dl * 8) = packed;
 }
 
-// Attention of this block's items. A split's tokens are shared by the warps; the new token is a part of its own.
+// Attention of this block's items. A split's tokens are shared by the warps, 16 at a time the rows of a product on tensor cores;
+// the new token is a part of its own.
 __device__ __forceinline__ void attend(const Params &p, const Layer &layer, const Context &c, u32 tag) {
-    const int tid = thread(), warp = tid >> 5, lane = tid & 31, dl = lane % DL, sub = lane / DL;
-    float *const parts = reduced();
-    float2 *const stats = (float2 *)(reduced() + NW * HD);
+    const int tid = thread(), warp = tid >> 5, lane = tid & 31, g = lane >> 2, t = lane & 3;
+    float *const parts = gathered();
+    float2 *const stats = (float2 *)(parts + NW * HD);
 #pragma unroll 1
     for (int item = blockIdx.x; item < c.items(); item += GRID) {
         const int head = item % HEADS, split = item / HEADS, kv = head / GROUP;
         const int start = c.start(item), end = c.end(item), old = min(end, c.length - 1);   // up to `old` they are in the cache
         const bool last = end == c.length && c.length > 0, known = c.known();
         const int *table = p.table + (long long)max(p.rows[0], 0) * TABLE_WIDTH;
-        // Where this lane's piece of a token is; behind the last old token: of that one again.
-        const auto piece = [&](int at, int u) {
-            const int token = min(at + u * TPI + sub, old - 1);
-            const int slot = known ? places()[token - start] : table[token / BLOCK_SIZE] * BLOCK_SIZE + token % BLOCK_SIZE;
-            return (long long)slot * (KVH * HD) + kv * HD + dl * 8;
-        };
-        uint4 kr[U], vr[U];
-        const int begin = start + warp * (TPI * U);
+        const u16 *const keys = layer.keys + kv * HD + t * 8;
+        const long long apart = layer.values - layer.keys;   // in numbers
+        // Rows of a tile are tokens, and eight of their numbers stand side by side in a lane: of 32 each the t-th eight.
+        // Loaded in any case: what is loaded under a condition would be kept in registers from layer to layer.
+        uint4 kr[OWN / 8][HD / 32], vr[OWN / 8][HD / 32];
+        const auto load = [&](int at) {
 #pragma unroll
-        for (int u = 0; u < U; ++u) kr[u] = vr[u] = make_uint4(0, 0, 0, 0);   // else their registers would be kept from layer to layer
-        if (begin < old)
+            for (int i = 0; i < OWN / 8; ++i) {
+                const int token = min(at + i * 8 + g, old - 1);
+                const int slot = old <= start ? 0 : known ? places()[token - start] : table[token / BLOCK_SIZE] * BLOCK_SIZE + token % BLOCK_SIZE;
+                const u16 *from = keys + (long long)slot * (KVH * HD);
 #pragma unroll
-            for (int u = 0; u < U; ++u) {
-                const long long from = piece(begin, u);
-                kr[u] = ldcg4(layer.keys + from);
-                vr[u] = ldcg4(layer.values + from);
+                for (int s = 0; s < HD / 32; ++s) {
+                    kr[i][s] = ldcg4(from + s * 32);
+                    vr[i][s] = ldcg4(from + apart + s * 32);
+                }
             }
+        };
+        const int begin = start + warp * OWN;
+        load(begin);
         prepare(p, layer, head, last, tag);   // the new token, while the old ones are on their way
         consumers_meet();
-        float q[8], acc[8], top = -infinity(), sum = 0.f;
-        spread(q, *(const uint4 *)(fresh_token() + dl * 8));
+        float acc[HD / 16][4] = {}, top = -infinity(), sum = 0.f;
+        const auto add = [&](int at) {
+            float score[OWN / 8], above = top;
 #pragma unroll
-        for (int i = 0; i < 8; ++i) { q[i] *= p.scale; acc[i] = 0.f; }
+            for (int i = 0; i < OWN / 8; i += 2) {
+                float one[4] = {}, two[4] = {};
+#pragma unroll
+                for (int s = 0; s < HD / 32; ++s) {
+                    const uint4 a = kr[i][s], b = kr[i + 1][s], q = lds(shared_at(memory) + FRESH_AT + (s * 32 + t * 8) * 2);
+                    mma(one, a.x, b.x, a.y, b.y, q.x, q.y);
+                    mma(two, a.z, b.z, a.w, b.w, q.z, q.w);
+                }
+                score[i] = at + i * 8 + g < old ? (one[0] + two[0]) * p.scale : -infinity();
+                score[i + 1] = at + i * 8 + 8 + g < old ? (one[2] + two[2]) * p.scale : -infinity();
+                above = fmaxf(above, fmaxf(score[i], score[i + 1]));
+            }
+#pragma unroll
+            for (int d = 4; d < 32; d <<= 1) above = fmaxf(above, __shfl_xor_sync(~0u, above, d));
+            if (at != begin) {
+                const float fade = exp2_(top - above);
+                sum *= fade;
+#pragma unroll
+                for (int i = 0; i < HD / 16; ++i) { acc[i][0] *= fade; acc[i][2] *= fade; }
+            }
+            top = above;
+#pragma unroll
+            for (int i = 0; i < OWN / 8; i += 2) {
+                const float w0 = rounded(exp2_(score[i] - above)), w1 = rounded(exp2_(score[i + 1] - above));
+                sum += w0 + w1;
+                // A lane has the weights of tokens g and g + 8; as the product's inner index it needs 2 t, 2 t + 1, and those behind eight.
+                const u32 b0 = pack(__shfl_sync(~0u, w0, t * 8), __shfl_sync(~0u, w0, t * 8 + 4));
+                const u32 b1 = pack(__shfl_sync(~0u, w1, t * 8), __shfl_sync(~0u, w1, t * 8 + 4));
+#pragma unroll
+                for (int s = 0; s < HD / 32; ++s) {
+                    const uint4 a = vr[i][s], b = vr[i + 1][s];
+                    mma(acc[2 * s], transpose(a.x), transpose(a.y), transpose(b.x), transpose(b.y), b0, b1);
+                    mma(acc[2 * s + 1], transpose(a.z), transpose(a.w), transpose(b.z), transpose(b.w), b0, b1);
+                }
+            }
+        };
+        if (begin < old) add(begin);
 #pragma unroll 1
-        for (int at = begin; at < old; at += PASS) {
-            float s[U];
-#pragma unroll
-            for (int u = 0; u < U; ++u) {
-                float k[8], a = 0.f;
-                spread(k, kr[u]);
-#pragma unroll
-                for (int i = 0; i < 8; ++i) a += q[i] * k[i];
-#pragma unroll
-                for (int d = 1; d < DL; d <<= 1) a += __shfl_xor_sync(~0u, a, d);
-                s[u] = at + u * TPI + sub < old ? a : -infinity();
-            }
-            const bool more = at + PASS < old;
-            if (more)
-#pragma unroll
-                for (int u = 0; u < U; ++u) kr[u] = ldcg4(layer.keys + piece(at + PASS, u));
-            float above = top;
-#pragma unroll
-            for (int u = 0; u < U; ++u) above = fmaxf(above, s[u]);
-            const float base = above == -infinity() ? 0.f : above, fade = exp2_(top - base);
-            top = above;
-            sum *= fade;
-#pragma unroll
-            for (int i = 0; i < 8; ++i) acc[i] *= fade;
-#pragma unroll
-            for (int u = 0; u < U; ++u) {
-                float v[8];
-                spread(v, vr[u]);
-                s[u] = exp2_(s[u] - base);
-                sum += s[u];
-#pragma unroll
-                for (int i = 0; i < 8; ++i) acc[i] += s[u] * v[i];
-            }
-            if (more)
-#pragma unroll
-                for (int u = 0; u < U; ++u) vr[u] = ldcg4(layer.values + piece(at + PASS, u));
+        for (int at = begin + PASS; at < old; at += PASS) {
+            load(at);
+            add(at);
         }
-        // Lanes of a warp, then warps, always in the same order.
+        // Warps in order. Register r of slice s has, of row g, number 32 s + 8 (g / 2) + 2 r + g % 2.
 #pragma unroll
-        for (int d = DL; d < 32; d <<= 1) {
-            const float other = __shfl_xor_sync(~0u, top, d), above = fmaxf(top, other), base = above == -infinity() ? 0.f : above;
-            const float ours = exp2_(top - base), theirs = exp2_(other - base);
-            sum = sum * ours + __shfl_xor_sync(~0u, sum, d) * theirs;
+        for (int d = 4; d < 32; d <<= 1) sum += __shfl_xor_sync(~0u, sum, d);
+        if (t == 0) {
+            float *own = parts + warp * HD + g / 2 * 8 + g % 2;
 #pragma unroll
-            for (int i = 0; i < 8; ++i) acc[i] = acc[i] * ours + __shfl_xor_sync(~0u, acc[i], d) * theirs;
-            top = above;
-        }
-        if (sub == 0) {
-            float *own = parts + warp * HD + dl * 8;
-            *(float4 *)own = make_float4(acc[0], acc[1], acc[2], acc[3]);
-            *(float4 *)(own + 4) = make_float4(acc[4], acc[5], acc[6], acc[7]);
-            if (dl == 0) stats[warp] = make_float2(top, sum);
+            for (int i = 0; i < HD / 16; ++i) {
+                own[i / 2 * 32 + i % 2 * 4] = acc[i][0];
+                own[i / 2 * 32 + i % 2 * 4 + 2] = acc[i][2];
+            }
+            if (lane == 0) stats[warp] = make_float2(top, sum);
         }
         const u16 *const key = fresh_token() + HD, *const value = key + HD;
-        if (warp == NW - 1) {   // it has the fewest old tokens
+        if (warp == NW - 1 && !last && lane == 0) stats[NW] = make_float2(-infinity(), 0.f);
+        if (warp == NW - 1 && last) {   // it has the fewest old tokens
             float score = 0.f;
 #pragma unroll
             for (int i = lane * 2; i < HD; i += 64) {
@@ -738,7 +864,7 @@ __device__ __forceinline__ void attend(const Params &p, const Layer &layer, cons
             }
 #pragma unroll
             for (int d = 16; d; d >>= 1) score += __shfl_xor_sync(~0u, score, d);
-            if (lane == 0) stats[NW] = last ? make_float2(score * p.scale, 1.f) : make_float2(-infinity(), 0.f);
+            if (lane == 0) stats[NW] = make_float2(score * p.scale, 1.f);
         }
         consumers_meet();
         u64 *const out = p.attn + head * HD / 2;
@@ -753,15 +879,11 @@ __device__ __forceinline__ void attend(const Params &p, const Layer &layer, cons
                 total += stats[w].y * weight;
                 result += w < NW ? parts[w * HD + tid] * weight : last ? widen(value[tid]) * weight : 0.f;
             }
-            if (c.splits == 1) {
-                result = c.length > 0 ? result / total : 0.f;
-                const float other = __shfl_xor_sync(~0u, result, 1);
-                if ((tid & 1) == 0) st_cell(out + tid / 2, pack(result, other), tag);
-            } else {
-                u64 *space = p.parts + ((long long)head * MAXS + split) * (HD + 2);
-                st_cell(space + tid, __float_as_uint(result), tag);
-                if (tid == 0) { st_cell(space + HD, __float_as_uint(above), tag); st_cell(space + HD + 1, __float_as_uint(total), tag); }
-            }
+            result = c.length > 0 ? __fdividef(result, total) : 0.f;
+            const float other = __shfl_xor_sync(~0u, result, 1);
+            u64 *const space = p.parts + ((long long)head * MAXS + split) * PART;
+            if ((tid & 1) == 0) st_cell((c.splits == 1 ? out : space) + tid / 2, pack(result, other), tag);
+            if (tid == 0 && c.splits > 1) st_cell(space + HD / 2, __float_as_uint(above + __log2f(total)), tag);
         }
         if (c.splits > FEW) {
             consumers_meet();
@@ -774,15 +896,16 @@ __device__ __forceinline__ void attend(const Params &p, const Layer &layer, cons
             }
             consumers_meet();
             if (*flag() && tid < HD) {
-                const u64 *space = p.parts + (long long)head * MAXS * (HD + 2);
+                const u64 *space = p.parts + (long long)head * MAXS * PART;
                 float above = -infinity(), total = 0.f, result = 0.f;
 #pragma unroll 1
                 for (int j = 0; j < c.splits; ++j) {
-                    const u64 *own = space + j * (HD + 2);
-                    float here = __uint_as_float(insist(own + HD, tag)), next = fmaxf(above, here);
-                    float fade = exp2_(above - next), weight = exp2_(here - next);
-                    total = total * fade + __uint_as_float(insist(own + HD + 1, tag)) * weight;
-                    result = result * fade + __uint_as_float(insist(own + tid, tag)) * weight;
+                    const u64 *own = space + j * PART;
+                    const float here = __uint_as_float(insist(own + HD / 2, tag)), next = fmaxf(above, here);
+                    const float fade = exp2_(above - next), weight = exp2_(here - next);
+                    const u32 two = insist(own + tid / 2, tag);
+                    total = total * fade + weight;
+                    result = result * fade + (tid & 1 ? hi(two) : lo(two)) * weight;
                     above = next;
                 }
                 result /= total;
@@ -790,7 +913,8 @@ __device__ __forceinline__ void attend(const Params &p, const Layer &layer, cons
                 if ((tid & 1) == 0) st_cell(out + tid / 2, pack(result, other), tag);
             }
         }
-        consumers_meet();   // before the next item writes what this one reads
+        // Before the next item writes what this one reads. Otherwise the warps meet in between, in the MLP at the latest.
+        if (GateUp::TILES < GRID || item + GRID < c.items()) consumers_meet();
     }
 }
 
@@ -816,8 +940,11 @@ extern "C" __global__ void __launch_bounds__(NT + PW * 32, 1) decode(const __gri
         asm volatile("griddepcontrol.wait;" ::: "memory");
         return;
     }
+    // What a warp lacks of a token counts nothing, as long as there are numbers.
+    for (int i = threadIdx.x * 16; i < X_BYTES; i += NT * 16) *(uint4 *)(memory + X_AT + i) = make_uint4(0, 0, 0, 0);
     asm volatile("griddepcontrol.wait;" ::: "memory");
     Share share = {0};
+    Turn use = {0, 0};
     const Context c = context_of(p.lens[0]);
     if (c.length > 0) {
         const float *turns = p.rope + (long long)p.positions[0] * HD;
@@ -835,17 +962,17 @@ extern "C" __global__ void __launch_bounds__(NT + PW * 32, 1) decode(const __gri
             expect(w.mlp_norm, HID * 2);
             expect(l + 1 < NL ? p.layer[l + 1].input_norm : p.final_norm, HID * 2);
         }
-        consume<Qkv, true, STORE, CELLS>(ring, share, p, c, p.x, last, w.input_norm, w.qkv_scale, QKV_BIAS ? w.qkv_bias : nullptr,
+        consume<Qkv, true, STORE, CELLS>(ring, share, use, p, c, p.x, last, w.input_norm, w.qkv_scale, QKV_BIAS ? w.qkv_bias : nullptr,
                                          p.qkv, one, 0);
         attend(p, w, c, one);
-        consume<Output, false, ADD, ATTENTION>(ring, share, p, c, p.attn, one, nullptr, w.output_scale,
+        consume<Output, false, ADD, ATTENTION>(ring, share, use, p, c, p.attn, one, nullptr, w.output_scale,
                                                O_BIAS ? w.output_bias : nullptr, p.x, one, last);
-        consume<GateUp, true, ACT, CELLS>(ring, share, p, c, p.x, one, w.mlp_norm, w.gate_up_scale, nullptr, p.act, one, 0);
-        consume<Down, false, ADD, CELLS>(ring, share, p, c, p.act, one, nullptr, w.down_scale, nullptr, p.x, two, one);
+        consume<GateUp, true, ACT, CELLS>(ring, share, use, p, c, p.x, one, w.mlp_norm, w.gate_up_scale, nullptr, p.act, one, 0);
+        consume<Down, false, ADD, CELLS>(ring, share, use, p, c, p.act, one, nullptr, w.down_scale, nullptr, p.x, two, one);
         last = two;
         tag = two;
     }
-    consume<Head, true, BEST, CELLS>(ring, share, p, c, p.x, last, p.final_norm, p.head_scale, nullptr, nullptr, 0, 0);
+    consume<Head, true, BEST, CELLS>(ring, share, use, p, c, p.x, last, p.final_norm, p.head_scale, nullptr, nullptr, 0, 0);
     // It has read what each block made, so all have read `steps`.
     if (COUNTS && blockIdx.x == 0 && threadIdx.x == 0) *p.steps = *(volatile u32 *)p.steps + 1;
 }

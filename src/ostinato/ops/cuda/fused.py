@@ -30,6 +30,8 @@ THREADS = (WARPS + 4) * 32
 SHARED_BYTES = 227 * 1024
 TOGETHER = 2
 """Tiles of weights between two meetings of a block's warps"""
+HELD = 8
+"""Slices of weights, of 1 KiB, that a warp holds in registers"""
 SPLITS = 16
 LONGEST = 512
 """Most tokens in a split as long as four splits do, which is what readers merge by themselves"""
@@ -112,7 +114,7 @@ class FusedDecode:
         scratch: Scratch,
         *,
         greedy: bool,
-    ) -> None:
+    ) -> torch.Tensor:
         """Leave float32 logits in `scratch.logits`; or, greedy, only tokens in `scratch.tokens`.
 
         Args:
@@ -121,6 +123,9 @@ class FusedDecode:
             caches: keys and values of each layer, `[num_blocks, block_size, kv_heads, head_dim]`.
             scratch: where results go; nothing else of it is used.
             greedy: whether only the best token is wanted.
+
+        Returns:
+            The largest logit of each block's part of the row, -inf where it has none; until the next step.
         """
         bound = self._bound_for(stack, caches[0][0].shape[1], view.block_table.shape[1])
         cells, a = bound.cells, stack.attention
@@ -141,6 +146,7 @@ class FusedDecode:
         bound.decode.launch(addresses(pointers) + struct.pack("<ff", stack.norm_eps, a.scale * LOG2_E))
         if greedy or not bound.counts:
             bound.finish.launch(addresses(results))
+        return cells["best"]
 
     def workspaces(self) -> dict[str, torch.Tensor]:
         """All that it keeps on the device, by name."""
@@ -182,7 +188,7 @@ class FusedDecode:
             "qkv": zeros(a.qkv_size // 2),
             "attn": zeros(a.q_size // 2),
             "act": zeros(macros["INTER"] // 2),
-            "parts": zeros(a.heads, SPLITS, a.head_dim + 2),
+            "parts": zeros(a.heads, SPLITS, a.head_dim // 2 + 2),
             "semaphores": zeros(a.heads, dtype=torch.int32),
             "steps": zeros(1, dtype=torch.int32),
             # Blocks without a tile of the head never write theirs.
@@ -262,16 +268,22 @@ def ring_stages(hidden: int, q_size: int, inner: int, head_dim: int, *, fp8: boo
     def apart(nbytes: int) -> int:
         return nbytes if nbytes // 64 % 2 else nbytes + 64
 
-    def row(size: int) -> int:
-        """Bytes from row to row of a chunk."""
-        slices = size // slice_
-        chunk = next(d for d in range(TUNING[fp8]["MOST_SLICES"], 0, -1) if slices % d == 0)
-        return apart(chunk * slice_ * item)
+    def chunk(size: int) -> int:
+        """Slices of a chunk."""
+        return next(d for d in range(TUNING[fp8]["MOST_SLICES"], 0, -1) if size // slice_ % d == 0)
+
+    def part(size: int) -> tuple[int, int]:
+        """Slices of a row that a warp multiplies; the same in whole batches."""
+        each = -(-chunk(size) // WARPS)
+        turns = size // (chunk(size) * slice_) * each
+        batch = max(1, min(turns, max(1, HELD // each) * each))
+        return turns, -(-turns // batch) * batch
 
     sizes = (hidden, q_size, inner)
-    stage = 16 * max(map(row, sizes))
+    stage = 16 * max(apart(chunk(size) * slice_ * item) for size in sizes)
+    token = max(max(part(size)[1], sum(part(size // 2))) for size in sizes) * slice_ * 2
     reduced, attention = TOGETHER * WARPS * 16, WARPS * head_dim + (WARPS + 2) // 2 * 4
-    fixed = apart(2 * max(sizes)) + 4 * max(2 * reduced, attention) + 4 * WARPS + 4 * head_dim
+    fixed = WARPS * token + 4 * (2 * reduced + attention) + 4 * 2 * WARPS + 4 * head_dim
     fixed += 2 * 3 * head_dim + 4 * LONGEST + 16  # the new token; places of old ones; a flag
     return (SHARED_BYTES - fixed) // (stage + 16)
 

@@ -34,7 +34,8 @@ struct Params {
     const float *temperature, *min_p, *top_p;   // by row
     const int *top_k, *seed;   // by row; seed [R, 2]
     int *out;                  // [S]
-    int seed_stride;
+    const float *largest;      // [parts]: of parts of the one row, or null
+    int seed_stride, parts;
 };
 
 struct Shared {
@@ -134,20 +135,28 @@ __device__ __noinline__ Sums block_up_to(u64 a, u64 b, u64 (*space)[32]) {
     return own;
 }
 
-// The image of the least likely token that a filter keeps: the largest at which what is there or above, tokens or,
-// `by_weight`, their weight, reaches `k` or the share of all. 0: it keeps everything.
-__device__ __noinline__ u32 threshold(Shared &sh, const Row row, u32 rank, bool by_weight, u64 k, float share) {
+// Counts that begin at zero.
+__device__ __forceinline__ void clear(Shared &sh) {
     const int tid = threadIdx.x;
     if (tid < COARSE / 2) sh.coarse[tid] = 0;
     if (tid < COARSE) sh.coarse_all[tid] = 0;
     if (tid < FINE) sh.part[0][tid] = sh.part[1][tid] = sh.part[2][tid] = sh.count[tid] = 0;
     if (tid == 0) sh.slot = 0;
-    __syncthreads();
+}
+__device__ __forceinline__ void count(Shared &sh, float depth) {
+    const u32 bin = units(depth) >> COARSE_BITS;
+    if (depth < BOTTOM) atomicAdd(&sh.coarse[bin / 2], 1u << bin % 2 * 16);
+}
+
+// The image of the least likely token that a filter keeps: the largest at which what is there or above, tokens or,
+// `by_weight`, their weight, reaches `k` or the share of all. 0: it keeps everything. `counted`: tokens by depth are there.
+__device__ __noinline__ u32 threshold(Shared &sh, const Row row, u32 rank, bool by_weight, u64 k, float share, bool counted) {
+    const int tid = threadIdx.x;
+    if (!counted) {
+        clear(sh);
+        __syncthreads();
 #pragma unroll UNROLL
-    for (int j = 0; j < EACH; ++j) {
-        float d = row.depth(sh.row[j * T + tid]);
-        u32 bin = units(d) >> COARSE_BITS;
-        if (d < BOTTOM) atomicAdd(&sh.coarse[bin / 2], 1u << bin % 2 * 16);
+        for (int j = 0; j < EACH; ++j) count(sh, row.depth(sh.row[j * T + tid]));
     }
     cluster_meets();
     {
@@ -310,6 +319,7 @@ extern "C" __global__ void __launch_bounds__(T, 1024 / T) sample(const __grid_co
     Shared &sh = *(Shared *)memory;
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
     cluster_arrives();
+    clear(sh);
     asm volatile("griddepcontrol.wait;" ::: "memory");
     u32 rank;
     asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
@@ -340,11 +350,19 @@ extern "C" __global__ void __launch_bounds__(T, 1024 / T) sample(const __grid_co
     const int k = p.top_k[r];
     const int *seed = p.seed + (long long)r * p.seed_stride;
     const double u = uniform(seed[0], seed[1], position);
-    u32 top = 0;
+    // With the parts' largest known, blocks need not tell each other theirs, and count tokens as they come.
+    u32 top = tid < p.parts ? image(__ldcg(p.largest + tid) + 0.f) : 0;
+    const bool known = p.parts > 0;
+    Row row = {0.f, fminf(__fdiv_rn(1.f, temperature), 1e30f), min_p};
+    if (known) {
+        top = block_max(top, sh.words[0]);
+        row.largest = logit_of(top);
+    }
     auto keep = [&](int j, float x) {
         x = x != x ? none : x + 0.f;   // NaN is -inf; -0.0 and 0.0 tie
         sh.row[j * T + tid] = x;
-        top = max(top, image(x));
+        if (known) count(sh, row.depth(x));
+        else top = max(top, image(x));
     };
 #pragma unroll 1
     for (int j = 0; j < EACH; j += 4) {
@@ -356,15 +374,16 @@ extern "C" __global__ void __launch_bounds__(T, 1024 / T) sample(const __grid_co
         keep(j + 2, now.z);
         keep(j + 3, now.w);
     }
-    top = block_max(top, sh.words[0]);
     cluster_waits();   // every block runs: its memory may be written
-    if (tid < CLUSTER) push32(&sh.peak_of[rank], tid, top);
-    cluster_meets();
+    if (!known) {
+        top = block_max(top, sh.words[0]);
+        if (tid < CLUSTER) push32(&sh.peak_of[rank], tid, top);
+        cluster_meets();
 #pragma unroll 1
-    for (int i = 0; i < CLUSTER; ++i) top = max(top, sh.peak_of[i]);
+        for (int i = 0; i < CLUSTER; ++i) top = max(top, sh.peak_of[i]);
+        row.largest = logit_of(top);
+    }
 
-    Row row;
-    row.largest = logit_of(top);
     if (!(temperature > 0.f && row.largest > none && row.largest < -none)) {   // the best, the first of equals
         u32 last = 0;
 #pragma unroll 1
@@ -380,14 +399,14 @@ extern "C" __global__ void __launch_bounds__(T, 1024 / T) sample(const __grid_co
         }
         return;
     }
-    row.inverse = fminf(__fdiv_rn(1.f, temperature), 1e30f);
-    row.min_p = min_p;
     const bool by_count = k > 0 && k < VOCAB, by_weight = share < 1.f;
     // First the tokens, then their weight; the second starts from what the first has kept.
+    bool counted = known;
 #pragma unroll 1
     for (int i = 0; i < 2; ++i) {
         if (!(i ? by_weight : by_count)) continue;
-        const u32 lowest = threshold(sh, row, rank, i, k, share);
+        const u32 lowest = threshold(sh, row, rank, i, k, share, counted);
+        counted = false;
 #pragma unroll UNROLL
         for (int j = 0; j < EACH; ++j)
             if (image(sh.row[j * T + tid]) < lowest) sh.row[j * T + tid] = none;

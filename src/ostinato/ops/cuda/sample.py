@@ -52,6 +52,7 @@ class ClusterSampler:
         inputs: StaticInputs,
         *,
         out: torch.Tensor,
+        largest: torch.Tensor | None = None,
     ) -> bool:
         """Draw as `ostinato.sampling.sample` does with SAMPLE; False, and nothing done, where it cannot serve.
 
@@ -60,6 +61,7 @@ class ClusterSampler:
         Args:
             logits: [S, V] f32, contiguous, finished: what changes them has run.
             rows, positions, inputs, out: as in `ostinato.sampling.sample`.
+            largest: [N] f32, the largest logits of parts of the row, any cut, where it is known and there is one row.
         """
         seqs, vocab = logits.shape
         kernels = self._kernels.get(vocab)
@@ -69,9 +71,12 @@ class ClusterSampler:
             return False
         cluster = max(kernels) if seqs <= FEW_SEQS else min(kernels)
         by_row = (inputs.temperature, inputs.min_p, inputs.top_p, inputs.top_k, inputs.seed)
-        kernel, pointers = kernels[cluster], [logits, rows, positions, *by_row, out]
+        if seqs > 1 or (largest is not None and len(largest) > THREADS):
+            largest = None
+        kernel, pointers = kernels[cluster], [logits, rows, positions, *by_row, out, largest]
         POINTERS[kernel.handle] = len(pointers)
-        kernel.launch(addresses(pointers) + struct.pack("<i4x", inputs.seed.stride(0)), seqs * cluster)
+        numbers = struct.pack("<ii", inputs.seed.stride(0), 0 if largest is None else len(largest))
+        kernel.launch(addresses(pointers) + numbers, seqs * cluster)
         return True
 
     def _build(self, vocab: int) -> dict[int, Kernel]:

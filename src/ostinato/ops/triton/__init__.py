@@ -283,9 +283,9 @@ class TritonOps:
         scratch: Scratch,
         *,
         greedy: bool,
-    ) -> None:
+    ) -> torch.Tensor | None:
         assert self._fused is not None
-        self._fused.run(stack, view, caches, scratch, greedy=greedy)
+        return self._fused.run(stack, view, caches, scratch, greedy=greedy)
 
     def embed(self, ids: torch.Tensor, table: torch.Tensor, out: torch.Tensor) -> None:
         tokens, width = out.shape
@@ -409,12 +409,13 @@ class TritonOps:
         variant: SamplerVariant,
         workspace: torch.Tensor,
         out: torch.Tensor,
+        largest: torch.Tensor | None = None,
     ) -> None:
         from .sampling import sample
 
         sample(
             logits, rows, positions, inputs, state,
-            variant=variant, out=out, scratch=workspace, pdl=self._pdl, draw=self._sampler,
+            variant=variant, out=out, scratch=workspace, pdl=self._pdl, draw=self._sampler, largest=largest,
         )  # fmt: skip
 
     def advance(self, batch: Batch, view: StepView, tokens: torch.Tensor) -> None:

@@ -182,13 +182,14 @@ def sample(
     scratch: torch.Tensor,
     pdl: bool = False,
     draw: ClusterSampler | None = None,
+    largest: torch.Tensor | None = None,
 ) -> None:
     """Choose one token for each sequence of a step; see `ostinato.sampling.sample`.
 
     Allocates nothing and never waits for the device. `scratch`: at least
     `scratch_words(S, V, variant)` words, i32 or f32, contiguous, at a multiple of 16 bytes.
     `pdl`: launch dependently (compute capability 9.0 and later). `draw`: does all from the count to the draw
-    in one kernel, where it can.
+    in one kernel, where it can. `largest`: of one sequence, the largest logits of parts of its row (f32, any cut).
 
     Raises:
         ValueError: a tensor has another type or shape, or scratch is too small.
@@ -260,7 +261,9 @@ def sample(
             *partials, rows, out, BLOCKS=chunks, BLOCKS_PADDED=cut["CHUNKS_PADDED"], num_warps=4, **launch
         )
         return
-    if draw is None or not draw.run(logits, rows, positions, inputs, out=out):
+    if variant is SamplerVariant.FULL:
+        largest = None  # of logits before they were edited
+    if draw is None or not draw.run(logits, rows, positions, inputs, out=out, largest=largest):
         _draw_by_kernels(logits, rows, positions, inputs, out, t, cut, launch)
 
     if variant is SamplerVariant.FULL:
