@@ -1,0 +1,184 @@
+"""A decode step's model as one kernel, for two to eight sequences: `rows.cu`, its workspace, and when it can serve.
+
+What `fused.py` is for one sequence. The op set's own kernels define what it must compute; see `rows.cu` for how.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .. import Linear, Scratch, Stack, StepView
+from .fused import LOG2_E
+from .fused import unsupported as unsupported_for_one
+from .program import POINTERS, Kernel, addresses, build
+
+SOURCE = Path(__file__).with_name("rows.cu")
+MOST_TOKENS = 8
+"""The columns of a tile"""
+WARPS = 8
+THREADS = (WARPS + 4) * 32
+SHARED_BYTES = 227 * 1024
+MOST_SPLITS = 16
+TUNING = {
+    "MOST_SLICES": 22, "FLIGHT": 3, "LEAD": 16, "PACE": 900, "CHUNK": 256, "TOGETHER": 2, "MOST_KEPT": 16, "SPINS": 1 << 24,
+}  # fmt: skip
+"""Of the stream of weights, as measured on an H200, and of how the work is cut."""
+
+
+@dataclass(frozen=True)
+class _Bound:
+    """The kernel for one model, and what it keeps between blocks."""
+
+    kernel: Kernel
+    words: torch.Tensor
+    parts: torch.Tensor
+    steps: torch.Tensor
+
+
+class RowsDecode:
+    """Runs the layers and the head of a decode step of up to `MOST_TOKENS` sequences in one persistent kernel.
+
+    What `FusedDecode` says about workspace, and about one such kernel at a time on a GPU, holds here too.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._grid = torch.cuda.get_device_properties(device).multi_processor_count
+        self._bound: dict[tuple[tuple[str, int], ...], _Bound] = {}
+
+    def load(self, stack: Stack, block_size: int, table_width: int) -> None:
+        """Make all that `run` needs for a model that `unsupported` has nothing against.
+
+        Args:
+            stack: the model.
+            block_size: tokens in a KV block.
+            table_width: KV blocks of a sequence, at most.
+
+        Raises:
+            KernelError: the kernel cannot be compiled or loaded here.
+        """
+        self._bound_for(stack, block_size, table_width)
+
+    def serves(self, stack: Stack, seqs: int) -> bool:
+        """Whether each (row, KV head) of a step finds a block of its own."""
+        return 1 <= seqs <= MOST_TOKENS and seqs * stack.attention.kv_heads <= self._grid
+
+    def run(
+        self,
+        stack: Stack,
+        view: StepView,
+        caches: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        scratch: Scratch,
+    ) -> None:
+        """Leave float32 logits in `scratch.logits`; nothing else of it is used.
+
+        Args:
+            stack: a model that `unsupported` has nothing against.
+            view: of a decode step that `serves` admits.
+            caches: keys and values of each layer, `[num_blocks, block_size, kv_heads, head_dim]`.
+            scratch: where results go.
+        """
+        bound = self._bound_for(stack, caches[0][0].shape[1], view.block_table.shape[1])
+        pointers = list(_pointers(stack, view, caches, bound.words, bound.parts, bound.steps, scratch.logits))
+        POINTERS[bound.kernel.handle] = len(pointers)
+        bound.kernel.launch(pack(pointers, stack, view.seq_lens.shape[0], self._grid))
+
+    def workspaces(self) -> dict[str, torch.Tensor]:
+        """All that it keeps on the device, by name."""
+        found = {}
+        for bound in self._bound.values():
+            found |= {"words": bound.words, "parts": bound.parts, "steps": bound.steps}
+        return found
+
+    def reset(self) -> None:
+        """Forget what a failed step left."""
+        for bound in self._bound.values():
+            bound.words.fill_(-1)
+            bound.parts.zero_()
+            bound.steps.zero_()
+
+    def _bound_for(self, stack: Stack, block_size: int, table_width: int) -> _Bound:
+        numbers = macros(stack, block_size, table_width, self._grid)
+        key = tuple(numbers.items())
+        if key not in self._bound:
+            kernel = build(
+                SOURCE, "decode_rows", numbers,
+                device=self._device, grid=self._grid, block=THREADS, shared_bytes=SHARED_BYTES,
+            )  # fmt: skip
+            self._bound[key] = _Bound(kernel, *workspace(numbers, self._device))
+        return self._bound[key]
+
+
+def workspace(
+    numbers: dict[str, int], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What blocks tell each other, parts of long contexts, steps; for `macros` of a model."""
+    values = numbers["QKVN"] + numbers["QSIZE"] + 2 * numbers["HID"] + numbers["INTER"]
+    words = torch.full((2, numbers["NL"], values * 4), -1, dtype=torch.int32, device=device)
+    group = numbers["HEADS"] // numbers["KVH"]
+    parts = torch.zeros(numbers["GRID"], group, numbers["HD"] + 2, dtype=torch.int64, device=device)
+    return words, parts, torch.zeros(numbers["GRID"], dtype=torch.int32, device=device)
+
+
+def macros(stack: Stack, block_size: int, table_width: int, grid: int) -> dict[str, int]:
+    """What is compiled in."""
+    a, first = stack.attention, stack.layers[0]
+    return {
+        "HID": stack.embedding.shape[1], "QSIZE": a.q_size, "QKVN": a.qkv_size,
+        "INTER": first.down.in_features, "VOCAB": stack.head.out_features, "NL": len(stack.layers),
+        "HEADS": a.heads, "KVH": a.kv_heads, "HD": a.head_dim,
+        "BLOCK_SIZE": block_size, "WINDOW": a.sliding_window or 0, "TABLE_WIDTH": table_width,
+        "QKNORM": int(first.q_norm is not None), "GRID": grid, "WARPS": WARPS, **TUNING,
+    }  # fmt: skip
+
+
+def pack(pointers: Sequence[torch.Tensor | None], stack: Stack, tokens: int, grid: int) -> bytes:
+    """`struct Params`; the softmax is in powers of two."""
+    splits = max(1, min(MOST_SPLITS, grid // (tokens * stack.attention.kv_heads)))
+    return addresses(pointers) + struct.pack(
+        "<ffii", stack.norm_eps, stack.attention.scale * LOG2_E, tokens, splits
+    )
+
+
+def _pointers(
+    stack: Stack,
+    view: StepView,
+    caches: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    words: torch.Tensor,
+    parts: torch.Tensor,
+    steps: torch.Tensor,
+    logits: torch.Tensor,
+) -> Iterator[torch.Tensor | None]:
+    """In the order of `struct Params`."""
+    for w, cache in zip(stack.layers, caches, strict=True):
+        linears: tuple[Linear, ...] = (w.qkv, w.output, w.gate_up, w.down)
+        yield from (w.input_norm, w.q_norm, w.k_norm, w.mlp_norm)
+        yield from (linear.weight for linear in linears)
+        yield from cache
+    yield from (stack.final_norm, stack.head.weight, stack.rope, stack.embedding, view.ids)
+    yield from (words, parts, steps, logits)
+    yield from (view.positions, view.slots, view.rows, view.seq_lens, view.block_table)
+
+
+def unsupported(stack: Stack, block_size: int) -> str | None:
+    """Why a model cannot run in the one kernel; None if it can. Looks at shapes and dtypes alone."""
+    why = unsupported_for_one(stack)
+    if why is not None:
+        return why
+    a, first = stack.attention, stack.layers[0]
+    if first.qkv.scale is not None:
+        return "weights are quantised"
+    if first.qkv.bias is not None or first.output.bias is not None:
+        return "attention has biases"
+    if a.heads // a.kv_heads > 8:
+        return f"{a.heads} heads share {a.kv_heads} KV heads, it knows 1 to 8 for each"
+    if block_size % 16:
+        return f"a KV block has {block_size} tokens, no multiple of 16"
+    if stack.embedding.shape[1] > 4096:
+        return f"hidden_size is {stack.embedding.shape[1]}, it keeps 4096 in registers"
+    return None
