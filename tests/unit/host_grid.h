@@ -87,6 +87,8 @@ template <typename T> static T __shfl_xor_sync(u32, T v, int far) {
     return v;
 }
 static float __uint_as_float(u32 v) { float f; std::memcpy(&f, &v, 4); return f; }
+static float __int_as_float(int v) { return __uint_as_float((u32)v); }
+static int __float_as_int(float v) { int i; std::memcpy(&i, &v, 4); return i; }
 static u32 __float_as_uint(float v) { u32 u; std::memcpy(&u, &v, 4); return u; }
 static float rsqrtf(float v) { return 1.f / std::sqrt(v); }
 static u32 __byte_perm(u32 a, u32 b, u32 select) {

@@ -49,7 +49,7 @@ constexpr int STEP = 16;                    // tokens that a warp looks at toget
 constexpr int U = HD == 64 ? 2 : 1;         // such groups that it asks for together
 constexpr int Q_STRIDE = HD + 32;           // of queries in shared memory: rows of a pair share no bank
 constexpr int O_STRIDE = HD + 4;
-constexpr int PLACES = 512;                 // groups of tokens whose places are looked up once a step
+constexpr int PLACES = 128;                 // groups of tokens whose places are looked up once a step
 constexpr u32 EMPTY = 0xffffffffu;
 
 constexpr int chunk_of(int k) { return divisor(k / SW, MOST_SLICES) * SW; }
@@ -116,7 +116,9 @@ struct Params {
     u16 *words;                // [2, NL, LAYER], EMPTY
     u64 *parts;                // [GRID, GROUP, HD + 2] float32 with a tag each
     u32 *steps;                // [GRID], steps so far: each block counts for itself
-    float *logits;             // [tokens, VOCAB]
+    float *logits;             // [tokens, VOCAB], or null: only the best
+    float *best;               // [GRID, 8], as is what follows
+    int *best_at;
     const int *positions, *slots, *rows, *lens, *table;
     float eps, scale;          // the scale for a softmax in powers of two
     int tokens, splits;        // columns in use; blocks for each (row, KV head)
@@ -323,7 +325,12 @@ __device__ __forceinline__ void spread(float (&f)[8], uint4 v) {
     f[4] = lo(v.z); f[5] = hi(v.z); f[6] = lo(v.w); f[7] = hi(v.w);
 }
 
-enum { STORE, ADD, ACT, LOGITS };
+enum { STORE, ADD, ACT, BEST };
+
+// The lowest index wins ties.
+__device__ __forceinline__ void better(float &best, int &best_at, float v, int at) {
+    if (v > best || (v == best && at < best_at)) { best = v; best_at = at; }
+}
 
 // A slice of a tile's 16 rows times the tokens' (or of their first halves and second halves).
 template <int PARTS>
@@ -415,8 +422,8 @@ __device__ __forceinline__ void consume(Ring &ring, Share &share, const Params &
         if (t == 0) sums()[warp * 8 + g] = squares;
     }
     const int turn = tid >> 7, token = tid >> 4 & 7, row = tid & 15;   // the result that this thread finishes
-    int buffer = 0;
-    float factor = 0.f;
+    int buffer = 0, best_at = -1;
+    float factor = 0.f, best = -infinity();
 #pragma unroll 1
     for (; tile < O::TILES; tile += TOGETHER * GRID) {
         const int n = (tile + turn * GRID) * O::ROWS + row;
@@ -490,14 +497,35 @@ __device__ __forceinline__ void consume(Ring &ring, Share &share, const Params &
                 a = rounded(a);
                 a = rounded(a / (1.f + exp2_(-1.4426950408889634f * a))) * rounded(b);
             }
-            if (KIND == LOGITS) p.logits[(long long)token * VOCAB + n] = a;
+            if (KIND == BEST) {
+                if (p.logits) p.logits[(long long)token * VOCAB + n] = a;
+                if (a > best || best_at < 0) { best = a; best_at = n; }
+            }
         }
-        if (KIND != LOGITS) {
+        if (KIND != BEST) {
             __syncwarp();
             const float other = __shfl_xor_sync(~0u, a, 1);
             if (mine && (row & 1) == 0) st_word(out + place(n, token), pack(a, other));
         }
         buffer ^= 1;
+    }
+    if (KIND == BEST) {
+        if (best_at < 0) best_at = 0x7fffffff;
+#pragma unroll
+        for (int d = 8; d; d >>= 1) {
+            const float v = __shfl_xor_sync(~0u, best, d);
+            better(best, best_at, v, __shfl_xor_sync(~0u, best_at, d));
+        }
+        float *tops = reduced() + buffer * RED;   // nobody reads this one any more
+        if (row == 0 && turn < TOGETHER) { tops[turn * 16 + token * 2] = best; tops[turn * 16 + token * 2 + 1] = __int_as_float(best_at); }
+        consumers_meet();
+        if (tid < p.tokens) {
+            best = tops[tid * 2];
+            best_at = __float_as_int(tops[tid * 2 + 1]);
+            for (int i = 1; i < TOGETHER; ++i) better(best, best_at, tops[i * 16 + tid * 2], __float_as_int(tops[i * 16 + tid * 2 + 1]));
+            p.best[blockIdx.x * 8 + tid] = best;
+            p.best_at[blockIdx.x * 8 + tid] = best_at;
+        }
     }
     consumers_meet();   // before the next op writes what this one reads
 }
@@ -835,6 +863,29 @@ extern "C" __global__ void __launch_bounds__(NT + PW * 32, 1) decode_rows(const 
         words += LAYER;
         others += LAYER;
     }
-    consume<Head, true, LOGITS>(ring, share, p, x, p.final_norm, nullptr, nullptr);
+    consume<Head, true, BEST>(ring, share, p, x, p.final_norm, nullptr, nullptr);
     if (threadIdx.x == 0) p.steps[blockIdx.x] = step + 1;
+}
+
+// Behind `decode_rows`: the best token of each row among the blocks'.
+struct FinishParams {
+    const float *best;
+    const int *best_at;
+    int *tokens;
+    int count;
+};
+extern "C" __global__ void __launch_bounds__(256) finish_rows(const __grid_constant__ FinishParams p) {
+    let_successor_start();
+    wait_for_predecessor();
+    const int lane = threadIdx.x & 31, token = threadIdx.x >> 5;
+    if (token >= p.count) return;
+    float best = -infinity();
+    int at = 0x7fffffff;
+    for (int i = lane; i < GRID; i += 32) better(best, at, p.best[i * 8 + token], p.best_at[i * 8 + token]);
+#pragma unroll
+    for (int d = 16; d; d >>= 1) {
+        const float v = __shfl_xor_sync(~0u, best, d);
+        better(best, at, v, __shfl_xor_sync(~0u, at, d));
+    }
+    if (lane == 0) p.tokens[token] = at;
 }

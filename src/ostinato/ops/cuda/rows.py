@@ -29,15 +29,17 @@ TUNING = {
 }  # fmt: skip
 """Of the stream of weights, as measured on an H200, and of how the work is cut."""
 
+INITIAL = {"words": -1, "best": -torch.inf}
+"""What workspaces are filled with, where it is not zero. Blocks without a tile of the head never write their best."""
+
 
 @dataclass(frozen=True)
 class _Bound:
-    """The kernel for one model, and what it keeps between blocks."""
+    """Kernels for one model, and what they keep between blocks."""
 
-    kernel: Kernel
-    words: torch.Tensor
-    parts: torch.Tensor
-    steps: torch.Tensor
+    decode: Kernel
+    finish: Kernel
+    cells: dict[str, torch.Tensor]
 
 
 class RowsDecode:
@@ -74,55 +76,67 @@ class RowsDecode:
         view: StepView,
         caches: Sequence[tuple[torch.Tensor, torch.Tensor]],
         scratch: Scratch,
+        *,
+        greedy: bool,
     ) -> None:
-        """Leave float32 logits in `scratch.logits`; nothing else of it is used.
+        """Leave float32 logits in `scratch.logits`; or, greedy, only tokens in `scratch.tokens`.
 
         Args:
             stack: a model that `unsupported` has nothing against.
             view: of a decode step that `serves` admits.
             caches: keys and values of each layer, `[num_blocks, block_size, kv_heads, head_dim]`.
-            scratch: where results go.
+            scratch: where results go; nothing else of it is used.
+            greedy: whether only the best tokens are wanted.
         """
         bound = self._bound_for(stack, caches[0][0].shape[1], view.block_table.shape[1])
-        pointers = list(_pointers(stack, view, caches, bound.words, bound.parts, bound.steps, scratch.logits))
-        POINTERS[bound.kernel.handle] = len(pointers)
-        bound.kernel.launch(pack(pointers, stack, view.seq_lens.shape[0], self._grid))
+        cells, tokens = bound.cells, view.seq_lens.shape[0]
+        pointers = list(_pointers(stack, view, caches, cells, None if greedy else scratch.logits))
+        results = [cells["best"], cells["best_at"], scratch.tokens]
+        POINTERS[bound.decode.handle], POINTERS[bound.finish.handle] = len(pointers), len(results)
+        bound.decode.launch(pack(pointers, stack, tokens, self._grid))
+        if greedy:
+            bound.finish.launch(addresses(results) + struct.pack("<i4x", tokens))
 
     def workspaces(self) -> dict[str, torch.Tensor]:
         """All that it keeps on the device, by name."""
-        found = {}
-        for bound in self._bound.values():
-            found |= {"words": bound.words, "parts": bound.parts, "steps": bound.steps}
-        return found
+        return {name: cells for bound in self._bound.values() for name, cells in bound.cells.items()}
 
     def reset(self) -> None:
         """Forget what a failed step left."""
         for bound in self._bound.values():
-            bound.words.fill_(-1)
-            bound.parts.zero_()
-            bound.steps.zero_()
+            for name, cells in bound.cells.items():
+                cells.fill_(INITIAL.get(name, 0))
 
     def _bound_for(self, stack: Stack, block_size: int, table_width: int) -> _Bound:
         numbers = macros(stack, block_size, table_width, self._grid)
         key = tuple(numbers.items())
         if key not in self._bound:
-            kernel = build(
+            decode = build(
                 SOURCE, "decode_rows", numbers,
                 device=self._device, grid=self._grid, block=THREADS, shared_bytes=SHARED_BYTES,
             )  # fmt: skip
-            self._bound[key] = _Bound(kernel, *workspace(numbers, self._device))
+            finish = build(
+                SOURCE, "finish_rows", numbers, device=self._device, grid=1, block=256, shared_bytes=0
+            )
+            self._bound[key] = _Bound(decode, finish, workspace(numbers, self._device))
         return self._bound[key]
 
 
-def workspace(
-    numbers: dict[str, int], device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What blocks tell each other, parts of long contexts, steps; for `macros` of a model."""
+def workspace(numbers: dict[str, int], device: torch.device) -> dict[str, torch.Tensor]:
+    """What blocks tell each other, parts of long contexts, steps, and the blocks' best tokens; for `macros` of a model."""
     values = numbers["QKVN"] + numbers["QSIZE"] + 2 * numbers["HID"] + numbers["INTER"]
-    words = torch.full((2, numbers["NL"], values * 4), -1, dtype=torch.int32, device=device)
-    group = numbers["HEADS"] // numbers["KVH"]
-    parts = torch.zeros(numbers["GRID"], group, numbers["HD"] + 2, dtype=torch.int64, device=device)
-    return words, parts, torch.zeros(numbers["GRID"], dtype=torch.int32, device=device)
+    group, grid = numbers["HEADS"] // numbers["KVH"], numbers["GRID"]
+    sizes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+        "words": ((2, numbers["NL"], values * MOST_TOKENS // 2), torch.int32),
+        "parts": ((grid, group, numbers["HD"] + 2), torch.int64),
+        "steps": ((grid,), torch.int32),
+        "best": ((grid, MOST_TOKENS), torch.float32),
+        "best_at": ((grid, MOST_TOKENS), torch.int32),
+    }
+    return {
+        name: torch.full(size, INITIAL.get(name, 0), dtype=dtype, device=device)
+        for name, (size, dtype) in sizes.items()
+    }
 
 
 def macros(stack: Stack, block_size: int, table_width: int, grid: int) -> dict[str, int]:
@@ -149,10 +163,8 @@ def _pointers(
     stack: Stack,
     view: StepView,
     caches: Sequence[tuple[torch.Tensor, torch.Tensor]],
-    words: torch.Tensor,
-    parts: torch.Tensor,
-    steps: torch.Tensor,
-    logits: torch.Tensor,
+    cells: dict[str, torch.Tensor],
+    logits: torch.Tensor | None,
 ) -> Iterator[torch.Tensor | None]:
     """In the order of `struct Params`."""
     for w, cache in zip(stack.layers, caches, strict=True):
@@ -161,7 +173,8 @@ def _pointers(
         yield from (linear.weight for linear in linears)
         yield from cache
     yield from (stack.final_norm, stack.head.weight, stack.rope, stack.embedding, view.ids)
-    yield from (words, parts, steps, logits)
+    yield from (cells[name] for name in ("words", "parts", "steps"))
+    yield from (logits, cells["best"], cells["best_at"])
     yield from (view.positions, view.slots, view.rows, view.seq_lens, view.block_table)
 
 
