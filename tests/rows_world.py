@@ -54,9 +54,7 @@ class World:
             head_dim=spec.attention.head_dim, dtype=dtype, device=torch.device(device),
         )  # fmt: skip
         noise = torch.Generator(device).manual_seed(seed)
-        self.cache.data.copy_(
-            torch.randn(self.cache.data.shape, generator=noise, device=device).bfloat16()
-        )
+        self.cache.data.copy_(torch.randn(self.cache.data.shape, generator=noise, device=device).bfloat16())
         self.ops = ops
         self.arena = Arena(
             max_tokens=rows, max_seqs=rows, hidden=spec.hidden_size, intermediate=spec.intermediate_size,

@@ -134,6 +134,7 @@ static std::map<u32, Bar> bars[GRID];
 static void settle(Bar &b) { if (b.pending == 0 && b.bytes == 0) { b.pending = b.count; b.phase ^= 1; } }
 static void mbar_init(u32 bar, u32 count) { bars[blockIdx.x][bar] = Bar{(int)count, (int)count, 0, 0}; }
 static void mbar_arrive(u32 bar) { Bar &b = bars[blockIdx.x].at(bar); --b.pending; settle(b); }
+static void give_back(u32 bar, u32) { mbar_arrive(bar); }
 static void mbar_expect(u32 bar, u32 bytes) { Bar &b = bars[blockIdx.x].at(bar); b.bytes += bytes; --b.pending; settle(b); }
 static bool mbar_test(u32 bar, u32 parity) {
     const bool yes = first_lane(bars[blockIdx.x].at(bar).phase != parity);

@@ -88,7 +88,9 @@ def test_against_the_reference(tmp_path: Path, changes: dict[str, Any], lengths:
     seed = random.SystemRandom().randrange(2**31)
     changes = dict(changes)
     model = model_of(changes.pop("qk", False), **changes)
-    ours, theirs = (World(model, lengths, seed, dtype, ReferenceOps(), "cpu") for dtype in (torch.bfloat16, torch.float32))
+    ours, theirs = (
+        World(model, lengths, seed, dtype, ReferenceOps(), "cpu") for dtype in (torch.bfloat16, torch.float32)
+    )
     numbers = rows.macros(model, BLOCK, ours.view.block_table.shape[1], grid) | tuning
     library = compiled(tmp_path, numbers)
     kept = rows.workspace(numbers, CPU)
@@ -96,7 +98,11 @@ def test_against_the_reference(tmp_path: Path, changes: dict[str, Any], lengths:
     results = []
     for attempt in range(3):
         ours.arena.data.fill_(0xFF)
-        pointers = list(rows._pointers(model, ours.view, ours.caches(), kept, None if attempt == 2 else ours.scratch.logits))
+        pointers = list(
+            rows._pointers(
+                model, ours.view, ours.caches(), kept, None if attempt == 2 else ours.scratch.logits
+            )
+        )
         params = rows.pack(pointers, model, len(lengths), grid)
         library.launch(ctypes.create_string_buffer(params, len(params)), seed + attempt)
         assert (kept["steps"] == attempt + 1).all()

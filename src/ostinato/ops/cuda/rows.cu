@@ -157,6 +157,12 @@ __device__ __forceinline__ bool mbar_test(u32 bar, u32 parity) {
                  : "=r"(yes) : "r"(bar), "r"(parity) : "memory");
     return yes;
 }
+// An arrival does not wait for loads in front of it, and other loads may hold those up for long: this one needs what they loaded.
+__device__ __forceinline__ void give_back(u32 bar, u32 loaded) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.u32 p, %1, 0x9e3779b9;\n@p mbarrier.arrive.shared::cta.b64 _, [%0];\n"
+        "@!p mbarrier.arrive.shared::cta.b64 _, [%0];\n}" ::"r"(bar), "r"(loaded) : "memory");
+}
 __device__ __forceinline__ void mbar_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 __device__ __forceinline__ void prefetch(const void *p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 __device__ __forceinline__ uint4 ld_words(const u16 *p) {
@@ -333,8 +339,9 @@ __device__ __forceinline__ void better(float &best, int &best_at, float v, int a
 }
 
 // A slice of a tile's 16 rows times the tokens' (or of their first halves and second halves).
+// Returns something that is there only when all that it loaded is.
 template <int PARTS>
-__device__ __forceinline__ void multiply(float (&acc)[2][4], u32 at, int stride, const uint4 *x) {
+__device__ __forceinline__ u32 multiply(float (&acc)[2][4], u32 at, int stride, const uint4 *x) {
     const int lane = threadIdx.x & 31;
     const u32 own = at + (lane >> 2) * stride + (lane & 3) * 16;
     const uint4 a = lds(own), b = lds(own + 8 * stride);
@@ -348,6 +355,7 @@ __device__ __forceinline__ void multiply(float (&acc)[2][4], u32 at, int stride,
             mma(acc[h], a.z, b.z, a.w, b.w, x[h].z, x[h].w);
         }
     }
+    return a.x ^ b.x;
 }
 
 // out (+)= op(x): this block's tiles. `x` null: the embedding. `old`: what the sum of ADD is added to, null: the embedding.
@@ -454,11 +462,12 @@ __device__ __forceinline__ void consume(Ring &ring, Share &share, const Params &
                     }
                     mbar_wait(ring.full(), ring.parity);
                     const u32 at = ring.data();
+                    u32 loaded = 0;
 #pragma unroll
                     for (int j = 0; j < J; ++j)
-                        if (there(j)) multiply<PARTS>(acc, at + (warp + NW * j) * 64, O::STRIDE, v[c][j]);
+                        if (there(j)) loaded ^= multiply<PARTS>(acc, at + (warp + NW * j) * 64, O::STRIDE, v[c][j]);
                     __syncwarp();
-                    if (lane == 0) mbar_arrive(ring.empty());
+                    if (lane == 0) give_back(ring.empty(), loaded);
                     ring.next();
                     if (!O::KEPT && c0 + c + AHEAD < O::CHUNKS) ask(c0 + c + AHEAD, c);
                 }

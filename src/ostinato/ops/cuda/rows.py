@@ -101,6 +101,10 @@ class RowsDecode:
         """All that it keeps on the device, by name."""
         return {name: cells for bound in self._bound.values() for name, cells in bound.cells.items()}
 
+    def models(self) -> list[tuple[int, int]]:
+        """(vocabulary, hidden size) of each model that has run."""
+        return [(numbers["VOCAB"], numbers["HID"]) for numbers in map(dict, self._bound)]
+
     def reset(self) -> None:
         """Forget what a failed step left."""
         for bound in self._bound.values():
@@ -192,6 +196,14 @@ def unsupported(stack: Stack, block_size: int) -> str | None:
         return f"{a.heads} heads share {a.kv_heads} KV heads, it knows 1 to 8 for each"
     if block_size % 16:
         return f"a KV block has {block_size} tokens, no multiple of 16"
-    if stack.embedding.shape[1] > 4096:
-        return f"hidden_size is {stack.embedding.shape[1]}, it keeps 4096 in registers"
+    hidden = stack.embedding.shape[1]
+    if max(kept(hidden), 2 * kept(hidden // 2) if hidden % 64 == 0 else 0) > TUNING["MOST_KEPT"]:
+        return f"hidden_size is {hidden}, more than its registers hold"
     return None
+
+
+def kept(size: int) -> int:
+    """16-byte pieces of each token that a lane keeps, where an op's inner dimension is this long: `COUNT` in `rows.cu`."""
+    slices = size // 32
+    chunk = next(d for d in range(TUNING["MOST_SLICES"], 0, -1) if slices % d == 0)
+    return slices // chunk * -(-chunk // WARPS)
