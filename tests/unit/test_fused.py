@@ -20,7 +20,7 @@ from ostinato.errors import KernelError
 from ostinato.models.decoder import Decoder, random_decoder
 from ostinato.models.registry import spec_from_config
 from ostinato.models.shapes import SHAPES
-from ostinato.ops.cuda import fused, program
+from ostinato.ops.cuda import fused, program, rows
 from ostinato.ops.cuda.fused import FusedDecode, ring_stages, unsupported
 
 SMALL = {"num_hidden_layers": 2, "vocab_size": 512, "intermediate_size": 256, "hidden_size": 128}
@@ -305,14 +305,49 @@ def test_a_kernel_that_cannot_be_built_leaves_the_ops(
 
 
 def test_a_model_fuses_once_it_is_loaded(hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "build", lambda *args, **more: SimpleNamespace(handle=1))
+    for module in (fused, rows):
+        monkeypatch.setattr(module, "build", lambda *args, **more: SimpleNamespace(handle=1))
     ops, m = ops_with_the_kernel(), model()
     assert not ops.fuses(m, 1), "nothing is compiled in the middle of a step"
     ops.load(m, 16, 4)
+    assert all(ops.fuses(m, seqs) for seqs in (1, 2, 8))
+    assert not ops.fuses(m, 9)
+    assert not ops.fuses(model(), 1)
+    assert {name.split(".")[0] for name in ops.workspaces()} == {"fused", "rows"}
+    words = ops.workspaces()["rows.words"]
+    assert (words == -1).all()
+    words.zero_()
+    ops.reset()
+    assert (words == -1).all(), "nobody takes what a failed step left for results"
+    assert sorted(line.rows for line in ops.versions()) == [1, 8]
+
+
+def test_few_rows_go_op_by_op_where_only_their_kernel_cannot_be_built(
+    hopper: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*args: Any, **more: Any) -> None:
+        raise KernelError("rows.cu does not compile")
+
+    monkeypatch.setattr(fused, "build", lambda *args, **more: SimpleNamespace(handle=1))
+    monkeypatch.setattr(rows, "build", broken)
+    ops, m = ops_with_the_kernel(), model()
+    with caplog.at_level(logging.WARNING):
+        ops.load(m, 16, 4)
+    (record,) = caplog.records
+    assert "OSTINATO_FUSED_ROWS=0" in record.getMessage()
     assert ops.fuses(m, 1)
     assert not ops.fuses(m, 2)
-    assert not ops.fuses(model(), 1)
-    assert ops.workspaces()
+
+
+@pytest.mark.parametrize(("block_size", "served"), [(16, True), (48, True), (8, False)])
+def test_few_rows_need_blocks_of_whole_groups_of_tokens(
+    hopper: None, monkeypatch: pytest.MonkeyPatch, block_size: int, served: bool
+) -> None:
+    for module in (fused, rows):
+        monkeypatch.setattr(module, "build", lambda *args, **more: SimpleNamespace(handle=1))
+    ops, m = ops_with_the_kernel(), model()
+    ops.load(m, block_size, 4)
+    assert ops.fuses(m, 8) == served
 
 
 def test_a_model_that_it_does_not_know_leaves_it_to_others(hopper: None) -> None:

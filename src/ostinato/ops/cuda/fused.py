@@ -256,8 +256,8 @@ def fewest_in_split(heads: int, head_dim: int) -> int:
     Short splits are read sooner; but readers merge them, and all the longer the more heads there are.
     """
     if head_dim == 64:
-        return 512
-    return 128 if heads <= 16 else 256
+        return 256
+    return 64 if heads <= 16 else 256
 
 
 def ring_stages(hidden: int, q_size: int, inner: int, head_dim: int, *, fp8: bool) -> int:

@@ -27,6 +27,9 @@ from ..cuda.attention import DecodeAttention
 from ..cuda.fused import MOST_TOKENS, FusedDecode, unsupported
 from ..cuda.linear import Product, Products
 from ..cuda.program import has_bindings
+from ..cuda.rows import MOST_TOKENS as MOST_ROWS
+from ..cuda.rows import RowsDecode
+from ..cuda.rows import unsupported as unsupported_rows
 from ..cuda.sample import ClusterSampler
 from . import attention, decode, pointwise
 from .matmul import matmul_scaled
@@ -115,6 +118,8 @@ class TritonOps:
         self._fused = FusedDecode.claim(self._device) if _has_fused(self._device) else None
         self._whole: Stack | None = None
         """The model that the one kernel was loaded for."""
+        self._rows: RowsDecode | None = None
+        """The same for a few rows, where the model allows it."""
         self._attention = DecodeAttention.claim(self._device) if gpu else None
         self._sampler = ClusterSampler.on(self._device) if gpu else None
         self._wide_mm = gpu and _mm_widens(self._device)
@@ -138,6 +143,7 @@ class TritonOps:
             try:
                 self._fused.load(stack, block_size, table_width)
                 self._whole = stack
+                self._rows = self._load_rows(stack, block_size, table_width)
                 return
             except KernelError as error:
                 logger.warning(
@@ -146,6 +152,25 @@ class TritonOps:
                     str(error),  # an error in a log record would keep the frames that it came through
                 )
         self._fused = None  # another engine may have it
+
+    def _load_rows(self, stack: Stack, block_size: int, table_width: int) -> RowsDecode | None:
+        if os.environ.get("OSTINATO_FUSED_ROWS") == "0":
+            return None
+        why = unsupported_rows(stack, block_size)
+        if why is not None:
+            logger.info("no one-kernel decode step of several rows for this model: %s", why)
+            return None
+        rows = RowsDecode(self._device)
+        try:
+            rows.load(stack, block_size, table_width)
+        except KernelError as error:
+            logger.warning(
+                "decode steps of a few sequences run op by op, as their kernel cannot be built; "
+                "OSTINATO_FUSED_ROWS=0 does without it and this warning: %s",
+                str(error),
+            )
+            return None
+        return rows
 
     def tune(self, stack: Stack, max_rows: int) -> None:
         """Measured once for each GPU, kept in the cache folder; OSTINATO_TUNE=0 leaves it to the rules."""
@@ -175,6 +200,11 @@ class TritonOps:
                 VersionLine("fused", columns, depth, MOST_TOKENS, "the whole model in one kernel", False)
                 for columns, depth in self._fused.models()
             ]
+        if self._rows is not None:
+            lines += [
+                VersionLine("fused", columns, depth, MOST_ROWS, "the whole model in one kernel", False)
+                for columns, depth in self._rows.models()
+            ]
         return lines
 
     def reset(self) -> None:
@@ -182,6 +212,8 @@ class TritonOps:
             workspace.semaphores.zero_()
         if self._fused is not None:
             self._fused.reset()
+        if self._rows is not None:
+            self._rows.reset()
 
     def launcher(self, problem: Problem, rows: int | None = None) -> Launch:
         """What launches any version of a problem, on operands of its own: for measuring.
@@ -227,6 +259,8 @@ class TritonOps:
             found |= {"ops.semaphores": workspace.semaphores, "ops.partials": workspace.partials}
         if self._fused is not None:
             found |= {f"fused.{name}": cells for name, cells in self._fused.workspaces().items()}
+        if self._rows is not None:
+            found |= {f"rows.{name}": cells for name, cells in self._rows.workspaces().items()}
         return found
 
     def attention_words(self, shape: AttentionShape, max_seqs: int) -> int:
@@ -273,7 +307,9 @@ class TritonOps:
         )
 
     def fuses(self, stack: Stack, seqs: int) -> bool:
-        return stack is self._whole and seqs <= MOST_TOKENS
+        if stack is not self._whole:
+            return False
+        return seqs <= MOST_TOKENS or (self._rows is not None and self._rows.serves(stack, seqs))
 
     def fused(
         self,
@@ -284,6 +320,10 @@ class TritonOps:
         *,
         greedy: bool,
     ) -> torch.Tensor | None:
+        if view.seq_lens.shape[0] > MOST_TOKENS:
+            assert self._rows is not None
+            self._rows.run(stack, view, caches, scratch, greedy=greedy)
+            return None
         assert self._fused is not None
         return self._fused.run(stack, view, caches, scratch, greedy=greedy)
 

@@ -1,0 +1,129 @@
+"""The one-kernel decode step of a few sequences against the same model op by op, in float32."""
+
+from __future__ import annotations
+
+import dataclasses
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from ostinato.models.decoder import random_decoder
+from ostinato.models.registry import spec_from_config
+from ostinato.models.shapes import SHAPES
+from ostinato.ops import StepView
+from ostinato.ops.cuda import rows
+from ostinato.ops.cuda.rows import RowsDecode
+from ostinato.ops.reference import ReferenceOps
+from tests.rows_world import BLOCK, World, error, wide
+
+pytestmark = pytest.mark.gpu
+MIXED = [256, 1, 17, 0, 600, 1300, 33, 128]
+CASES: list[tuple[str, dict[str, Any], list[list[int]]]] = [
+    ("llama-3.2-1b", {"num_hidden_layers": 3}, [[256] * 8, MIXED, [5000, 300, 0, 64], [700, 2500], [0] * 8]),
+    ("qwen3-0.6b", {"num_hidden_layers": 3}, [MIXED, [5000, 300]]),
+    ("llama-3.1-8b", {"num_hidden_layers": 2}, [MIXED]),
+    (
+        "llama-3.2-1b",
+        {"num_hidden_layers": 3, "sliding_window": 200, "architectures": ["MistralForCausalLM"], "rope_scaling": None},
+        [[256, 1, 201, 0, 600, 1300, 33, 128]],
+    ),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def decode() -> RowsDecode:
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("needs Hopper")
+    return RowsDecode(torch.device("cuda", torch.cuda.current_device()))
+
+
+@pytest.fixture
+def seed() -> int:
+    return int(torch.empty((), dtype=torch.int64).random_(2**31))
+
+
+def planned(world: World) -> StepView:
+    """Its view with what `ReferenceOps` keeps beside it."""
+    view = world.view
+    batch = SimpleNamespace(
+        query_start=view.query_start, rows=view.rows, static=SimpleNamespace(block_table=view.block_table),
+        block_size=BLOCK, decode=True,
+    )  # fmt: skip
+    names = ("ids", "positions", "slots", "seq_lens", "last_index")
+    scratch = dataclasses.replace(world.scratch, **{name: getattr(view, name) for name in names})
+    return ReferenceOps()._plan(batch, scratch)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}-{len(case[1])}")
+def test_equals_the_ops(
+    decode: RowsDecode, seed: int, case: tuple[str, dict[str, Any], list[list[int]]]
+) -> None:
+    """The same bits 300 times, poisoned before each; a row's KV slot is written, and no other."""
+    name, changes, sets = case
+    spec = spec_from_config({**SHAPES[name], **changes})
+    model = random_decoder(spec, dtype=torch.bfloat16, device=torch.device("cuda"), positions=6000)
+    assert rows.unsupported(model, BLOCK) is None
+    exact = wide(model)
+    for lengths in sets:
+        assert decode.serves(model, len(lengths))
+        ours, theirs, before = (
+            World(model, lengths, seed, dtype, ReferenceOps())
+            for dtype in (torch.bfloat16, torch.float32, torch.bfloat16)
+        )
+        exact.forward(planned(theirs), theirs.cache, theirs.scratch, theirs.ops)
+        first = None
+        for _ in range(300):
+            ours.arena.data.fill_(0xFF)
+            decode.run(model, ours.view, ours.caches(), ours.scratch, greedy=False)
+            if first is None:
+                first = ours.scratch.logits.clone()
+            assert torch.equal(ours.scratch.logits, first), lengths
+        assert first is not None
+        for row, length in enumerate(lengths):
+            assert error(first[row], theirs.scratch.logits[row]) < 0.04, (lengths, length)
+        slots = ours.view.slots[ours.view.slots >= 0].long()
+        for mine, other, old in zip(ours.caches(), theirs.caches(), before.caches(), strict=True):
+            for a, b, c in zip(mine, other, old, strict=True):
+                if len(slots):
+                    assert error(a.flatten(0, 1)[slots], b.flatten(0, 1)[slots]) < 0.04
+                kept = a.clone().flatten(0, 1)
+                kept[slots] = c.flatten(0, 1)[slots]
+                assert torch.equal(kept, c.flatten(0, 1))
+        ours.arena.data.fill_(0xFF)
+        decode.run(model, ours.view, ours.caches(), ours.scratch, greedy=True)
+        assert torch.equal(ours.scratch.tokens.long(), first.argmax(1))
+    del model, exact
+    torch.cuda.empty_cache()
+
+
+def test_neighbours_change_no_bit(decode: RowsDecode, seed: int) -> None:
+    spec = spec_from_config({**SHAPES["llama-3.2-1b"], "num_hidden_layers": 2})
+    model = random_decoder(spec, dtype=torch.bfloat16, device=torch.device("cuda"), positions=6000)
+    world = World(model, MIXED, seed, torch.bfloat16, ReferenceOps())
+    decode.run(model, world.view, world.caches(), world.scratch, greedy=False)
+    all_rows = world.scratch.logits.clone()
+    for name in ("seq_lens", "ids", "positions"):
+        getattr(world.view, name)[1:] = 0
+    world.view.slots[1:] = world.view.rows[1:] = -1
+    decode.run(model, world.view, world.caches(), world.scratch, greedy=False)
+    assert torch.equal(world.scratch.logits[0], all_rows[0])
+
+
+def test_a_graph_replays_the_same(decode: RowsDecode, seed: int) -> None:
+    spec = spec_from_config({**SHAPES["llama-3.2-1b"], "num_hidden_layers": 2})
+    model = random_decoder(spec, dtype=torch.bfloat16, device=torch.device("cuda"), positions=6000)
+    world = World(model, MIXED, seed, torch.bfloat16, ReferenceOps())
+    decode.run(model, world.view, world.caches(), world.scratch, greedy=False)
+    expected = world.scratch.logits.clone()
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, stream=stream):
+        decode.run(model, world.view, world.caches(), world.scratch, greedy=False)
+    for _ in range(200):
+        world.scratch.logits.zero_()
+        graph.replay()
+        assert torch.equal(world.scratch.logits, expected)

@@ -1,0 +1,120 @@
+"""The source of `rows.cu` itself, all its blocks, run on the CPU by `host_grid.h`, against the plain reference.
+
+What this cannot show: the memory model, speed, and whether a GPU's fragments are as its manual says.
+tests/gpu does that.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import random
+import shutil
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from ostinato.models.decoder import Decoder, random_decoder
+from ostinato.models.registry import spec_from_config
+from ostinato.models.shapes import SHAPES
+from ostinato.ops import StepView
+from ostinato.ops.cuda import rows
+from ostinato.ops.reference import ReferenceOps
+from tests.rows_world import BLOCK, World, error, wide
+
+HEADER = Path(__file__).with_name("host_grid.h")
+COMPILER = shutil.which("g++")
+CPU = torch.device("cpu")
+
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++")
+
+
+def host_source() -> str:
+    """The kernel's source without the instructions, which the header has."""
+    source = rows.SOURCE.read_text()
+    before, rest = source.split("// --- Instructions.")
+    after = rest.split("// --- End of instructions.")[1]
+    lines = [line for line in before.splitlines() if not line.startswith("#include")]
+    launch = 'extern "C" void launch(const Params *p, unsigned seed) { run_grid(seed, [&] { decode_rows(*p); }); }\n'
+    return f'#include "{HEADER}"\n' + "\n".join(lines) + after + launch
+
+
+def compiled(folder: Path, numbers: dict[str, int]) -> ctypes.CDLL:
+    file, library = folder / "rows.cpp", folder / "rows.so"
+    file.write_text(host_source())
+    defines = [f"-D{key}={value}" for key, value in numbers.items()]
+    flags = ["-std=c++17", "-O1", "-w", "-U_FORTIFY_SOURCE", "-shared", "-fPIC"]
+    subprocess.run([str(COMPILER), *flags, *defines, str(file), "-o", str(library)], check=True)
+    return ctypes.CDLL(str(library))
+
+
+def model_of(qk_norm: bool, **changes: Any) -> Decoder:
+    config = {**SHAPES["qwen3-0.6b" if qk_norm else "llama-3.2-1b"], **changes}
+    model = random_decoder(spec_from_config(config), dtype=torch.bfloat16, device=CPU, positions=6000)
+    assert rows.unsupported(model, BLOCK) is None
+    return model
+
+
+def planned(world: World) -> StepView:
+    """Its view with what `ReferenceOps` keeps beside it."""
+    view = world.view
+    batch = SimpleNamespace(
+        query_start=view.query_start, rows=view.rows, static=SimpleNamespace(block_table=view.block_table),
+        block_size=BLOCK, decode=True,
+    )  # fmt: skip
+    names = ("ids", "positions", "slots", "seq_lens", "last_index")
+    scratch = dataclasses.replace(world.scratch, **{name: getattr(view, name) for name in names})
+    return ReferenceOps()._plan(batch, scratch)  # type: ignore[arg-type]
+
+
+TINY = {"vocab_size": 160, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "lengths", "grid", "tuning"),
+    [
+        (TINY, [1, 40, 0, 17], 9, {}),
+        # Down keeps two slices at a time; long contexts in splits, one has several passes.
+        (TINY | {"intermediate_size": 1056, "hidden_size": 288}, [700, 300], 13, {"MOST_KEPT": 2, "CHUNK": 128}),
+        (TINY | {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 128, "qk": True}, [5, 150, 33, 0, 16, 15, 1, 2], 8, {"MOST_SLICES": 2}),
+    ],
+)  # fmt: skip
+def test_against_the_reference(tmp_path: Path, changes: dict[str, Any], lengths: list[int], grid: int, tuning: dict[str, int]) -> None:  # fmt: skip
+    seed = random.SystemRandom().randrange(2**31)
+    changes = dict(changes)
+    model = model_of(changes.pop("qk", False), **changes)
+    ours, theirs = (
+        World(model, lengths, seed, dtype, ReferenceOps(), "cpu") for dtype in (torch.bfloat16, torch.float32)
+    )
+    numbers = rows.macros(model, BLOCK, ours.view.block_table.shape[1], grid) | tuning
+    library = compiled(tmp_path, numbers)
+    kept = rows.workspace(numbers, CPU)
+    wide(model).forward(planned(theirs), theirs.cache, theirs.scratch, theirs.ops)
+    results = []
+    for attempt in range(3):
+        ours.arena.data.fill_(0xFF)
+        pointers = list(
+            rows._pointers(
+                model, ours.view, ours.caches(), kept, None if attempt == 2 else ours.scratch.logits
+            )
+        )
+        params = rows.pack(pointers, model, len(lengths), grid)
+        library.launch(ctypes.create_string_buffer(params, len(params)), seed + attempt)
+        assert (kept["steps"] == attempt + 1).all()
+        assert (kept["words"][(attempt + 1) % 2] == -1).all(), "the next step's words are empty"
+        results.append(ours.scratch.logits.clone())
+        best = kept["best"].argmax(0)[: len(lengths)]
+        tokens = kept["best_at"].gather(0, best.unsqueeze(0))[0]
+        assert torch.equal(tokens.long(), results[0].argmax(1))
+    assert torch.equal(results[0], results[1])
+    assert results[2].isnan().all()
+    for row, length in enumerate(lengths):
+        assert error(results[0][row], theirs.scratch.logits[row]) < 0.03, (row, length)
+    for (keys, values), (other_keys, other_values) in zip(ours.caches(), theirs.caches(), strict=True):
+        assert error(keys, other_keys) < 0.01
+        assert error(values, other_values) < 0.01
