@@ -272,7 +272,7 @@ def test_a_failed_capture_leaves_the_engine_serving(how: str) -> None:
     try:
         prompts = random_prompts(llm.engine.spec.vocab_size, 3, seed=5)
         program = llm.engine.runner._program
-        sample = program.ops.sample
+        advance = program.ops.advance
 
         def broken(*args: Any, **kwargs: Any) -> None:
             if torch.cuda.is_current_stream_capturing():
@@ -284,13 +284,13 @@ def test_a_failed_capture_leaves_the_engine_serving(how: str) -> None:
                     raise torch.OutOfMemoryError("injected")
                 else:
                     raise RuntimeError("injected")
-            sample(*args, **kwargs)
+            advance(*args, **kwargs)
 
-        object.__setattr__(program.ops, "sample", broken)
+        object.__setattr__(program.ops, "advance", broken)
         got = llm.generate(prompts, SAMPLERS["greedy"], use_tqdm=False)
         assert llm.get_metrics()["eager_steps"]["capture_failed"] > 0
         assert not llm.engine.plan.book.captured
-        object.__setattr__(program.ops, "sample", sample)
+        object.__setattr__(program.ops, "advance", advance)
         again = llm.generate(prompts, SAMPLERS["greedy"], use_tqdm=False)
         assert [o.outputs[0].token_ids for o in got] == [o.outputs[0].token_ids for o in again]
         torch.randn(3, device="cuda")  # torch's own state is usable too
@@ -298,7 +298,7 @@ def test_a_failed_capture_leaves_the_engine_serving(how: str) -> None:
         llm.generate(prompts[:1], SAMPLERS["full"], use_tqdm=False)
         assert llm.engine.plan.book.captured, "other keys are captured after it"
         llm.engine.runner.cache._on_error = "raise"
-        object.__setattr__(program.ops, "sample", broken)
+        object.__setattr__(program.ops, "advance", broken)
         with pytest.raises(CaptureError, match="capture failed"):
             llm.generate(prompts, SAMPLERS["sample"], use_tqdm=False)
     finally:

@@ -239,8 +239,8 @@ def test_a_grid_that_follows_a_value_is_caught(stream: Any) -> None:
 # --- the engine's decode step -------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def llm() -> Iterator[LLM]:
+def made(rows: bool) -> LLM:
+    """An engine whose steps of a few sequences run op by op, or in the one kernel."""
     # Eager: the tests capture the step themselves, without a runner that captures beside them.
     options = {
         "max_model_len": 256,
@@ -248,7 +248,14 @@ def llm() -> Iterator[LLM]:
         "kv_cache_memory_bytes": 1 << 28,
         "enforce_eager": True,
     }
-    llm = LLM("smollm2-135m", load_format="dummy", **options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OSTINATO_FUSED", "1" if rows else "0")  # with it, one engine of a process has it
+        return LLM("smollm2-135m", load_format="dummy", **options)
+
+
+@pytest.fixture(scope="module")
+def llm() -> Iterator[LLM]:
+    llm = made(rows=False)
     yield llm
     llm.close()
 
@@ -366,6 +373,37 @@ def test_a_decode_step_is_a_chain_of_dependent_launches(decode_captures: Any) ->
     else:
         assert counts.programmatic_edges == 0
     assert all(n.dependencies == ((n.index - 1,) if n.index else ()) for n in graph)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_kernel_of_a_few_sequences_points_to_registered_memory(variant: str) -> None:
+    """Two captures of its step are the same graph, and nothing in it points elsewhere."""
+    llm = made(rows=True)
+    try:
+        first, second = VARIANTS[variant]
+        program = program_of(llm)
+        if not program.ops.fuses(program.model, SEQS):
+            pytest.skip("the kernel of a few sequences does not run here")
+
+        def capture(batch: Any) -> list[Node]:
+            return read(lambda: program(batch), warm=False)
+
+        a = at_decode_step(llm, [5, 17, 33, 64], first, 3, capture)
+        b = at_decode_step(llm, [130, 1, 90, 200], second, 20, capture)
+        assert [str(d) for d in inspect.compare(a, b)] == []
+        assert "decode_rows" in {node.name for node in a}
+        book = AddressBook()
+        book.observe()
+        report = inspect.audit(a, registered(llm), book)
+        assert report.ok, str(report)
+        weights = {name for name in report.pointers if name.startswith("layers.")}
+        assert weights == {name for name in program.model.tensors() if name.startswith("layers.")}
+        assert report.coverage[inspect.UNREAD].nodes == 0
+        assert all(not f.certain for f in report.unregistered), (
+            "our own kernels read registered buffers alone"
+        )
+    finally:
+        llm.close()
 
 
 def test_labels_name_op_and_layer_of_every_node(llm: LLM) -> None:

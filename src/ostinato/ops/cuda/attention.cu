@@ -457,15 +457,15 @@ __device__ __forceinline__ void item(const Params &p, Shared &sh, int s, int h, 
     };
     Keys k = {};   // zero: what is filled under a condition only would be alive from the start
     Values v = {};
-    Angles angles;
+    Angles angles = {};
     auto ask = [&] {
         angles = angles_at(p.rope + (long long)min(max(position, 0), p.angles - 1) * HD);
         load(k, p, walk);
         load(v, p, walk);
     };
+    auto has_work = [&] { return length > 0 && split < c.count; };
     look_up();
-    bool same = length > 0 && split < c.count;
-    if (same) ask();
+    if (has_work()) ask();
     Head norms[2] = {};
     if (NORM) { norms[0] = head_at(p.q_norm); norms[1] = head_at(p.k_norm); }
 #pragma unroll 1
@@ -476,17 +476,10 @@ __device__ __forceinline__ void item(const Params &p, Shared &sh, int s, int h, 
 
     int slot = 0;
 #pragma unroll 1
-    for (;;) {
+    for (bool same = true;;) {
         if (!same) {
             look_up();
-            if (length <= 0) {
-                if (split == 0)
-#pragma unroll 1
-                    for (int i = tid; i < GROUP * HD / 2; i += THREADS) out(i) = 0;
-                return;
-            }
-            if (split >= c.count) return;
-            ask();
+            if (has_work()) ask();
         }
         // Heads of the new token, to shared memory: queries, key, value.
         Head heads[VECTORS];
@@ -495,11 +488,10 @@ __device__ __forceinline__ void item(const Params &p, Shared &sh, int s, int h, 
             const int i = min(warp + n * WARPS, GROUP + 1);
             heads[n] = head_at(p.qkv + (long long)s * QKV + (i < GROUP ? h * GROUP + i : HEADS + (i - GROUP) * KVH + h) * HD);
         }
-        same = walk.found() == walk.entry;
-        if (warp == WARPS - 1) {   // it has the fewest heads
-            slot = ldcg(p.slots + s);
-            same &= (ldcg(p.lens + s) == length) & (max(ldcg(p.rows + s), 0) == row) & (ldcg(p.positions + s) == position);
-        }
+        // Each warp looks for itself: what it saw before the wait need not be what others saw.
+        same = (walk.found() == walk.entry) & (min(ldcg(p.lens + s), TABLE_WIDTH * BLOCK_SIZE) == length) &
+               (max(ldcg(p.rows + s), 0) == row) & (ldcg(p.positions + s) == position);
+        if (warp == WARPS - 1) slot = ldcg(p.slots + s);   // it has the fewest heads
 #pragma unroll
         for (int n = 0; n < VECTORS; ++n) {
             const int i = warp + n * WARPS;
@@ -510,6 +502,12 @@ __device__ __forceinline__ void item(const Params &p, Shared &sh, int s, int h, 
         }
         same = __syncthreads_and(same);
         if (same) break;
+    }
+    if (!has_work()) {
+        if (length <= 0 && split == 0)
+#pragma unroll 1
+            for (int i = tid; i < GROUP * HD / 2; i += THREADS) out(i) = 0;
+        return;
     }
     if (warp == WARPS - 1 && lane < HD / 4 && split == c.count - 1) {
         const bool key = lane < HD / 8;

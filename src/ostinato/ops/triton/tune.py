@@ -460,6 +460,7 @@ class Store:
         """For the current GPU, in the cache folder."""
         folder = cache_dir() / "kernels"
         names = (
+            "__init__.py",
             "decode.py",
             "matmul.py",
             "tune.py",
