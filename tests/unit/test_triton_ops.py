@@ -26,7 +26,7 @@ pytest.importorskip("triton")
 from ostinato.inputs import FLAG_PENALTIES, Batch, BufferShapes, StepBuffers
 from ostinato.ops import AttentionShape, Linear, OpSet, Scratch, StepView, squares_words
 from ostinato.ops.reference import ReferenceOps, rms_norm
-from ostinato.ops.triton import TritonOps
+from ostinato.ops.triton import TritonOps, pointwise
 from ostinato.types import GraphKey, Route, SamplerVariant, StepKind
 
 # The interpreter works on CPU tensors; with a GPU the kernels are compiled and tests/gpu runs them.
@@ -551,3 +551,23 @@ def compile_launches() -> None:
 
 if __name__ == "__main__":
     compile_launches()
+
+
+@pytest.mark.parametrize("kind", [StepKind.DECODE, StepKind.MIXED])
+def test_a_step_begins_when_all_before_it_has_ended(monkeypatch: pytest.MonkeyPatch, kind: StepKind) -> None:
+    """Attention loads old keys and values before it waits: what wrote them is complete if `prepare` is not early."""
+    ops, seen = TritonOps(), []
+
+    class Kernel:
+        def __getitem__(self, grid: object) -> Any:
+            return lambda *args, **options: seen.append(options)
+
+    ops._pdl = True
+    ops._launch = {"PDL": True, "launch_pdl": True}
+    monkeypatch.setattr(pointwise, "prepare_decode", Kernel())
+    monkeypatch.setattr(pointwise, "prepare_mixed", Kernel())
+    world = make_world(1, AttentionShape(4, 2, 64), [Seq(5), Seq(9)], kind)
+    ops.prepare(world.batch, world.scratch)
+    (options,) = seen
+    assert options["PDL"]
+    assert not options.get("launch_pdl")
