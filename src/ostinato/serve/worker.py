@@ -69,19 +69,20 @@ class Worker:
     def run(self) -> None:
         """Serve until the other side says so or goes away."""
         channel, engine = self._channel, self._engine
-        while True:
-            idle = not engine.has_unfinished
-            timeout = 0.0 if not idle else _COMPILING_SECONDS if self._compiling else self._beat_seconds
-            for message in channel.receive(timeout):
-                self._take(message)
-            if self._stopped or channel.closed:
-                break
-            self._beat()
-            self._take_compiled()
-            if engine.has_unfinished:
-                self._tell(engine.advance())
-            elif not self._idle_told:  # an abort ended the last one
-                self._tell([])
+        with engine.device_context():  # once for all steps
+            while True:
+                idle = not engine.has_unfinished
+                timeout = 0.0 if not idle else _COMPILING_SECONDS if self._compiling else self._beat_seconds
+                for message in channel.receive(timeout):
+                    self._take(message)
+                if self._stopped or channel.closed:
+                    break
+                self._beat()
+                self._take_compiled()
+                if engine.has_unfinished:
+                    self._tell(engine.advance())
+                elif not self._idle_told:  # an abort ended the last one
+                    self._tell([])
         self._threads.shutdown(wait=False, cancel_futures=True)
         engine.close()
 
