@@ -133,8 +133,8 @@ def test_few_rows_have_many_warps_a_block() -> None:
     def warps(shape: AttentionShape, *rows: int) -> list[int]:
         return [block_of(n, shape, 132).warps for n in rows]
 
-    assert warps(LLAMA_1B, 1, 33, 34, 66, 67, 132, 133, 1000) == [8, 8, 4, 4, 2, 2, 1, 1]
-    assert warps(AttentionShape(16, 8, 128), 1, 49, 50, 99, 100, 1000) == [4, 4, 2, 2, 1, 1]
+    assert warps(LLAMA_1B, 1, 33, 34, 66, 67, 132, 133, 1000) == [8, 8, 4, 4, 2, 2, 2, 2]
+    assert warps(AttentionShape(16, 8, 128), 1, 49, 50, 99, 100, 1000) == [4, 4, 2, 2, 4, 4]
 
 
 def test_blocks_on_all_multiprocessors_are_small() -> None:

@@ -53,10 +53,12 @@ class Block:
 
 
 BLOCKS = {
-    64: ((1, Block(8, 2, 1)), (2, Block(8, 1, 2)), (4, Block(4, 2, 4)), (8, Block(2, 2, 8)), (16, Block(1, 2, 16))),
-    128: ((3, Block(4, 1, 3)), (6, Block(2, 1, 6)), (12, Block(1, 1, 12))),
+    64: ((1, Block(8, 2, 1)), (2, Block(8, 1, 2)), (4, Block(4, 2, 4)), (8, Block(2, 2, 8))),
+    128: ((3, Block(4, 1, 3)), (6, Block(2, 1, 6))),
 }  # fmt: skip
-"""By head_dim: up to so many rows and KV heads for each multiprocessor. All are resident at once, up to the last."""
+"""By head_dim: up to so many rows and KV heads for each multiprocessor. All are resident at once."""
+IN_TURN = {64: Block(2, 2, 8), 128: Block(4, 1, 3)}
+"""With more. A long row that comes late keeps the others waiting, the longer the fewer warps it has."""
 SPREAD = {64: 1, 128: 2}
 """Blocks of a multiprocessor, by head_dim, up to which rows are cut into more splits: a short row leaves some idle."""
 
@@ -88,8 +90,7 @@ class Grid:
 def block_of(rows: int, shape: AttentionShape, processors: int) -> Block:
     """How blocks of a key work: fewer rows have more warps, as merging in a block is cheap."""
     each = -(-rows * shape.kv_heads // processors)
-    several = BLOCKS[shape.head_dim]
-    block = next((block for most, block in several if each <= most), several[-1][1])
+    block = next((block for most, block in BLOCKS[shape.head_dim] if each <= most), IN_TURN[shape.head_dim])
     if block.resident == 1 and splits_of(rows, shape, processors) > 1:
         # They stand on all multiprocessors: with fewer registers, so that the next kernel finds room.
         return replace(block, resident=2)
