@@ -524,7 +524,7 @@ def build(options: EngineOptions, backend: GraphBackend | None = None) -> Engine
         if device.type == "cuda":
             addresses.observe()
             with context():
-                ops.load(model, config.block_size, config.max_blocks_per_seq)
+                ops.load(model, config.block_size, config.max_blocks_per_seq, config.max_num_seqs)
                 ops.tune(model, config.max_num_seqs)
                 stages.done("kernel versions")
                 _warm_up(program_over(1), buffers)

@@ -124,7 +124,7 @@ def test_the_ring_has_as_many_chunks_as_the_source_says(shape: str, fp8: bool) -
         "W": 1 if fp8 else 2,
     }
     names["divisor"] = lambda n, most: next(d for d in range(most, 0, -1) if n % d == 0)
-    text = fused.SOURCE.read_text().replace("(int)", "").replace("/", "//")
+    text = program.source_text(fused.SOURCE).replace("(int)", "").replace("/", "//")
     wanted = (
         "NW",
         "SW",
@@ -295,7 +295,7 @@ def test_a_kernel_that_cannot_be_built_leaves_the_ops(
     monkeypatch.setattr(fused, "build", broken)
     ops, m = ops_with_the_kernel(), model()
     with caplog.at_level(logging.WARNING):
-        ops.load(m, 16, 4)
+        ops.load(m, 16, 4, 8)
     (record,) = caplog.records
     assert "OSTINATO_FUSED=0" in record.getMessage()
     assert "the ring does not fit" in record.getMessage()
@@ -309,7 +309,7 @@ def test_a_model_fuses_once_it_is_loaded(hopper: None, monkeypatch: pytest.Monke
         monkeypatch.setattr(module, "build", lambda *args, **more: SimpleNamespace(handle=1))
     ops, m = ops_with_the_kernel(), model()
     assert not ops.fuses(m, 1), "nothing is compiled in the middle of a step"
-    ops.load(m, 16, 4)
+    ops.load(m, 16, 4, 8)
     assert all(ops.fuses(m, seqs) for seqs in (1, 2, 8))
     assert not ops.fuses(m, 9)
     assert not ops.fuses(model(), 1)
@@ -322,6 +322,21 @@ def test_a_model_fuses_once_it_is_loaded(hopper: None, monkeypatch: pytest.Monke
     assert sorted(line.rows for line in ops.versions()) == [1, 8]
 
 
+def test_an_engine_for_one_sequence_does_without_the_kernel_of_a_few(
+    hopper: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = []
+    for module in (fused, rows):
+        monkeypatch.setattr(
+            module, "build", lambda source, *args, **more: built.append(source) or SimpleNamespace(handle=1)
+        )
+    ops, m = ops_with_the_kernel(), model()
+    ops.load(m, 16, 4, 1)
+    assert ops.fuses(m, 1)
+    assert not ops.fuses(m, 2)
+    assert set(built) == {fused.SOURCE}
+
+
 def test_few_rows_go_op_by_op_where_only_their_kernel_cannot_be_built(
     hopper: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -332,7 +347,7 @@ def test_few_rows_go_op_by_op_where_only_their_kernel_cannot_be_built(
     monkeypatch.setattr(rows, "build", broken)
     ops, m = ops_with_the_kernel(), model()
     with caplog.at_level(logging.WARNING):
-        ops.load(m, 16, 4)
+        ops.load(m, 16, 4, 8)
     (record,) = caplog.records
     assert "OSTINATO_FUSED_ROWS=0" in record.getMessage()
     assert ops.fuses(m, 1)
@@ -346,13 +361,13 @@ def test_few_rows_need_blocks_of_whole_groups_of_tokens(
     for module in (fused, rows):
         monkeypatch.setattr(module, "build", lambda *args, **more: SimpleNamespace(handle=1))
     ops, m = ops_with_the_kernel(), model()
-    ops.load(m, block_size, 4)
+    ops.load(m, block_size, 4, 8)
     assert ops.fuses(m, 8) == served
 
 
 def test_a_model_that_it_does_not_know_leaves_it_to_others(hopper: None) -> None:
     ops, m = ops_with_the_kernel(), model(dtype=torch.float32)
-    ops.load(m, 16, 4)
+    ops.load(m, 16, 4, 8)
     assert not ops.fuses(m, 1)
     assert FusedDecode.claim(torch.device("cpu")) is not None
 

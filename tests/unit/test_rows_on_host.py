@@ -36,12 +36,14 @@ pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++")
 def host_source() -> str:
     """The kernel's source without the instructions, which the header has, and without the headers that hold nothing else."""
 
-    def portable(source: str) -> str:
+    def portable(path: Path) -> str:
+        source = path.read_text()
         begin, end = source.index("// --- Instructions."), source.index("// --- End of instructions.")
         return source[:begin] + source[end:]
 
-    stream = rows.SOURCE.with_name("stream.cuh").read_text()
-    source = portable(rows.SOURCE.read_text()).replace('#include "stream.cuh"', portable(stream))
+    source = portable(rows.SOURCE)
+    for header in ("persistent.cuh", "stream.cuh"):
+        source = source.replace(f'#include "{header}"', portable(rows.SOURCE.with_name(header)))
     lines = [line for line in source.splitlines() if not line.startswith("#include")]
     launch = 'extern "C" void launch(const Params *p, unsigned seed) { run_grid(seed, [&] { decode_rows(*p); }); }\n'
     return f'#include "{HEADER}"\n' + "\n".join(lines) + "\n" + launch

@@ -223,13 +223,14 @@ class OpSet(Protocol):
 
     name: str
 
-    def load(self, stack: Stack, block_size: int, table_width: int) -> None:
+    def load(self, stack: Stack, block_size: int, table_width: int, max_seqs: int) -> None:
         """Make what `fused` needs for a model, or decide that it goes op by op; only before `tune`.
 
         Args:
             stack: the model; `fuses` is false of every other.
             block_size: tokens in a KV block.
             table_width: KV blocks of a sequence, at most.
+            max_seqs: sequences of a step, at most.
         """
         ...
 

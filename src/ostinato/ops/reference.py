@@ -45,7 +45,7 @@ class ReferenceOps:
 
     name = "torch"
 
-    def load(self, stack: Stack, block_size: int, table_width: int) -> None:
+    def load(self, stack: Stack, block_size: int, table_width: int, max_seqs: int) -> None:
         pass
 
     def tune(self, stack: Stack, max_rows: int) -> None:

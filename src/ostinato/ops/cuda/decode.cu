@@ -25,31 +25,16 @@
 
 #include "common.cuh"
 #include "ring.cuh"
+#include "persistent.cuh"
 #if FP8
 typedef unsigned char W;
 #else
 typedef u16 W;
 #endif
 
-constexpr int divisor(int n, int most) {    // the largest divisor of n up to most
-    for (int d = most; d > 1; --d) if (n % d == 0) return d;
-    return 1;
-}
-constexpr int cmax(int a, int b) { return a > b ? a : b; }
-constexpr int cmin(int a, int b) { return a < b ? a : b; }
-constexpr int cdiv(int a, int b) { return (a + b - 1) / b; }
-// Bytes from row to row in shared memory: an odd number of half lines, so that two rows share no bank.
-constexpr int apart(int bytes) { return bytes / 64 % 2 ? bytes : bytes + 64; }
-
-constexpr int NW = WARPS;                   // consumer warps
-constexpr int NT = NW * 32;                 // consumer threads
-constexpr int PW = 4;                       // producer warps: a bulk copy takes its warp about 35 cycles to issue
 constexpr int SW = 64 / sizeof(W);          // inner indices in a slice: 16 bytes of each of 4 lanes
 constexpr int HELD = 8;                     // slices of weights that a warp holds in registers
 constexpr int QUADS = SW / 4;               // of the token in a slice: four values, two words
-constexpr int GROUP = HEADS / KVH;          // query heads of a KV head
-constexpr int HALF = HD / 2;
-constexpr int DL = HD / 8;                  // lanes that share a head: 8 dimensions each
 constexpr int OWN = 2048 / HD;              // tokens of a context that a warp asks for together
 constexpr int PASS = NW * OWN;              // that a block does
 constexpr int FEW = 4;                      // splits that the reader merges
@@ -98,13 +83,11 @@ static_assert(QKVN % 16 == 0 && HID % 16 == 0 && INTER % 8 == 0 && VOCAB % 16 ==
 static_assert(3 * DL <= NT && LONGEST % CHUNK == 0, "lanes for each vector of a new token; whole splits");
 static_assert(HD == 64 || HD == 128, "head dimensions that lanes share evenly");
 
-// Shared memory, all of it at places known when this is compiled.
-extern __shared__ __align__(128) unsigned char memory[];   // first the ring's stages
+// Shared memory, all of it at places known when this is compiled: first the ring's stages.
 constexpr int X_AT = STAGES * STAGE, RED_AT = X_AT + X_BYTES, ATT_AT = RED_AT + 2 * RED * 4;
 constexpr int SQUARES_AT = ATT_AT + ATT * 4, ANGLES_AT = SQUARES_AT + 2 * NW * 4, SLOTS_AT = ANGLES_AT + HD * 4, FLAG_AT = SLOTS_AT + LONGEST * 4;
 constexpr int FRESH_AT = FLAG_AT + 16, FULL_AT = FRESH_AT + 3 * HD * 2, EMPTY_AT = FULL_AT + STAGES * 8;
 static_assert(EMPTY_AT + STAGES * 8 <= 227 * 1024 && FRESH_AT % 16 == 0 && FULL_AT % 8 == 0, "the layout");
-#define SHARED(type, name, place) __device__ __forceinline__ type *name() { return (type *)(memory + place); }
 SHARED(float, reduced, RED_AT)       // [2][TOGETHER][16][NW]
 SHARED(float, gathered, ATT_AT)      // attention's parts: [NW][HD], then [NW + 1] of (largest, sum)
 SHARED(float, sums, SQUARES_AT)      // [2][NW] of squares
@@ -139,41 +122,19 @@ struct Params {
     float eps, scale;
 };
 
-__device__ __forceinline__ float widen(u16 v) { return __uint_as_float((u32)v << 16); }
 __device__ __forceinline__ float ldcg(const float *p) {
     float v;
     asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(p));
     return v;
 }
-__device__ __forceinline__ uint4 lds(u32 at) {
-    uint4 v;
-    asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(at));
-    return v;
-}
-// Read anew by each op: what follows from it would otherwise be kept in registers for all of them at once.
-__device__ __forceinline__ int thread() {
-    int t;
-    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(t));
-    return t;
-}
-__device__ __forceinline__ void consumers_meet() { asm volatile("bar.sync 1, %0;" ::"n"(NT) : "memory"); }
-__device__ __forceinline__ void prefetch(const void *p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 struct Pair { u64 a, b; };
 __device__ __forceinline__ Pair ld_pair(const u64 *p) {
     Pair v;
     asm volatile("ld.relaxed.gpu.global.v2.b64 {%0, %1}, [%2];" : "=l"(v.a), "=l"(v.b) : "l"(p) : "memory");
     return v;
 }
-__device__ __forceinline__ u64 ld_cell(const u64 *p) {
-    u64 v;
-    asm volatile("ld.relaxed.gpu.global.b64 %0, [%1];" : "=l"(v) : "l"(p) : "memory");
-    return v;
-}
 __device__ __forceinline__ bool fresh(const Pair &v, u32 tag) { return (u32)(v.a >> 32) == tag && (u32)(v.b >> 32) == tag; }
 __device__ __forceinline__ void rest() { asm volatile("nanosleep.u32 32;"); }
-__device__ __forceinline__ void st_cell(u64 *p, u32 value, u32 tag) {
-    asm volatile("st.relaxed.gpu.global.b64 [%0], %1;" ::"l"(p), "l"((u64)tag << 32 | value) : "memory");
-}
 __device__ __forceinline__ u32 insist(const u64 *p, u32 tag) {
     u64 v = ld_cell(p);
     for (u32 spins = 0; (u32)(v >> 32) != tag; v = ld_cell(p)) {
@@ -241,11 +202,6 @@ __device__ __forceinline__ void expect_context(const Layer &layer, const Context
         prefetch(layer.keys + place);
         prefetch(layer.values + place);
     }
-}
-
-__device__ __forceinline__ void spread(float (&f)[8], uint4 v) {
-    f[0] = lo(v.x); f[1] = hi(v.x); f[2] = lo(v.y); f[3] = hi(v.y);
-    f[4] = lo(v.z); f[5] = hi(v.z); f[6] = lo(v.w); f[7] = hi(v.w);
 }
 
 enum { STORE, ADD, ACT, BEST };

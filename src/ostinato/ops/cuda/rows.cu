@@ -25,24 +25,10 @@
 
 #include "common.cuh"
 #include "ring.cuh"
+#include "persistent.cuh"
 typedef u16 W;
 
-constexpr int divisor(int n, int most) {    // the largest divisor of n up to most
-    for (int d = most; d > 1; --d) if (n % d == 0) return d;
-    return 1;
-}
-constexpr int cmax(int a, int b) { return a > b ? a : b; }
-constexpr int cdiv(int a, int b) { return (a + b - 1) / b; }
-// Bytes from row to row in shared memory: an odd number of half lines, so that two rows share no bank.
-constexpr int apart(int bytes) { return bytes / 64 % 2 ? bytes : bytes + 64; }
-
-constexpr int NW = WARPS;                   // consumer warps
-constexpr int NT = NW * 32;                 // consumer threads
-constexpr int PW = 4;                       // producer warps: a bulk copy takes its warp about 35 cycles to issue
 constexpr int SW = 32;                      // inner indices in a slice: 16 bytes of each of 4 lanes
-constexpr int GROUP = HEADS / KVH;          // query heads of a KV head
-constexpr int HALF = HD / 2;
-constexpr int DL = HD / 8;                  // lanes that share a head: 8 dimensions each
 constexpr int SEGS = HD / 32;               // 64-byte pieces of a head
 constexpr int WIDE = HD / 64;               // 128-byte pieces of a head
 constexpr int ROW = KVH * HD;               // from token to token in a cache block
@@ -126,19 +112,6 @@ struct Params {
 };
 
 // --- Instructions. A test on the CPU has its own of these.
-extern __shared__ __align__(128) unsigned char memory[];
-__device__ __forceinline__ uint4 lds(u32 at) {
-    uint4 v;
-    asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(at));
-    return v;
-}
-// Read anew by each op: what follows from it would otherwise be kept in registers for all of them at once.
-__device__ __forceinline__ int thread() {
-    int t;
-    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(t));
-    return t;
-}
-__device__ __forceinline__ void consumers_meet() { asm volatile("bar.sync 1, %0;" ::"n"(NT) : "memory"); }
 // An arrival does not wait for loads in front of it, and other loads may hold those up for long: this one needs what they loaded.
 __device__ __forceinline__ void give_back(u32 bar, u32 loaded) {
     asm volatile(
@@ -146,7 +119,6 @@ __device__ __forceinline__ void give_back(u32 bar, u32 loaded) {
         "@!p mbarrier.arrive.shared::cta.b64 _, [%0];\n}" ::"r"(bar), "r"(loaded) : "memory");
 }
 __device__ __forceinline__ void mbar_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
-__device__ __forceinline__ void prefetch(const void *p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 __device__ __forceinline__ uint4 ld_words(const u16 *p) {
     uint4 v;
     asm volatile("ld.relaxed.gpu.global.v4.u32 {%0,%1,%2,%3}, [%4];"
@@ -159,14 +131,6 @@ __device__ __forceinline__ u32 ld_word(const u16 *p) {
     return v;
 }
 __device__ __forceinline__ void st_word(u16 *p, u32 v) { asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory"); }
-__device__ __forceinline__ u64 ld_cell(const u64 *p) {
-    u64 v;
-    asm volatile("ld.relaxed.gpu.global.b64 %0, [%1];" : "=l"(v) : "l"(p) : "memory");
-    return v;
-}
-__device__ __forceinline__ void st_cell(u64 *p, u32 value, u32 tag) {
-    asm volatile("st.relaxed.gpu.global.b64 [%0], %1;" ::"l"(p), "l"((u64)tag << 32 | value) : "memory");
-}
 __device__ __forceinline__ void let_successor_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 __device__ __forceinline__ void wait_for_predecessor() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 __device__ __forceinline__ void rest(u32 &spins) {
@@ -175,14 +139,12 @@ __device__ __forceinline__ void rest(u32 &spins) {
 }
 // --- End of instructions.
 
-#define SHARED(type, name, place) __device__ __forceinline__ type *name() { return (type *)(memory + place); }
 SHARED(float, reduced, RED_AT)       // [2][TOGETHER][NW][8][TOKEN], or attention's parts: [NW][GROUP][O_STRIDE], then [NW][8] of (largest, sum)
 SHARED(float, sums, SQUARES_AT)      // [NW][8] of squares
 SHARED(float, angles, ANGLES_AT)     // [HD], of this block's row
 SHARED(u16, fresh_token, FRESH_AT)   // [8][Q_STRIDE] queries, then key and value of the new token
 SHARED(int, places, PLACES_AT)       // [PLACES], where groups of tokens of this block's split lie in the cache
 
-__device__ __forceinline__ float widen(u16 v) { return __uint_as_float((u32)v << 16); }
 __device__ __forceinline__ bool stale(const uint4 &v) { return max(max(v.x, v.y), max(v.z, v.w)) == EMPTY; }
 __device__ __forceinline__ uint4 nothing() { return make_uint4(0, 0, 0, 0); }
 __device__ __forceinline__ u32 insist(u32 v, const u16 *p) {
@@ -201,11 +163,6 @@ __device__ __forceinline__ void look_out(const u16 *p) {
 }
 
 #include "stream.cuh"
-
-__device__ __forceinline__ void spread(float (&f)[8], uint4 v) {
-    f[0] = lo(v.x); f[1] = hi(v.x); f[2] = lo(v.y); f[3] = hi(v.y);
-    f[4] = lo(v.z); f[5] = hi(v.z); f[6] = lo(v.w); f[7] = hi(v.w);
-}
 
 enum { STORE, ADD, ACT, BEST };
 

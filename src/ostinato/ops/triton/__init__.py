@@ -133,7 +133,7 @@ class TritonOps:
         self._table = table or Table(tiles=self._products is not None)
         self._workspaces: dict[torch.device, decode.Workspace] = {}
 
-    def load(self, stack: Stack, block_size: int, table_width: int) -> None:
+    def load(self, stack: Stack, block_size: int, table_width: int, max_seqs: int) -> None:
         if self._fused is None:
             return
         why = unsupported(stack)
@@ -143,7 +143,8 @@ class TritonOps:
             try:
                 self._fused.load(stack, block_size, table_width)
                 self._whole = stack
-                self._rows = self._load_rows(stack, block_size, table_width)
+                if max_seqs > MOST_TOKENS:
+                    self._rows = self._load_rows(stack, block_size, table_width)
                 return
             except KernelError as error:
                 logger.warning(
@@ -172,6 +173,11 @@ class TritonOps:
             return None
         return rows
 
+    def _whole_steps(self) -> list[tuple[str, FusedDecode | RowsDecode, int]]:
+        """Kernels that run a whole model: name, kernel, most sequences."""
+        both = (("fused", self._fused, MOST_TOKENS), ("rows", self._rows, MOST_ROWS))
+        return [(name, kernel, most) for name, kernel, most in both if kernel is not None]
+
     def tune(self, stack: Stack, max_rows: int) -> None:
         """Measured once for each GPU, kept in the cache folder; OSTINATO_TUNE=0 leaves it to the rules."""
         if os.environ.get("OSTINATO_TUNE") == "0" or not torch.cuda.is_available():
@@ -195,25 +201,18 @@ class TritonOps:
 
     def versions(self) -> list[VersionLine]:
         lines = self._table.lines()
-        if self._fused is not None:
+        for _, kernel, most in self._whole_steps():
             lines += [
-                VersionLine("fused", columns, depth, MOST_TOKENS, "the whole model in one kernel", False)
-                for columns, depth in self._fused.models()
-            ]
-        if self._rows is not None:
-            lines += [
-                VersionLine("fused", columns, depth, MOST_ROWS, "the whole model in one kernel", False)
-                for columns, depth in self._rows.models()
+                VersionLine("fused", columns, depth, most, "the whole model in one kernel", False)
+                for columns, depth in kernel.models()
             ]
         return lines
 
     def reset(self) -> None:
         for workspace in self._workspaces.values():
             workspace.semaphores.zero_()
-        if self._fused is not None:
-            self._fused.reset()
-        if self._rows is not None:
-            self._rows.reset()
+        for _, kernel, _ in self._whole_steps():
+            kernel.reset()
 
     def launcher(self, problem: Problem, rows: int | None = None) -> Launch:
         """What launches any version of a problem, on operands of its own: for measuring.
@@ -259,10 +258,8 @@ class TritonOps:
         found: dict[str, torch.Tensor] = {}
         for workspace in self._workspaces.values():
             found |= {"ops.semaphores": workspace.semaphores, "ops.partials": workspace.partials}
-        if self._fused is not None:
-            found |= {f"fused.{name}": cells for name, cells in self._fused.workspaces().items()}
-        if self._rows is not None:
-            found |= {f"rows.{name}": cells for name, cells in self._rows.workspaces().items()}
+        for prefix, kernel, _ in self._whole_steps():
+            found |= {f"{prefix}.{name}": cells for name, cells in kernel.workspaces().items()}
         return found
 
     def attention_words(self, shape: AttentionShape, max_seqs: int) -> int:
