@@ -14,7 +14,7 @@
 // inner dimension. Each finishes some of the tokens: the others send it their parts through distributed
 // shared memory, and it adds them in order.
 //
-// All blocks read x: from 32 rows on that is as many bytes as the L2 cache can deliver. So SHARE neighbouring tiles
+// All blocks read x, with 64 rows as many bytes as of weights. So SHARE neighbouring tiles
 // are in a cluster, and each of their blocks copies a part of x into the memory of all (multicast).
 //
 // RMS norm in two halves: whoever writes the residual stream x also writes x times the next norm's weight

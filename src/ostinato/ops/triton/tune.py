@@ -162,7 +162,7 @@ def candidates(problem: Problem, tiles: bool = False) -> list[Version]:
             if problem.rows <= 64 and 1 < tile.splits * 2 <= min(8, stages):
                 found.append(replace(tile, columns=128, depth=64, splits=tile.splits * 2, share=1))
         elif problem.gate:
-            found.append(replace(tile, columns=192 - tile.columns, depth=64))
+            found.append(replace(tile, columns=128 if tile.columns == 64 else 64, depth=64))
         else:
             found.append(replace(tile, columns=64))
     elif problem.rows == 1:
