@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from ostinato.graphs.runner import Arena
 from ostinato.kv_cache import KVCache
 from ostinato.models.decoder import Decoder
 from ostinato.ops import Linear, OpSet, Scratch, StepView
+from ostinato.ops.reference import ReferenceOps
 
 BLOCK = 16
 
@@ -21,7 +23,10 @@ def wide(model: Decoder) -> Decoder:
 
     def up(part: Any) -> Any:
         if isinstance(part, Linear):
-            return Linear(part.weight.float(), None if part.bias is None else part.bias.float())
+            weight = part.weight.float()
+            if part.scale is not None:
+                weight = weight * part.scale.unsqueeze(1)
+            return Linear(weight, None if part.bias is None else part.bias.float())
         return part if part is None else part.float()
 
     layers = tuple(
@@ -93,3 +98,15 @@ class World:
 def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """Relative, in float64."""
     return float((actual.double() - expected.double()).norm() / expected.double().norm())
+
+
+def planned(world: World) -> StepView:
+    """Its view with what `ReferenceOps` keeps beside it."""
+    view = world.view
+    batch = SimpleNamespace(
+        query_start=view.query_start, rows=view.rows, static=SimpleNamespace(block_table=view.block_table),
+        block_size=BLOCK, decode=True,
+    )  # fmt: skip
+    names = ("ids", "positions", "slots", "seq_lens", "last_index")
+    scratch = dataclasses.replace(world.scratch, **{name: getattr(view, name) for name in names})
+    return ReferenceOps()._plan(batch, scratch)  # type: ignore[arg-type]

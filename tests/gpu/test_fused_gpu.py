@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import pytest
@@ -16,9 +15,10 @@ from ostinato.models.decoder import Decoder, random_decoder
 from ostinato.models.registry import spec_from_config
 from ostinato.models.shapes import SHAPES
 from ostinato.models.spec import ModelSpec
-from ostinato.ops import Linear, Scratch, StepView
+from ostinato.ops import Scratch, StepView
 from ostinato.ops.cuda.fused import FusedDecode, unsupported
 from ostinato.ops.triton import TritonOps
+from tests.rows_world import wide
 
 pytestmark = pytest.mark.gpu
 POSITIONS, BLOCK, TABLE = 6000, 16, 400
@@ -40,26 +40,6 @@ CASES = {
 @pytest.fixture
 def seed() -> int:
     return int(torch.empty((), dtype=torch.int64).random_(2**31))
-
-
-def wide(model: Decoder) -> Decoder:
-    """The same weights in float32."""
-
-    def up(part: Any) -> Any:
-        if isinstance(part, Linear):
-            weight = part.weight.float()
-            if part.scale is not None:
-                weight = weight * part.scale.unsqueeze(1)
-            return Linear(weight, None if part.bias is None else part.bias.float())
-        return part if part is None else part.float()
-
-    layers = tuple(
-        dataclasses.replace(w, **{f.name: up(getattr(w, f.name)) for f in dataclasses.fields(w)})
-        for w in model.layers
-    )
-    return dataclasses.replace(
-        model, embedding=model.embedding.float(), layers=layers, final_norm=model.final_norm.float(), head=up(model.head)
-    )  # fmt: skip
 
 
 class World:

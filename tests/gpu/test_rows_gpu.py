@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,11 +12,10 @@ pytest.importorskip("triton")
 from ostinato.models.decoder import random_decoder
 from ostinato.models.registry import spec_from_config
 from ostinato.models.shapes import SHAPES
-from ostinato.ops import StepView
 from ostinato.ops.cuda import rows
 from ostinato.ops.cuda.rows import RowsDecode
 from ostinato.ops.reference import ReferenceOps
-from tests.rows_world import BLOCK, World, error, wide
+from tests.rows_world import BLOCK, World, error, planned, wide
 
 pytestmark = pytest.mark.gpu
 MIXED = [256, 1, 17, 0, 600, 1300, 33, 128]
@@ -44,18 +41,6 @@ def decode() -> RowsDecode:
 @pytest.fixture
 def seed() -> int:
     return int(torch.empty((), dtype=torch.int64).random_(2**31))
-
-
-def planned(world: World) -> StepView:
-    """Its view with what `ReferenceOps` keeps beside it."""
-    view = world.view
-    batch = SimpleNamespace(
-        query_start=view.query_start, rows=view.rows, static=SimpleNamespace(block_table=view.block_table),
-        block_size=BLOCK, decode=True,
-    )  # fmt: skip
-    names = ("ids", "positions", "slots", "seq_lens", "last_index")
-    scratch = dataclasses.replace(world.scratch, **{name: getattr(view, name) for name in names})
-    return ReferenceOps()._plan(batch, scratch)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}-{len(case[1])}")

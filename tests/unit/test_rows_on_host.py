@@ -7,12 +7,10 @@ tests/gpu does that.
 from __future__ import annotations
 
 import ctypes
-import dataclasses
 import random
 import shutil
 import subprocess
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,10 +19,9 @@ import torch
 from ostinato.models.decoder import Decoder, random_decoder
 from ostinato.models.registry import spec_from_config
 from ostinato.models.shapes import SHAPES
-from ostinato.ops import StepView
 from ostinato.ops.cuda import rows
 from ostinato.ops.reference import ReferenceOps
-from tests.rows_world import BLOCK, World, error, wide
+from tests.rows_world import BLOCK, World, error, planned, wide
 
 HEADER = Path(__file__).with_name("host_grid.h")
 COMPILER = shutil.which("g++")
@@ -63,18 +60,6 @@ def model_of(qk_norm: bool, **changes: Any) -> Decoder:
     model = random_decoder(spec_from_config(config), dtype=torch.bfloat16, device=CPU, positions=6000)
     assert rows.unsupported(model, BLOCK) is None
     return model
-
-
-def planned(world: World) -> StepView:
-    """Its view with what `ReferenceOps` keeps beside it."""
-    view = world.view
-    batch = SimpleNamespace(
-        query_start=view.query_start, rows=view.rows, static=SimpleNamespace(block_table=view.block_table),
-        block_size=BLOCK, decode=True,
-    )  # fmt: skip
-    names = ("ids", "positions", "slots", "seq_lens", "last_index")
-    scratch = dataclasses.replace(world.scratch, **{name: getattr(view, name) for name in names})
-    return ReferenceOps()._plan(batch, scratch)  # type: ignore[arg-type]
 
 
 TINY = {"vocab_size": 160, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 3,
