@@ -39,6 +39,10 @@ class DebugOps:
         """Never: what is to be looked at is each op by itself."""
         return False
 
+    def picks(self, *args: Any) -> bool:
+        """Never: logits are to be looked at, too."""
+        return False
+
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._inner, name)
         if (

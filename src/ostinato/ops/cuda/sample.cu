@@ -34,7 +34,7 @@ struct Params {
     const float *temperature, *min_p, *top_p;   // by row
     const int *top_k, *seed;   // by row; seed [R, 2]
     int *out;                  // [S]
-    const float *largest;      // [parts]: of parts of the one row, or null
+    const float *largest;      // [S, parts]: of parts of each row, or null
     int seed_stride, parts;
 };
 
@@ -351,8 +351,8 @@ extern "C" __global__ void __launch_bounds__(T, 1024 / T) sample(const __grid_co
     const int *seed = p.seed + (long long)r * p.seed_stride;
     const double u = uniform(seed[0], seed[1], position);
     // With the parts' largest known, blocks need not tell each other theirs, and count tokens as they come.
-    u32 top = tid < p.parts ? image(__ldcg(p.largest + tid) + 0.f) : 0;
-    const bool known = p.parts > 0;
+    u32 top = tid < p.parts ? image(__ldcg(p.largest + (long long)s * p.parts + tid) + 0.f) : 0;
+    const bool known = p.parts > 0, by_count = k > 0 && k < VOCAB, by_weight = share < 1.f;
     Row row = {0.f, fminf(__fdiv_rn(1.f, temperature), 1e30f), min_p};
     if (known) {
         top = block_max(top, sh.words[0]);
@@ -361,8 +361,8 @@ extern "C" __global__ void __launch_bounds__(T, 1024 / T) sample(const __grid_co
     auto keep = [&](int j, float x) {
         x = x != x ? none : x + 0.f;   // NaN is -inf; -0.0 and 0.0 tie
         sh.row[j * T + tid] = x;
-        if (known) count(sh, row.depth(x));
-        else top = max(top, image(x));
+        if (!known) top = max(top, image(x));
+        else if (by_count || by_weight) count(sh, row.depth(x));
     };
 #pragma unroll 1
     for (int j = 0; j < EACH; j += 4) {
@@ -399,7 +399,6 @@ extern "C" __global__ void __launch_bounds__(T, 1024 / T) sample(const __grid_co
         }
         return;
     }
-    const bool by_count = k > 0 && k < VOCAB, by_weight = share < 1.f;
     // First the tokens, then their weight; the second starts from what the first has kept.
     bool counted = known;
 #pragma unroll 1
