@@ -269,6 +269,8 @@ class Engine:
         if isinstance(prompt, (bytes, bytearray)) or not isinstance(prompt, Iterable):
             raise RequestError(f"a prompt must be text or a list of token ids, got {type(prompt).__name__}")
         ids = tuple(prompt)
+        if set(map(type, ids)) == {int}:  # most prompts
+            return None, ids
         for token in ids:
             if isinstance(token, bool) or not hasattr(token, "__index__"):
                 raise RequestError(f"a prompt must be text or a list of token ids, got {token!r} in it")
@@ -290,8 +292,8 @@ class Engine:
             "logit_bias": tuple(params.logit_bias or ()),
         }
         for name, tokens in named.items():
-            wrong = next((t for t in tokens if not 0 <= t < vocab), None)
-            if wrong is not None:
+            if tokens and (min(tokens) < 0 or max(tokens) >= vocab):
+                wrong = next(t for t in tokens if not 0 <= t < vocab)
                 raise RequestError(
                     f"{name}: token id {wrong} is out of range; the vocabulary has ids 0 to {vocab - 1}"
                 )

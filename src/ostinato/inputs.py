@@ -306,6 +306,8 @@ class StepBuffers:
         self._members: Members | None = None
         """Whose rows the last write brought up to date, where the next one may find the same."""
         self._views: dict[GraphKey, tuple[torch.Tensor, ...]] = {}
+        self._places: dict[GraphKey, np.ndarray] = {}
+        """Words of the tokens and sequences of a step with prompts."""
         self._last_batch: Batch | None = None
         self._ring = [_Staging(device) for _ in range(depth + 1)]
         self._turn = 0
@@ -487,11 +489,13 @@ class StepBuffers:
 
     def _lay_out(self, edits: _Edits, schedule: Schedule, key: GraphKey) -> None:
         """Tokens and sequences of a prefill or mixed step, padding included."""
-        tokens = np.zeros((3, key.num_tokens), np.int32)
-        tokens[2] = -1
-        seqs = np.zeros((3, key.num_seqs), np.int32)
-        seqs[0] = -1
-        starts = np.empty(key.num_seqs + 1, np.int32)
+        places = self._places.get(key)
+        if places is None:
+            places = self._places[key] = self._laid_out(key)
+        split, end = 3 * key.num_tokens, 3 * (key.num_tokens + key.num_seqs)
+        values = np.zeros(len(places), np.int32)
+        tokens, seqs, starts = values[:split].reshape(3, -1), values[split:end].reshape(3, -1), values[end:]
+        tokens[2], seqs[0] = -1, -1
         at = 0
         for column, item in enumerate(schedule.rows):
             end = at + item.length
@@ -505,11 +509,14 @@ class StepBuffers:
             starts[column] = at
             at = end
         starts[len(schedule.rows) :] = at
-        for name, values in zip(("tokens", "token_positions", "token_rows"), tokens, strict=True):
-            edits.put(name, 0, values)
-        for name, values in zip(("seq_rows", "seq_lens", "samples"), seqs, strict=True):
-            edits.put(name, 0, values)
-        edits.put("query_start", 0, starts)
+        edits.put_at(places, values)
+
+    def _laid_out(self, key: GraphKey) -> np.ndarray:
+        """Words that `_lay_out` writes, in its order."""
+        by_token, by_seq = ("tokens", "token_positions", "token_rows"), ("seq_rows", "seq_lens", "samples")
+        sizes = [(name, key.num_tokens) for name in by_token] + [(name, key.num_seqs) for name in by_seq]
+        sizes.append(("query_start", key.num_seqs + 1))
+        return np.concatenate([self._offset[name] + np.arange(size) for name, size in sizes])
 
     def _move(self, moves: Sequence[tuple[int, int]]) -> None:
         """Move whole rows on the device, in stream order: no source is also a target."""
@@ -535,7 +542,7 @@ class _Edits:
     def __init__(self, offset: dict[str, int], width: dict[str, int]) -> None:
         self._offset, self._width = offset, width
         self._single: dict[int, int] = {}
-        self._runs: list[tuple[int, np.ndarray]] = []
+        self._runs: list[tuple[np.ndarray, np.ndarray]] = []
         self._others: list[tuple[torch.Tensor, np.ndarray, np.ndarray]] = []
 
     def __bool__(self) -> bool:
@@ -551,7 +558,11 @@ class _Edits:
         """Consecutive words from (row, column) of a field on."""
         if len(values):
             start = self._offset[name] + row * self._width[name] + column
-            self._runs.append((start, np.asarray(values, np.int32)))
+            self.put_at(np.arange(start, start + len(values)), np.asarray(values, np.int32))
+
+    def put_at(self, index: np.ndarray, values: np.ndarray) -> None:
+        """Words by their place; none stands twice."""
+        self._runs.append((index, values))
 
     def also(self, tensor: torch.Tensor, index: np.ndarray, values: np.ndarray) -> None:
         """Elements of a tensor that is not part of `words`, by flat index; no index stands twice."""
@@ -566,9 +577,9 @@ class _Edits:
         """Indices and values of the edits of `words`; no index stands twice."""
         index = [np.fromiter(self._single.keys(), np.int64, len(self._single))]
         value = [np.fromiter(self._single.values(), np.int32, len(self._single))]
-        for start, run in self._runs:
-            index.append(np.arange(start, start + len(run)))
-            value.append(run)
+        for places, values in self._runs:
+            index.append(places)
+            value.append(values)
         return np.concatenate(index), np.concatenate(value)
 
 
