@@ -13,7 +13,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -32,6 +32,9 @@ from .types import (
     SteadyRows,
     StepKind,
 )
+
+if TYPE_CHECKING:
+    from .ops.cuda.edit import Editor
 
 FLAG_PENALTIES = 1
 FLAG_MASK = 2
@@ -309,7 +312,8 @@ class StepBuffers:
         self._places: dict[GraphKey, np.ndarray] = {}
         """Words of the tokens and sequences of a step with prompts."""
         self._last_batch: Batch | None = None
-        self._ring = [_Staging(device) for _ in range(depth + 1)]
+        editor = _editor(device)
+        self._ring = [_Staging(device, editor) for _ in range(depth + 1)]
         self._turn = 0
 
     @property
@@ -586,14 +590,15 @@ class _Edits:
 class _Staging:
     """One slot of the staging ring: host memory that a copy may still be reading."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, editor: Editor | None = None) -> None:
+        self._device, self._editor = device, editor
         self._host = torch.empty(0, dtype=torch.uint8)
+        self._bytes = self._host.numpy()
         self._copied: Any = None
         """What to wait for before the host memory is written again."""
 
     def apply(self, scatters: Sequence[tuple[torch.Tensor, np.ndarray, np.ndarray]]) -> None:
-        """tensor[index] = value for each, with one copy in stream order."""
+        """tensor[index] = value for each, in stream order."""
         if self._device.type == "cpu":
             for tensor, index, value in scatters:
                 tensor[torch.from_numpy(index)] = torch.from_numpy(value).to(tensor.dtype)
@@ -603,23 +608,39 @@ class _Staging:
         total = sum(len(index) for _, index, _ in scatters)
         if self._host.numel() < 12 * total:
             self._host = self._room(max(24 * total, 1 << 16))
+            self._bytes = self._host.numpy()
         split = 8 * total
-        np.concatenate([i for _, i, _ in scatters], out=self._host[:split].view(torch.int64).numpy())
-        np.concatenate(
-            [v for _, _, v in scatters], out=self._host[split : split + 4 * total].view(torch.int32).numpy()
-        )
+        np.concatenate([i for _, i, _ in scatters], out=self._bytes[:split].view(np.int64))
+        np.concatenate([v for _, _, v in scatters], out=self._bytes[split : split + 4 * total].view(np.int32))
         self._copied = self._send([(tensor, len(index)) for tensor, index, _ in scatters], total)
 
     def _room(self, nbytes: int) -> torch.Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
 
     def _send(self, targets: Sequence[tuple[torch.Tensor, int]], total: int) -> Any:
-        """Start the copy and the scatters behind it; an event that passes when the copy has been made."""
+        """Start the scatters; an event that passes when the host memory has been read."""
+        if self._editor is not None:
+            index = self._host.data_ptr()
+            values = index + 8 * total
+            for tensor, count in targets:
+                self._editor(tensor, index, values, count)
+                index, values = index + 8 * count, values + 4 * count
+            read = self._copied or torch.cuda.Event()
+            read.record()
+            return read
         packed = self._host[: 12 * total].to(self._device, non_blocking=True)
         copied = torch.cuda.Event()
         copied.record()
         scatter(packed, targets, total)
         return copied
+
+
+def _editor(device: torch.device) -> Editor | None:
+    if device.type != "cuda":
+        return None
+    from .ops.cuda.edit import Editor
+
+    return Editor.on(device)
 
 
 def scatter(packed: torch.Tensor, targets: Sequence[tuple[torch.Tensor, int]], total: int) -> None:
