@@ -90,7 +90,7 @@ class ClusterSampler:
                     SOURCE, "sample",
                     {"VOCAB": vocab, "CLUSTER": cluster, "THREADS": THREADS, "EACH": each},
                     device=self._device, grid=cluster, block=THREADS, cluster=cluster,
-                    shared_bytes=4 * each * THREADS + 24 * THREADS + 10240,
+                    shared_bytes=4 * each * THREADS + 24 * THREADS + 16384,
                 )  # fmt: skip
             except KernelError as error:
                 logger.info("tokens are drawn by the Triton kernels: %s", error)
