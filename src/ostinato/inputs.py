@@ -2,7 +2,7 @@
 
 `StaticInputs` is written by the host, `StepState` by the step itself (and by the host when a
 request joins). Both are views into one int32 tensor, `words`, so that everything that changed
-travels in one copy and lands with one scatter. Floats are stored by their bits.
+lands with one scatter, which reads it from pinned memory. Floats are stored by their bits.
 
 Not here: weights, the KV cache and the scratch arena, which complete the list of what a
 captured graph may read (docs/graph-contract.md, line 1).

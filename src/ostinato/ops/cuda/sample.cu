@@ -164,7 +164,9 @@ __device__ __forceinline__ void count(Shared &sh, float depth) {
 
 // The image of the least likely token that a filter keeps: the largest at which what is there or above, tokens or,
 // `by_weight`, their weight, reaches `k` or the share of all. 0: it keeps everything. `counted`: tokens by depth are there.
-__device__ __noinline__ u32 threshold(Shared &sh, const Row row, u32 rank, bool by_weight, u64 k, float share, bool counted) {
+// Also the weight of what it keeps of this thread's tokens; ~0: not known.
+struct Kept { u64 own; u32 lowest; };
+__device__ __noinline__ Kept threshold(Shared &sh, const Row row, u32 rank, bool by_weight, u64 k, float share, bool counted) {
     const int tid = threadIdx.x;
     if (!counted) {
         clear(sh);
@@ -208,7 +210,7 @@ __device__ __noinline__ u32 threshold(Shared &sh, const Row row, u32 rank, bool 
         const Sums up_to = block_up_to<false>(n, 0, sh.sums);
         if (up_to.all_a < k) {
             cluster_meets();   // all have read what the next call clears
-            return 0;
+            return {~0ull, 0};
         }
         first = last = __syncthreads_count(has && up_to.a < k);
     }
@@ -229,6 +231,9 @@ __device__ __noinline__ u32 threshold(Shared &sh, const Row row, u32 rank, bool 
 #pragma unroll
         for (int i = 0; i < 3; ++i) atomicAdd(&sh.part[i][bin], (u32)(amount >> (i * PART_BITS)) & ((1u << PART_BITS) - 1));
     };
+    u64 firsts = 0;
+    u32 notes, looks;
+    bool noted;
     for (bool again = false;; again = true) {
         u64 before = 0, whole = 0;
         if (!again)
@@ -253,6 +258,7 @@ __device__ __noinline__ u32 threshold(Shared &sh, const Row row, u32 rank, bool 
                 whole += amount;
                 if (bin_of(d, x) == ~0ull) before += amount;
             }
+        if (!again) firsts = before;
         before = warp_sum(before);
         whole = warp_sum(whole);
         if (tid % 32 == 0) { sh.sums[2][tid / 32] = before; sh.sums[3][tid / 32] = whole; }
@@ -266,9 +272,9 @@ __device__ __noinline__ u32 threshold(Shared &sh, const Row row, u32 rank, bool 
             }
         }
         // Those noted, or all where there was no room.
-        const u32 notes = sh.notes;
-        const bool noted = notes <= NEAR;
-        const u32 looks = noted ? notes : SLICE;
+        notes = sh.notes;
+        noted = notes <= NEAR;
+        looks = noted ? notes : SLICE;
 #pragma unroll 1
         for (u32 i = tid; i < looks; i += T) {
             const float x = sh.row[noted ? sh.note[i] : i], d = row.depth(x);
@@ -322,7 +328,7 @@ __device__ __noinline__ u32 threshold(Shared &sh, const Row row, u32 rank, bool 
         for (int i = 0; i < CLUSTER; ++i) longest = max(longest, sh.length_of[i]);
         if (longest <= LIST) break;
         base += (u64)found << shift;
-        if (shift == 0) return ~(u32)base;   // all of them are the same logit
+        if (shift == 0) return {~0ull, ~(u32)base};   // all of them are the same logit
         shift = max(shift - FINE_BITS, 0);
         if (tid < FINE) sh.part[0][tid] = sh.part[1][tid] = sh.part[2][tid] = sh.count[tid] = 0;
         if (tid == 0) sh.slot = 0;
@@ -341,15 +347,32 @@ __device__ __noinline__ u32 threshold(Shared &sh, const Row row, u32 rank, bool 
         sh.amount[at + tid % LIST] = sh.amount_of[tid];
     }
     __syncthreads();
-    u32 own = 0;
-    if (tid < length) {
-        own = sh.image[tid];
-        u64 sum = kept;
+    u32 lowest = 0;
+#pragma unroll 1
+    for (u32 of = tid / 32 * 8; of < length; of += T / 4) {     // four lanes for each
+        const u32 e = of + tid % 32 / 4, own = e < length ? sh.image[e] : 0;
+        u64 sum = tid % 4 ? 0 : kept;
 #pragma unroll 2
-        for (u32 i = 0; i < length; ++i) sum += sh.image[i] >= own ? sh.amount[i] : 0;
-        if (sum < target) own = 0;
+        for (u32 i = tid % 4; i < length; i += 4) sum += sh.image[i] >= own ? sh.amount[i] : 0;
+        sum += __shfl_xor_sync(~0u, sum, 1);
+        sum += __shfl_xor_sync(~0u, sum, 2);
+        if (e < length && sum >= target) lowest = max(lowest, own);
     }
-    return block_max(own, sh.words[2]);
+    lowest = block_max(lowest, sh.words[2]);
+    // What a thread keeps: its tokens before the bins, and those noted that reach the threshold.
+    if (!by_weight || !noted || !lowest) return {~0ull, lowest};
+    u64 *weights = sh.amount_of;    // nobody needs it any more
+    static_assert(CLUSTER * LIST == T, "one for each thread");
+    weights[tid] = 0;
+    __syncthreads();
+#pragma unroll 1
+    for (u32 i = tid; i < notes; i += T) {
+        const u32 at = sh.note[i];
+        const float x = sh.row[at];
+        if (image(x) >= lowest) atomicAdd(&weights[at % T], row.weight(row.depth(x)));
+    }
+    __syncthreads();
+    return {firsts + weights[tid], lowest};
 }
 
 // 53 random bits: Philox4x32-10 of the counter (position, 0, 0, 0).
@@ -453,20 +476,30 @@ extern "C" __global__ void __launch_bounds__(T, 1024 / T) sample(const __grid_co
     }
     // First the tokens, then their weight; the second starts from what the first has kept.
     bool counted = known;
+    Kept kept = {~0ull, 0};
 #pragma unroll 1
     for (int i = 0; i < 2; ++i) {
         if (!(i ? by_weight : by_count)) continue;
-        const u32 lowest = threshold(sh, row, rank, i, k, share, counted);
+        kept = threshold(sh, row, rank, i, k, share, counted);
         counted = false;
+        if (i == 0 && by_weight)
 #pragma unroll UNROLL
-        for (int j = 0; j < EACH; ++j)
-            if (image(sh.row[j * T + tid]) < lowest) sh.row[j * T + tid] = none;
+            for (int j = 0; j < EACH; ++j)
+                if (image(sh.row[j * T + tid]) < kept.lowest) sh.row[j * T + tid] = none;
     }
+    const float lowest = kept.lowest ? logit_of(kept.lowest) : none;
+    auto weight = [&](int j) -> u64 {
+        const float x = sh.row[j * T + tid];
+        return x >= lowest ? row.weight(row.depth(x)) : 0;
+    };
 
     // The first token at which the running sum of weights exceeds the target.
-    u64 own = 0, total = 0;
+    u64 own = kept.own, total = 0;
+    if (own == ~0ull) {
+        own = 0;
 #pragma unroll UNROLL
-    for (int j = 0; j < EACH; ++j) own += row.weight(row.depth(sh.row[j * T + tid]));
+        for (int j = 0; j < EACH; ++j) own += weight(j);
+    }
     const Sums sums = block_up_to<false>(own, 0, sh.sums + 4);
     u64 before = sums.a - own;
     if (tid < CLUSTER) push64(&sh.total_of[rank], tid, sums.all_a);
@@ -482,7 +515,7 @@ extern "C" __global__ void __launch_bounds__(T, 1024 / T) sample(const __grid_co
         int chosen = 0;
 #pragma unroll UNROLL
         for (int j = 0; j < EACH; ++j) {
-            before += row.weight(row.depth(sh.row[j * T + tid]));
+            before += weight(j);
             chosen += before <= target;
         }
         p.out[s] = begin + chosen;
