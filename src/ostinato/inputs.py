@@ -610,8 +610,12 @@ class _Staging:
             self._host = self._room(max(24 * total, 1 << 16))
             self._bytes = self._host.numpy()
         split = 8 * total
-        np.concatenate([i for _, i, _ in scatters], out=self._bytes[:split].view(np.int64))
-        np.concatenate([v for _, _, v in scatters], out=self._bytes[split : split + 4 * total].view(np.int32))
+        indices, values = self._bytes[:split].view(np.int64), self._bytes[split : 12 * total].view(np.int32)
+        at = 0
+        for _, index, value in scatters:
+            indices[at : at + len(index)] = index
+            values[at : at + len(index)] = value
+            at += len(index)
         self._copied = self._send([(tensor, len(index)) for tensor, index, _ in scatters], total)
 
     def _room(self, nbytes: int) -> torch.Tensor:
@@ -625,7 +629,11 @@ class _Staging:
             for tensor, count in targets:
                 self._editor(tensor, index, values, count)
                 index, values = index + 8 * count, values + 4 * count
-            read = self._copied or torch.cuda.Event()
+            read = self._copied
+            if read is None or not read.on(self._editor.stream):
+                from .graphs.driver import Event
+
+                return Event(torch.cuda.current_stream(self._device))  # it is recorded there
             read.record()
             return read
         packed = self._host[: 12 * total].to(self._device, non_blocking=True)
