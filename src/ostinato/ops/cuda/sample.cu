@@ -46,7 +46,6 @@ struct Shared {
     u64 amount_of[CLUSTER * LIST], amount[CLUSTER * LIST];   // by block, and one behind the other
     u64 sums[6][32];
     u64 kept;
-    double random;
     u32 own[COARSE], coarse[COARSE / 2], coarse_all[COARSE];   // this block's; the same, two in a word; the cluster's
     u32 part[3][FINE], count[FINE];
     u32 image_of[CLUSTER * LIST], image[CLUSTER * LIST], length_of[CLUSTER];
@@ -130,18 +129,24 @@ __device__ __forceinline__ u64 warp_sum(u64 v) {
          + ((u64)__reduce_add_sync(~0u, (u32)(v >> 44)) << 44);
 }
 struct Sums { u64 a, b, all_a, all_b; };
-// Sums of two numbers over the threads up to this one, and over all. `space`: two rows.
+// Sums of a number, or TWO, over the threads up to this one, and over all. `space`: a row for each.
+template <bool TWO>
 __device__ __noinline__ Sums block_up_to(u64 a, u64 b, u64 (*space)[32]) {
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-    Sums own = {warp_up_to(a), warp_up_to(b), 0, 0};
-    if (lane == 31) { space[0][warp] = own.a; space[1][warp] = own.b; }
+    Sums own = {warp_up_to(a), TWO ? warp_up_to(b) : 0, 0, 0};
+    if (lane == 31) {
+        space[0][warp] = own.a;
+        if (TWO) space[1][warp] = own.b;
+    }
     __syncthreads();
     a = lane < T / 32 ? space[0][lane] : 0;
-    b = lane < T / 32 ? space[1][lane] : 0;
     own.all_a = warp_sum(a);
-    own.all_b = warp_sum(b);
     own.a += warp_sum(lane < warp ? a : 0);
-    own.b += warp_sum(lane < warp ? b : 0);
+    if (TWO) {
+        b = lane < T / 32 ? space[1][lane] : 0;
+        own.all_b = warp_sum(b);
+        own.b += warp_sum(lane < warp ? b : 0);
+    }
     return own;
 }
 
@@ -193,7 +198,7 @@ __device__ __noinline__ Kept threshold(Shared &sh, const Row row, u32 rank, bool
         // Bounds of the bin's weight, in 2^40ths of the most likely token's. A thousandth covers exp.
         const float most_each = __expf(-tid * 0.0625f) * 1.001f, least_each = __expf(-(tid + 1) * 0.0625f) * 0.999f;
         // At most and at least: up to this bin, and of all.
-        const Sums up_to = block_up_to(most_each < row.min_p ? 0 : n * ((u64)(most_each * BOUND_OF_ONE) + 1),
+        const Sums up_to = block_up_to<true>(most_each < row.min_p ? 0 : n * ((u64)(most_each * BOUND_OF_ONE) + 1),
                                        least_each < row.min_p ? 0 : n * (u64)(least_each * BOUND_OF_ONE), sh.sums);
         // The threshold is the first at which above * (1 - share) >= below * share.
         const float rest = 1.f - share;
@@ -202,7 +207,7 @@ __device__ __noinline__ Kept threshold(Shared &sh, const Row row, u32 rank, bool
         first = min(__syncthreads_count(has && never), COARSE - 1);
         last = max(first, min(__syncthreads_count(has && !surely), COARSE - 1));
     } else {
-        const Sums up_to = block_up_to(n, 0, sh.sums);
+        const Sums up_to = block_up_to<false>(n, 0, sh.sums);
         if (up_to.all_a < k) {
             cluster_meets();   // all have read what the next call clears
             return {~0ull, 0};
@@ -219,50 +224,65 @@ __device__ __noinline__ Kept threshold(Shared &sh, const Row row, u32 rank, bool
         u64 key = (u64)units(d) << 32 | (u32)~image(logit);
         return key < base ? ~0ull : key - base >> shift;
     };
-    // All weights, those before the bins, and which tokens lie in them.
-    u64 firsts = 0, whole = 0;
+    auto put = [&](float d, u64 bin) {
+        atomicAdd(&sh.count[bin], 1u);
+        if (!by_weight) return;
+        const u64 amount = row.weight(d);
+#pragma unroll
+        for (int i = 0; i < 3; ++i) atomicAdd(&sh.part[i][bin], (u32)(amount >> (i * PART_BITS)) & ((1u << PART_BITS) - 1));
+    };
+    u64 firsts = 0;
+    u32 notes, looks;
+    bool noted;
+    for (bool again = false;; again = true) {
+        u64 before = 0, whole = 0;
+        if (!again)
 #pragma unroll UNROLL
-    for (int j = 0; j < EACH; ++j) {
-        const float d = row.depth(sh.row[j * T + tid]);
-        if (!(d < BOTTOM)) continue;
-        const u64 amount = by_weight ? row.weight(d) : 1;
-        whole += amount;
-        if (d < begins) firsts += amount;
-        else if (d < ends) {
-            const u32 at = atomicAdd(&sh.notes, 1u);
-            if (at < NEAR) sh.note[at] = j * T + tid;
+            for (int j = 0; j < EACH; ++j) {
+                const float d = row.depth(sh.row[j * T + tid]);
+                if (!(d < BOTTOM)) continue;
+                const u64 amount = by_weight ? row.weight(d) : 1;
+                whole += amount;
+                if (d < begins) before += amount;
+                else if (d < ends) {
+                    const u32 at = atomicAdd(&sh.notes, 1u);
+                    if (at < NEAR) sh.note[at] = j * T + tid;
+                }
+            }
+        else
+#pragma unroll 1
+            for (int j = 0; j < EACH; ++j) {
+                const float x = sh.row[j * T + tid], d = row.depth(x);
+                if (!(d < BOTTOM)) continue;
+                const u64 amount = by_weight ? row.weight(d) : 1;
+                whole += amount;
+                if (bin_of(d, x) == ~0ull) before += amount;
+            }
+        if (!again) firsts = before;
+        before = warp_sum(before);
+        whole = warp_sum(whole);
+        if (tid % 32 == 0) { sh.sums[2][tid / 32] = before; sh.sums[3][tid / 32] = whole; }
+        __syncthreads();
+        if (tid < 32) {
+            before = warp_sum(tid < T / 32 ? sh.sums[2][tid] : 0);
+            whole = warp_sum(tid < T / 32 ? sh.sums[3][tid] : 0);
+            if (tid < CLUSTER) {
+                push64(&sh.above_of[rank], tid, before);
+                push64(&sh.all_of[rank], tid, whole);
+            }
         }
-    }
-    whole = warp_sum(whole);
-    if (tid % 32 == 0) sh.sums[3][tid / 32] = whole;
-    __syncthreads();
-    const u32 notes = sh.notes;
-    const bool noted = notes <= NEAR;       // else all are looked at again
-    const u32 looks = noted ? notes : SLICE;
-    for (;;) {
-        u64 before = noted ? firsts : 0;
+        // Those noted, or all where there was no room.
+        notes = sh.notes;
+        noted = notes <= NEAR;
+        looks = noted ? notes : SLICE;
 #pragma unroll 1
         for (u32 i = tid; i < looks; i += T) {
             const float x = sh.row[noted ? sh.note[i] : i], d = row.depth(x);
             if (!(d < BOTTOM)) continue;
-            const u64 bin = bin_of(d, x), amount = by_weight ? row.weight(d) : 1;
-            if (bin == ~0ull) before += amount;
-            if (bin >= FINE) continue;
-            atomicAdd(&sh.count[bin], 1u);
-            if (by_weight)
-#pragma unroll
-                for (int n = 0; n < 3; ++n) atomicAdd(&sh.part[n][bin], (u32)(amount >> (n * PART_BITS)) & ((1u << PART_BITS) - 1));
+            const u64 bin = bin_of(d, x);
+            if (bin < FINE) put(d, bin);
         }
-        before = warp_sum(before);
-        if (tid % 32 == 0) sh.sums[2][tid / 32] = before;
         __syncthreads();
-        if (tid < 32) {
-            const u64 all = warp_sum(tid < T / 32 ? sh.sums[2][tid] : 0), all_whole = warp_sum(tid < T / 32 ? sh.sums[3][tid] : 0);
-            if (tid < CLUSTER) {
-                push64(&sh.above_of[rank], tid, all);
-                push64(&sh.all_of[rank], tid, all_whole);
-            }
-        }
         if (tid < FINE)
             sh.fine[tid] = by_weight ? sh.part[0][tid] + ((u64)sh.part[1][tid] << PART_BITS) + ((u64)sh.part[2][tid] << 2 * PART_BITS)
                                      : sh.count[tid];
@@ -271,17 +291,17 @@ __device__ __noinline__ Kept threshold(Shared &sh, const Row row, u32 rank, bool
         if (tid < FINE)
 #pragma unroll 4
             for (int i = 0; i < CLUSTER; ++i) here += remote64(&sh.fine[tid], peer(rank, i));
-        u64 above = 0, all = 0;
+        before = whole = 0;
 #pragma unroll 1
         for (int i = 0; i < CLUSTER; ++i) {
-            above += sh.above_of[i];
-            all += sh.all_of[i];
+            before += sh.above_of[i];
+            whole += sh.all_of[i];
         }
         if (by_weight) {
-            target = (u64)((double)share * (double)all);
+            target = (u64)((double)share * (double)whole);
             if (target == 0) target = 1;
         }
-        const u64 up_to = above + block_up_to(here, 0, sh.sums).a;
+        const u64 up_to = before + block_up_to<false>(here, 0, sh.sums).a;
         found = min(__syncthreads_count(tid < FINE && up_to < target), FINE - 1);
         if (tid == found) sh.kept = up_to - here;
         const u32 own = sh.count[found];
@@ -404,7 +424,7 @@ extern "C" __global__ void __launch_bounds__(T, 1024 / T) sample(const __grid_co
     const float temperature = p.temperature[r], share = p.top_p[r], min_p = p.min_p[r];
     const int k = p.top_k[r];
     const int *seed = p.seed + (long long)r * p.seed_stride;
-    if (tid >= T - 32) sh.random = uniform(seed[0], seed[1], position);    // read behind barriers
+    const double u = uniform(seed[0], seed[1], position);
     // With the parts' largest known, blocks need not tell each other theirs, and count tokens as they come.
     u32 top = tid < p.parts ? image(__ldcg(p.largest + (long long)s * p.parts + tid) + 0.f) : 0;
     const bool known = p.parts > 0, by_count = k > 0 && k < VOCAB, by_weight = share < 1.f;
@@ -480,7 +500,7 @@ extern "C" __global__ void __launch_bounds__(T, 1024 / T) sample(const __grid_co
 #pragma unroll UNROLL
         for (int j = 0; j < EACH; ++j) own += weight(j);
     }
-    const Sums sums = block_up_to(own, 0, sh.sums + 4);
+    const Sums sums = block_up_to<false>(own, 0, sh.sums + 4);
     u64 before = sums.a - own;
     if (tid < CLUSTER) push64(&sh.total_of[rank], tid, sums.all_a);
     cluster_meets();
@@ -489,7 +509,7 @@ extern "C" __global__ void __launch_bounds__(T, 1024 / T) sample(const __grid_co
         if (i < (int)rank) before += sh.total_of[i];
         total += sh.total_of[i];
     }
-    u64 target = (u64)(sh.random * (double)total);
+    u64 target = (u64)(u * (double)total);
     if (target >= total) target = total - 1;
     if (before <= target && target < before + own) {
         int chosen = 0;
