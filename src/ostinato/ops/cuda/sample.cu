@@ -490,7 +490,7 @@ extern "C" __global__ void __launch_bounds__(T, 1024 / T) sample(const __grid_co
     const float lowest = kept.lowest ? logit_of(kept.lowest) : none;
     auto weight = [&](int j) -> u64 {
         const float x = sh.row[j * T + tid];
-        return x >= lowest ? row.weight(row.depth(x)) : 0;
+        return row.weight(x >= lowest ? row.depth(x) : infinity());
     };
 
     // The first token at which the running sum of weights exceeds the target.
