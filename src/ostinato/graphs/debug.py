@@ -39,6 +39,9 @@ class DebugOps:
         """Never: what is to be looked at is each op by itself."""
         return False
 
+    def chain(self, *args: Any) -> None:
+        """Nothing, for the same reason."""
+
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._inner, name)
         if (
