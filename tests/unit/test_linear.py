@@ -151,6 +151,7 @@ def test_a_launch_is_given_what_the_source_reads(made: list[FakeKernel]) -> None
         "tiles",
         "chunks",
         "eps",
+        "sums",
         "weight_map",
         "x_map",
     ]
@@ -177,7 +178,7 @@ def test_a_launch_is_given_what_the_source_reads(made: list[FakeKernel]) -> None
     assert list(expected) == names
     found = struct.unpack("<10Q", params[:80])
     assert found == tuple(0 if t is None else t.data_ptr() for t in expected.values())
-    assert struct.unpack("<5if", params[80:104]) == (rows, n, k, 4, 4, pytest.approx(1e-5))
+    assert struct.unpack("<5ifi", params[80:108]) == (rows, n, k, 4, 4, pytest.approx(1e-5), k // 64)
     assert POINTERS.pop(kernel.handle) == len(names)
     assert kernel.options["cluster"] == 4
     assert kernel.macros["TOK"] == 8

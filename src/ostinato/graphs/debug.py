@@ -43,6 +43,9 @@ class DebugOps:
         """Never: logits are to be looked at, too."""
         return False
 
+    def chain(self, *args: Any) -> None:
+        """Nothing: each product by itself."""
+
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._inner, name)
         if (

@@ -82,8 +82,12 @@ class Decoder:
         eps = spec.norm_eps
         ops.embed(view.ids, self.embedding, s.x)
         begun: NextNorm | None = None
+        chained = False
         for index, layer in enumerate(self.layers):
-            ops.norm_linear(s.x, layer.input_norm, eps, layer.qkv, normed=s.normed, out=s.qkv, begun=begun)
+            if not chained:
+                ops.norm_linear(
+                    s.x, layer.input_norm, eps, layer.qkv, normed=s.normed, out=s.qkv, begun=begun
+                )
             ops.rope_paged_attention(
                 s.qkv,
                 view,
@@ -96,6 +100,10 @@ class Decoder:
                 workspace=s.attention,
                 out=s.attn,
             )
+            begun = ops.chain(self, index, s)
+            chained = begun is not None
+            if chained:
+                continue
             then = NextNorm(layer.mlp_norm, s.normed, s.squares)
             begun = ops.linear_add(s.attn, layer.output, residual=s.x, then=then)
             ops.norm_gate_up(

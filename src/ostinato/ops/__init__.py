@@ -192,7 +192,9 @@ class NextNorm:
     scaled: torch.Tensor
     """[T, hidden]"""
     squares: torch.Tensor
-    """[hidden / 64, T] float32, flat: sums of squares over 64 columns of the stream"""
+    """[sums, T] float32, flat: each token's sums of squares over parts of the stream"""
+    sums: int | None = None
+    """hidden / 64 where nothing is said: sums over 64 columns"""
 
 
 @dataclass(frozen=True)
@@ -348,6 +350,22 @@ class OpSet(Protocol):
         """residual += linear(x); x [T, k], residual [T, hidden].
 
         Returns `then` if it has been begun, for the op that needs this norm.
+        """
+        ...
+
+    def chain(self, stack: Stack, index: int, scratch: Scratch) -> NextNorm | None:
+        """Everything from a layer's attention to the next layer's queries, keys and values, in one go.
+
+        Four ops: from `scratch.attn` and `scratch.x` to `scratch.x` and `scratch.qkv`. Behind the last layer three, without
+        `scratch.qkv`.
+
+        Args:
+            stack: the model.
+            index: of the layer.
+            scratch: of the step.
+
+        Returns:
+            The norm behind the layer, begun, for `norm_head`; None: nothing was done, it goes op by op.
         """
         ...
 

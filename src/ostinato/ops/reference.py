@@ -258,6 +258,9 @@ class ReferenceOps:
         if linear.bias is not None:
             residual.add_(linear.bias)
 
+    def chain(self, stack: Stack, index: int, scratch: Scratch) -> None:
+        pass
+
     def norm_gate_up(
         self,
         x: torch.Tensor,

@@ -60,7 +60,7 @@ struct Params {
     const u16 *weight, *x;      // as in the maps
     void *out;                  // [rows, n] bfloat16, float32 for WIDE; ADD: the residual stream
     const u16 *bias;            // [n] or null
-    const float *squares;       // [k / 64, rows] or null: x is y, times the factor of this norm
+    const float *squares;       // [sums, rows] or null: x is y, times the factor of this norm
     const u16 *gain;            // ADD: [n], the next norm's weight, or null
     u16 *y;                     // [rows, n] with gain
     float *next_squares;        // [n / 64, rows] with gain
@@ -68,6 +68,7 @@ struct Params {
     int *best_at;               // [rows, blocks] BEST: the first of them that has it
     int rows, n, k, tiles, chunks;
     float eps;
+    int sums;                   // of a token's squares
     Map weight_map, x_map;
 };
 
@@ -270,7 +271,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, TOK * MW > 128 ? 1 : 2) li
         asm volatile("griddepcontrol.wait;" ::: "memory");
         constexpr int LANES = TOK < 32 ? 32 / TOK : 1;     // that share a token
         constexpr int BATCH = 32 / LANES;                  // loads under way
-        const int sums = p.squares ? p.k / 64 : 0;
+        const int sums = p.squares ? p.sums : 0;
         for (int c = (warp - CONSUMERS / 32 - 2) * 32 + lane % (32 / LANES); c < TOK; c += NORMERS * 32 / LANES) {
             float sum = 0.f;
             for (int i = lane / (32 / LANES); i < sums; i += BATCH * LANES) {

@@ -132,7 +132,7 @@ class Products:
         self._device = device
         self._processors = torch.cuda.get_device_properties(device).multi_processor_count
         self._kernels: dict[tuple[Product, Tile], Kernel] = {}
-        self._maps: dict[tuple[int, ...], bytes] = {}
+        self._maps = Maps()
 
     def run(
         self,
@@ -143,6 +143,7 @@ class Products:
         out: torch.Tensor | None,
         *,
         squares: torch.Tensor | None = None,
+        sums: int | None = None,
         eps: float = 0.0,
         then: NextNorm | None = None,
         peaks: Peaks | None = None,
@@ -155,7 +156,8 @@ class Products:
             x: [rows, k] bfloat16.
             linear: bfloat16 weights [n, k], for GATE [2 n, k]; bias for STORE and ADD only.
             out: [rows, n] bfloat16; float32 for WIDE; None for BEST.
-            squares: [k / 64, rows] of a norm whose weight x already has; None: x is as it is.
+            squares: [sums, rows] of a norm whose weight x already has; None: x is as it is.
+            sums: k / 64 where nothing is said.
             eps: of that norm.
             then: ADD: what the next norm needs.
             peaks: BEST, and WIDE where somebody asks: of `blocks` parts of each row.
@@ -179,14 +181,14 @@ class Products:
             *((then.weight, then.scaled, then.squares) if then else (None,) * 3),
             *((peaks.values, peaks.tokens) if peaks else (None,) * 2),
         )
-        params = addresses(pointers) + struct.pack("<5if24x", rows, n, k, tiles, chunks, eps)
+        params = addresses(pointers) + struct.pack(
+            "<5ifi20x", rows, n, k, tiles, chunks, eps, k // 64 if sums is None else sums
+        )
         if kind is Product.GATE:
-            params += self._map(
-                weight, (k, 8, 2, n // 8), (2 * k, 2 * k * n, 16 * k), (64, 8, 2, 4 * tile.groups)
-            )
+            params += self._maps.pairs(weight, 64 * tile.groups)
         else:
-            params += self._map(weight, (k, n), (2 * k,), (64, 64 * tile.groups))
-        params += self._map(x, (k, rows), (2 * k,), (64, tile.rows // tile.share))
+            params += self._maps.rows(weight, 64 * tile.groups)
+        params += self._maps.rows(x, tile.rows // tile.share)
         kernel.launch(params, grid)
 
     def blocks(self, version: Version, rows: int, n: int) -> int:
@@ -218,14 +220,31 @@ class Products:
             POINTERS[found.handle] = 10
         return found
 
+
+class Maps:
+    """Tensor maps of bfloat16 matrices, swizzled by 128 bytes; boxes are 64 columns wide."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[int, ...], bytes] = {}
+
+    def rows(self, t: torch.Tensor, box: int) -> bytes:
+        """Of t [n, k]: boxes of so many rows."""
+        n, k = t.shape
+        return self._map(t, (k, n), (2 * k,), (64, box))
+
+    def pairs(self, t: torch.Tensor, box: int) -> bytes:
+        """Of gate and up, t [2 n, k]: boxes of so many rows, eight gates and eight ups in turn."""
+        n, k = t.shape[0] // 2, t.shape[1]
+        return self._map(t, (k, 8, 2, n // 8), (2 * k, 2 * k * n, 16 * k), (64, 8, 2, box // 16))
+
     def _map(
         self, t: torch.Tensor, sizes: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]
     ) -> bytes:
-        """A tensor map of bfloat16, swizzled by 128 bytes; `strides` in bytes, of all dimensions but the first."""
+        """`strides` in bytes, of all dimensions but the first."""
         key = (t.data_ptr(), *sizes, *strides, *box)
-        found = self._maps.get(key)
+        found = self._made.get(key)
         if found is None:
-            found = self._maps[key] = _encode(t.data_ptr(), sizes, strides, box)
+            found = self._made[key] = _encode(t.data_ptr(), sizes, strides, box)
         return found
 
 

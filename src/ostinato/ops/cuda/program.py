@@ -77,6 +77,12 @@ class Kernel:
         attribute = self._driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES
         return int(_check(self._driver.cuFuncGetAttribute(attribute, self._function), "local memory"))
 
+    def clusters_at_once(self) -> int:
+        """How many clusters fit on the GPU, where nothing else runs."""
+        return int(
+            _check(self._driver.cuOccupancyMaxActiveClusters(self._function, self._config), "clusters")
+        )
+
     def launch(self, params: bytes, grid: int | None = None) -> None:
         """Launch with one parameter, a struct passed by value; `grid`: other than it was built with."""
         if grid is not None:

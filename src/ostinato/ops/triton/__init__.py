@@ -23,6 +23,7 @@ from ...errors import KernelError
 from ...inputs import FLAG_PENALTIES, POST_CYCLE, Batch, StaticInputs, StepState
 from ...types import SamplerVariant
 from .. import AttentionShape, Linear, NextNorm, Peaks, Scratch, Stack, StepView, VersionLine, squares_words
+from ..cuda import chain
 from ..cuda.attention import DecodeAttention
 from ..cuda.fused import MOST_TOKENS, FusedDecode, unsupported
 from ..cuda.linear import Product, Products
@@ -120,6 +121,10 @@ class TritonOps:
         """The model that the one kernel was loaded for."""
         self._rows: RowsDecode | None = None
         """The same for a few rows, where the model allows it."""
+        self._chain: chain.Chain | None = None
+        """All products between two attentions, for the model that it was made for"""
+        self._claim: FusedDecode | None = None
+        """While `_chain` is there: its blocks wait for each other too."""
         self._attention = DecodeAttention.claim(self._device) if gpu else None
         self._sampler = ClusterSampler.on(self._device) if gpu else None
         self._wide_mm = gpu and _mm_widens(self._device)
@@ -136,6 +141,14 @@ class TritonOps:
     def load(self, stack: Stack, block_size: int, table_width: int, max_seqs: int) -> None:
         if self._fused is None:
             return
+        claim = self._fused
+        self._load_whole(stack, block_size, table_width, max_seqs)
+        if max_seqs > chain.ROWS[0] // 2 and self._products is not None:
+            self._chain = self._load_chain(stack)
+            self._claim = claim if self._chain is not None else None
+
+    def _load_whole(self, stack: Stack, block_size: int, table_width: int, max_seqs: int) -> None:
+        assert self._fused is not None
         why = unsupported(stack)
         if why is not None:
             logger.info("no one-kernel decode step for this model: %s", why)
@@ -173,6 +186,15 @@ class TritonOps:
             return None
         return rows
 
+    def _load_chain(self, stack: Stack) -> chain.Chain | None:
+        if os.environ.get("OSTINATO_CHAIN") == "0":
+            return None
+        try:
+            return chain.Chain(self._device, stack)
+        except KernelError as error:
+            logger.info("products between two attentions run one by one: %s", str(error))
+            return None
+
     def _whole_steps(self) -> list[tuple[str, FusedDecode | RowsDecode, int]]:
         """Kernels that run a whole model: name, kernel, most sequences."""
         both = (("fused", self._fused, MOST_TOKENS), ("rows", self._rows, MOST_ROWS))
@@ -196,7 +218,15 @@ class TritonOps:
                     problem = problem_of(op, linear, rows, stack.embedding.dtype)
                     work.setdefault(problem, []).append(linear)
         has_tiles = self._products is not None
-        self._table = choose(work, self.launcher, Store.here(), tiles=has_tiles)
+        store = Store.here()
+        self._table = choose(work, self.launcher, store, tiles=has_tiles)
+        if self._chain is not None:
+            downs = [layer.down for layer in stack.layers]
+            several = [rows for rows in BUCKETS[: largest + 1] if rows in chain.ROWS]
+            layers = {problem_of("chain", downs[0], rows, stack.embedding.dtype): downs for rows in several}
+            self._table.add(
+                choose(layers, lambda problem: self._layers(stack, problem), store, tiles=has_tiles)
+            )
         torch.cuda.empty_cache()  # what is cached would be missing from the KV cache
 
     def versions(self) -> list[VersionLine]:
@@ -211,6 +241,8 @@ class TritonOps:
     def reset(self) -> None:
         for workspace in self._workspaces.values():
             workspace.semaphores.zero_()
+        if self._chain is not None:
+            self._chain.reset()
         for _, kernel, _ in self._whole_steps():
             kernel.reset()
 
@@ -261,6 +293,61 @@ class TritonOps:
 
         return launch
 
+    def _layers(self, stack: Stack, problem: Problem) -> Launch:
+        """What launches attention and all that follows it in a layer, told by its down projection."""
+        a, rows, size, hidden = stack.attention, problem.rows, 16, stack.embedding.shape[1]
+        context = min(256, max(len(stack.rope) // size, 1) * size)
+
+        def make(columns: int) -> torch.Tensor:
+            return torch.randn(rows, columns, device=self._device).to(problem.dtype)
+
+        def numbers(count: int) -> torch.Tensor:
+            return torch.arange(count, dtype=torch.int32, device=self._device)
+
+        lengths = torch.full((rows,), context, dtype=torch.int32, device=self._device)
+        table = numbers(rows * context // size).view(rows, -1)
+        slots = table[:, -1] * size + size - 1
+        index = numbers(rows)
+        view = StepView(index, lengths - 1, slots, lengths, index, numbers(rows + 1), index, table, True)
+        blocks = (2, rows * context // size, size, a.kv_heads, a.head_dim)
+        caches = [torch.randn(blocks, device=self._device).to(problem.dtype) for _ in range(2)]
+        words = self.attention_words(a, rows)
+        x, normed, qkv, attn = make(hidden), make(hidden), make(a.qkv_size), make(a.q_size)
+        wide, act = make(2 * problem.depth), make(problem.depth)
+        squares, workspace = (
+            torch.empty(n, device=self._device) for n in (squares_words(rows, hidden), words)
+        )
+        scratch = Scratch(
+            x, normed, qkv, attn, wide, act, squares, x, squares, index, index, index, index, index, index, index, workspace,
+            workspace,
+        )  # fmt: skip
+        places = {id(layer.down): index for index, layer in enumerate(stack.layers)}
+
+        def launch(version: Version, linear: Linear) -> None:
+            at = places[id(linear)]
+            layer = stack.layers[at]
+            self.rope_paged_attention(
+                qkv, view, (caches[at % 2][0], caches[at % 2][1]), stack.rope[:context], layer.q_norm, layer.k_norm, stack.norm_eps, a,
+                workspace=workspace, out=attn,
+            )  # fmt: skip
+            if version.kind is Kind.CHAIN:
+                assert self._chain is not None
+                self._chain.run(at, scratch)
+                return
+            following, eps = stack.layers[(at + 1) % len(stack.layers)], stack.norm_eps
+            begun = self.linear_add(
+                attn, layer.output, residual=x, then=NextNorm(layer.mlp_norm, normed, squares)
+            )
+            self.norm_gate_up(
+                x, layer.mlp_norm, eps, layer.gate_up, normed=normed, gate_up=wide, out=act, begun=begun
+            )
+            begun = self.linear_add(
+                act, layer.down, residual=x, then=NextNorm(following.input_norm, normed, squares)
+            )
+            self.norm_linear(x, following.input_norm, eps, following.qkv, normed=normed, out=qkv, begun=begun)
+
+        return launch
+
     def _workspace(self, device: torch.device) -> decode.Workspace:
         """Made at the first use, which is no capture: kernels run once before they are captured."""
         found = self._workspaces.get(device)
@@ -274,6 +361,8 @@ class TritonOps:
             found |= {"ops.semaphores": workspace.semaphores, "ops.partials": workspace.partials}
         for prefix, kernel, _ in self._whole_steps():
             found |= {f"{prefix}.{name}": cells for name, cells in kernel.workspaces().items()}
+        if self._chain is not None:
+            found |= {f"chain.{name}": cells for name, cells in self._chain.workspaces().items()}
         return found
 
     def attention_words(self, shape: AttentionShape, max_seqs: int) -> int:
@@ -420,6 +509,13 @@ class TritonOps:
     ) -> NextNorm | None:
         version = self._table("linear_add", linear, len(x), x.dtype)
         return self._linear_add(version, x, linear, residual, then)
+
+    def chain(self, stack: Stack, index: int, scratch: Scratch) -> NextNorm | None:
+        x = scratch.x
+        if self._chain is None or not self._chain.serves(stack, len(x)):
+            return None
+        version = self._table("chain", stack.layers[index].down, len(x), x.dtype)
+        return self._chain.run(index, scratch) if version.kind is Kind.CHAIN else None
 
     def norm_gate_up(
         self,
@@ -584,7 +680,15 @@ class TritonOps:
             self._products.run(kind, version, normed, linear, out, peaks=peaks)
         else:
             self._products.run(
-                kind, version, begun.scaled, linear, out, squares=begun.squares, eps=eps, peaks=peaks
+                kind,
+                version,
+                begun.scaled,
+                linear,
+                out,
+                squares=begun.squares,
+                sums=begun.sums,
+                eps=eps,
+                peaks=peaks,
             )
 
     def _best_token(

@@ -56,6 +56,8 @@ class Kind(str, Enum):
     STREAM = "stream"
     TILE = "tile"
     """CUDA C++ on Hopper; begins and ends norms"""
+    CHAIN = "chain"
+    """All products between two attentions in one kernel; LIBRARY stands for one by one"""
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,8 @@ class Version:
     def __str__(self) -> str:
         if self.kind is Kind.LIBRARY:
             return "library"
+        if self.kind is Kind.CHAIN:
+            return "one kernel between two attentions"
         norm = "norm + " if self.norms else ""
         if self.kind is Kind.TILE:
             split = f", {self.splits} blocks share a tile" if self.splits > 1 else ""
@@ -102,7 +106,7 @@ class Problem:
     """All that a choice depends on."""
 
     op: str
-    """Name in `OpSet`: norm_linear, linear_add, norm_gate_up or norm_head"""
+    """Name in `OpSet`: norm_linear, linear_add, norm_gate_up or norm_head; or chain, whose product is down's"""
     columns: int
     """Of the result"""
     depth: int
@@ -137,6 +141,8 @@ def default(problem: Problem, tiles: bool = False) -> Version:
 
     `tiles`: `Kind.TILE` is to be had.
     """
+    if problem.op == "chain":
+        return Version(Kind.CHAIN, True, problem.rows) if problem.rows > 64 else LIBRARY
     if tiles and (tile := _tile(problem)):
         return tile
     if problem.rows == 1:
@@ -152,6 +158,8 @@ def default(problem: Problem, tiles: bool = False) -> Version:
 
 def candidates(problem: Problem, tiles: bool = False) -> list[Version]:
     """Versions worth a measurement; the default and the library are among them."""
+    if problem.op == "chain":
+        return [LIBRARY, Version(Kind.CHAIN, True, problem.rows)]
     found: list[Version | None] = [default(problem, tiles), LIBRARY]
     if tiles and (tile := _tile(problem)):
         if problem.op in ("norm_linear", "linear_add"):
@@ -289,6 +297,11 @@ class Table:
         if found is None:
             found = self._asked[problem] = self.decided.get(problem) or default(problem, self._tiles)
         return found
+
+    def add(self, other: Table) -> None:
+        """What another one has decided holds here too."""
+        self.decided |= other.decided
+        self._unmeasured |= other._unmeasured
 
     def lines(self) -> list[VersionLine]:
         """What has been asked for so far, for people."""
@@ -466,6 +479,10 @@ class Store:
             "tune.py",
             "../cuda/linear.cu",
             "../cuda/linear.py",
+            "../cuda/chain.cu",
+            "../cuda/chain.py",
+            "../cuda/attention.cu",
+            "../cuda/attention.py",
             "../cuda/common.cuh",
             "../cuda/ring.cuh",
         )
