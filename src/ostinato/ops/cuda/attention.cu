@@ -332,8 +332,8 @@ __device__ __forceinline__ void scores(float (&c)[TILES][4], const u16 *keys, co
 }
 
 // Softmax and values of a step.
-__device__ __forceinline__ void weigh(State &o, float (&c)[TILES][4], const u16 *values, bool ragged, int at, int first, int newest,
-                                      float scale) {
+__device__ __forceinline__ void weigh(State &o, float (&c)[TILES][4], const u16 *values, bool ragged, int at, int first,
+                                      int newest, float scale) {
     const int lane = threadIdx.x & 31, g = lane >> 2;
     float top[2] = {-infinity(), -infinity()}, fade[2];
 #pragma unroll

@@ -256,7 +256,8 @@ def shared_bytes(macros: dict[str, int]) -> int:
     """Of a block: `struct Shared`."""
     dim, group, warps = macros["HD"], macros["GROUP"], macros["WARPS"]
     size = warps * macros["PIECES"] * macros["TILES"] * STEP * dim * 2
-    size += warps * dim * 4 + (warps if macros["NORM"] else 1) * 4 * dim + 4 * dim  # angles, norms, the new token
+    norms = warps if macros["NORM"] else 1
+    size += (warps + norms + 1) * dim * 4  # angles, norms, the new token
     size += warps * 64 + 8
     size += (macros["SPLITS"] if macros["CLUSTER"] else 1) * group * (dim + 2) * 4
     return _up(size, 128)
