@@ -22,10 +22,12 @@ using std::min;
 typedef unsigned short u16;
 typedef unsigned int u32;
 struct alignas(8) float2 { float x, y; };
+struct alignas(8) uint2 { u32 x, y; };
 struct alignas(16) float4 { float x, y, z, w; };
 struct alignas(16) uint4 { u32 x, y, z, w; };
 static float2 make_float2(float x, float y) { return {x, y}; }
 static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+static uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
 static uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
 
 struct Dim { u32 x; };
@@ -102,6 +104,7 @@ static u32 __ballot_sync(u32, bool v) {
     leave_post();
     return all;
 }
+static bool __all_sync(u32, bool v) { return __ballot_sync(~0u, v) == ~0u; }
 static bool __syncthreads_and(bool v) { return !__syncthreads_or(!v); }
 static int __ffs(u32 v) { return __builtin_ffs((int)v); }
 static float __uint_as_float(u32 v) { float f; std::memcpy(&f, &v, 4); return f; }
@@ -137,6 +140,41 @@ static u32 count_up(u32 *p, u32 most) {
     *p = before >= most ? 0 : before + 1;
     return before;
 }
+// Copies that have been asked for, by thread, and how many groups there are: made when they are waited for, no sooner.
+struct Copy { void *to; const void *from; int group; };
+static std::vector<Copy> copies[FIBERS];
+static int groups[FIBERS];
+static void copy16(void *to, const void *from) {
+    if ((size_t)to % 16 || (size_t)from % 16) std::abort();
+    copies[current].push_back({to, from, groups[current]});
+}
+static void commit() { ++groups[current]; }
+static void arrived(int pending) {
+    std::vector<Copy> left;
+    for (const Copy &c : copies[current])
+        if (c.group < groups[current] - pending) std::memcpy(c.to, c.from, 16);
+        else left.push_back(c);
+    copies[current] = left;
+}
+static void one_arrived() { arrived(PIECES - 1); }
+static void two_arrived() { arrived(PIECES - 2); }
+static void all_arrived() { arrived(0); }
+// Four matrices of 8 x 8, a row from each lane's address: of a lane, two neighbours of row g; `over`: of column g.
+static void matrices(u32 (&r)[4], const u16 *p, bool over) {
+    if ((size_t)p % 16) std::abort();
+    const u32 address[2] = {(u32)(size_t)p, (u32)((size_t)p >> 32)};
+    post(2, address);
+    const int g = lane() / 4, t = lane() % 4;
+    u32 own[4];
+    for (int m = 0; m < 4; ++m) {
+        auto at = [&](int row) { return (const u16 *)((size_t)of(m * 8 + row, 0) | (size_t)of(m * 8 + row, 1) << 32); };
+        own[m] = over ? at(2 * t)[g] | (u32)at(2 * t + 1)[g] << 16 : at(g)[2 * t] | (u32)at(g)[2 * t + 1] << 16;
+    }
+    leave_post();
+    std::memcpy(r, own, 16);
+}
+static void matrices(u32 (&r)[4], const u16 *p) { matrices(r, p, false); }
+static void transposed(u32 (&r)[4], const u16 *p) { matrices(r, p, true); }
 static void let_successor_start() {}
 static void send(float2 *to, float2 v) { *to = v; }   // blocks of a cluster run one after the other, the first one last
 static void arrive() {}
@@ -198,6 +236,8 @@ template <typename Body> static void run_blocks(int blocks, bool backwards, cons
         blockIdx.x = (backwards ? blocks / SPLITS - 1 - cluster : cluster) * SPLITS + SPLITS - 1 - i % SPLITS;
         for (int f = 0; f < FIBERS; ++f) {
             done[f] = false;
+            if (!copies[f].empty()) std::abort();   // a thread has ended before its copies
+            groups[f] = 0;
             getcontext(&fibers[f]);
             fibers[f].uc_stack.ss_sp = stacks.data() + ((size_t)f << 17);
             fibers[f].uc_stack.ss_size = 1 << 17;

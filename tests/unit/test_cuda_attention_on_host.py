@@ -24,7 +24,7 @@ from test_triton_ops import EPS, Seq, World, make_world
 
 from ostinato.ops import AttentionShape, StepView
 from ostinato.ops.cuda import attention
-from ostinato.ops.cuda.attention import MOST, Block, cut, macros, pack
+from ostinato.ops.cuda.attention import MOST, Block, cut, macros, pack, shared_bytes
 from ostinato.ops.cuda.program import source_text
 from ostinato.ops.reference import ReferenceOps
 from ostinato.types import StepKind
@@ -42,7 +42,8 @@ def host_source() -> str:
     for piece in pieces:
         function, end, rest = piece.partition("\n}\n")
         kept.append(rest if "asm" in function and piece.startswith("__device__") else function + end + rest)
-    source = "".join(kept)
+    source = "".join(kept).replace("extern __shared__ __align__(128)", "alignas(128) static")
+    source = source.replace("memory[]", "memory[sizeof(Shared)]")
     assert "asm" not in source
     launch = (
         'extern "C" void launch(const Params *p, int blocks, int backwards) {'
@@ -50,6 +51,7 @@ def host_source() -> str:
         'extern "C" void write_at_the_wait(void *at, const void *before, const void *after, size_t bytes) {'
         " written.push_back({(char *)at, (const char *)before, (const char *)after, bytes}); }\n"
         'extern "C" void forget() { written.clear(); }\n'
+        'extern "C" int shared() { return sizeof(Shared); }\n'
     )
     return f'#include "{HEADER}"\n{source}\n{launch}'
 
@@ -84,7 +86,10 @@ def attend(
             *(ctypes.c_void_p(t.data_ptr()) for t in (now, *held[-2:])), ctypes.c_size_t(now.nbytes)
         )
     primary = rows * shape.kv_heads * splits
-    params = pack(pointers, EPS, shape.scale, rows, primary, world.cache[0].shape[0], world.rope.shape[0])
+    params = pack(
+        pointers, EPS, shape.scale, rows, primary,
+        world.cache[0].shape[0], world.rope.shape[0], len(view.block_table),
+    )  # fmt: skip
     library.launch(ctypes.create_string_buffer(params, len(params)), primary + helpers, int(backwards))
     library.forget()
     assert not semaphores.any()
@@ -121,14 +126,14 @@ def seed() -> int:
 @pytest.mark.parametrize(
     ("shape", "norm", "block_size", "splits", "helpers", "block"),
     [
-        (AttentionShape(8, 2, 64), False, 16, 8, 0, Block(4, 2, 1)),
-        (AttentionShape(4, 2, 128), True, 16, 2, 0, Block(4, 1, 1)),
-        (AttentionShape(3, 1, 128), False, 5, 4, 0, Block(4, 1, 1)),
-        (AttentionShape(8, 1, 64, sliding_window=100), True, 32, 4, 0, Block(8, 1, 1)),
-        (AttentionShape(2, 2, 64, sliding_window=20), False, 3, 2, 0, Block(8, 2, 1)),
-        (AttentionShape(1, 1, 128), False, 16, 1, 0, Block(8, 1, 1)),
-        (AttentionShape(1, 1, 64), False, 16, 1, 3, Block(1, 2, 1)),
-        (AttentionShape(5, 1, 64), True, 16, 2, 4, Block(2, 2, 1)),
+        (AttentionShape(8, 2, 64), False, 16, 8, 0, Block(4, 2, 3, 1)),
+        (AttentionShape(4, 2, 128), True, 16, 2, 0, Block(4, 1, 2, 1)),
+        (AttentionShape(3, 1, 128), False, 5, 4, 0, Block(4, 1, 5, 1)),
+        (AttentionShape(8, 1, 64, sliding_window=100), True, 32, 4, 0, Block(8, 1, 4, 1)),
+        (AttentionShape(2, 2, 64, sliding_window=20), False, 3, 2, 0, Block(8, 2, 2, 1)),
+        (AttentionShape(1, 1, 128), False, 16, 1, 0, Block(8, 1, 3, 1)),
+        (AttentionShape(1, 1, 64), False, 16, 1, 3, Block(1, 2, 3, 1)),
+        (AttentionShape(5, 1, 64), True, 16, 2, 4, Block(2, 1, 6, 1)),
     ],
     ids=lambda v: f"{v.heads}-{v.kv_heads}-{v.head_dim}" if isinstance(v, AttentionShape) else str(v),
 )
@@ -152,6 +157,7 @@ def test_against_the_reference(
     if splits == 1 and not helpers:
         numbers["LONG"] = 1 << 14  # a warp has more than 32 steps: it looks into the block table again
     library = compiled(tmp_path, numbers)
+    assert library.shared() <= shared_bytes(numbers)
     if helpers:
         assert max(cut(n, splits, 0, block.step).count for n in lengths) > splits
     expected = theirs.attend(ReferenceOps(), norm)

@@ -1,23 +1,20 @@
 // Everything between the QKV projection and the output projection for one new token of each row: head norm,
 // rotary embedding, KV write, attention over a paged cache. bfloat16.
 //
-// It is as fast as keys and values arrive, so they go from memory into registers and from there into
-// tensor cores. A block of WARPS warps has one item: a row, a KV head, and a split of the row's context. Its
-// warps take TILES tiles of 16 tokens in turn; their results are merged in shared memory. Keys of the next tiles are
-// asked for as soon as the present ones are used up, values likewise; many warps on a multiprocessor do the rest.
+// It is as fast as keys and values arrive. A block of WARPS warps has one item: a row, a KV head, and a split of the
+// row's context. Its warps take steps of TILES tiles of 16 tokens in turn, each for itself; they meet once, at the end, to merge
+// their results. A warp has a ring of PIECES pieces in shared memory: a step's keys, or its values, asynchronously
+// copied. As soon as a piece is used up, the next one is asked for in its place.
 //
-// The first tiles are asked for before griddepcontrol.wait, at places that follow from the row's length, its row in the
+// The ring is filled before griddepcontrol.wait, from places that follow from the row's length, its row in the
 // block table and what stands there. A step writes all of that, so each is looked up again behind the wait, and if
 // one differs, keys and values are asked for again. What old tokens have in the cache, no kernel of a step writes: it was
 // complete before the step's first kernel began, which is never launched early. The new token's key and value, and
-// the queries, are read behind the wait.
+// the queries, are read behind the wait: each warp takes all of its KV head's queries, and turns them, for itself.
 //
 // Tokens are the rows of both products. S^T = K Q^T: the tile is 16 tokens, the columns are up to 8 query
-// heads that share the KV head. A lane (g = lane / 4, t = lane % 4) takes 16 consecutive bytes of tokens g and
-// g + 8, where mma would give it far pairs; queries are taken the same way, and the sum is the same. O^T = V^T P^T:
-// the tile is 16 dimensions; a lane takes 8 consecutive dimensions of tokens 2t, 2t + 1, 2t + 8 and
-// 2t + 9, and pairs them up by moving bytes. P^T is S^T transposed by `movmatrix`. So no lane asks another
-// for anything but the largest score.
+// heads that share the KV head. O^T = V^T P^T: the tile is 16 dimensions. Both take the cache's operand by `ldmatrix`;
+// P^T is S^T transposed by `movmatrix`. So no lane (g = lane / 4, t = lane % 4) asks another for anything but the largest score.
 //
 // How a row is cut (`cut`) depends on its own length and on the number of rows, padding included: SPLITS parts, of at
 // least CHUNK tokens; more, up to MOST, where they would be longer than LONG. The first p.primary blocks have a split
@@ -25,8 +22,8 @@
 // memory. Blocks after them share what rows have beyond SPLITS; such a row's splits are merged by the last block to
 // finish, through memory. Always in order.
 //
-// Macros: HD GROUP (query heads of a KV head) KVH BLOCK_SIZE WINDOW TABLE_WIDTH NORM CHUNK LONG MOST WARPS TILES SPLITS
-// CLUSTER BLOCKS (of a multiprocessor; fewer registers let the kernels in front and behind in beside them).
+// Macros: HD GROUP (query heads of a KV head) KVH BLOCK_SIZE WINDOW TABLE_WIDTH NORM CHUNK LONG MOST WARPS TILES PIECES
+// SPLITS CLUSTER BLOCKS (of a multiprocessor; fewer registers let the kernels in front and behind in beside them).
 
 #include "common.cuh"
 
@@ -35,14 +32,16 @@ constexpr int STEP = 16;                    // tokens of a tile
 constexpr int WHOLE = TILES * STEP;         // tokens that a warp looks at together
 constexpr int HEADS = GROUP * KVH;
 constexpr int HALF = HD / 2, EACH = HALF / 32;   // dimensions of a half in a lane, for rotating
-constexpr int SEGS = HD / 32;               // 64-byte pieces of a head
-constexpr int WIDE = HD / 64;               // 128-byte pieces of a head
+constexpr int INNER = HD / 16;              // products' inner steps of a head
+constexpr int PIECE = WHOLE * HD;           // keys, or values, of a step
+constexpr int LANES = HD / 8;               // that copy a token
+constexpr int ROUNDS = STEP * HD / 256;     // copies of a tile
 constexpr int ROW = KVH * HD;               // from token to token in a cache block
 constexpr int QKV = (HEADS + 2 * KVH) * HD;
-constexpr int Q_STRIDE = HD + 32;           // of queries in shared memory: rows of a pair share no bank
 constexpr int O_STRIDE = HD + 4;
-constexpr int VECTORS = (GROUP + 2 + WARPS - 1) / WARPS;   // heads that a warp rotates
 constexpr bool ALIGNED = BLOCK_SIZE % STEP == 0;           // 16 tokens lie side by side
+constexpr int LOOKS = ALIGNED ? 1 : (PIECES + 1) / 2;   // into the block table, for the first pieces
+constexpr int LOOPED = ALIGNED ? 1 : PIECES;   // one code for all pieces, where no array of them is kept
 static_assert(HD == 64 || HD == 128, "head dimensions that lanes share evenly");
 static_assert(GROUP >= 1 && GROUP <= 8, "query heads are the eight columns of a tile");
 static_assert(CHUNK % (WARPS * WHOLE) == 0, "whole steps of all warps");
@@ -61,24 +60,52 @@ struct Params {
     float eps, scale;              // the scale for a softmax in powers of two
     int num_seqs, primary;
     int blocks, angles;            // of the cache, rows of `rope`: what a guess may point to
+    int table_rows;                // R
 };
 
 struct Cut { int first, base, chunk, count; };   // first visible token; where splits start; tokens a split; splits
 
 struct Shared {
-    alignas(16) u16 q[8 * Q_STRIDE];
-    alignas(16) u16 k[HD];
+    alignas(128) u16 ring[WARPS][PIECES][PIECE];   // keys and values in turn
+    alignas(16) float rope[WARPS][HD];             // cosines, sines of the new token
+    alignas(16) u16 gains[NORM ? WARPS : 1][2][HD];   // of the norms of queries, keys
+    alignas(16) u16 k[HD];         // of the new token
     alignas(16) u16 v[HD];
-    alignas(16) float o[WARPS][GROUP][O_STRIDE];
     float2 stats[WARPS][8];        // (maximum, sum)
     u32 last;
     float2 parts[CLUSTER ? SPLITS : 1][GROUP][HD / 2];   // a cluster's, in its first block
     float2 part_stats[CLUSTER ? SPLITS : 1][GROUP];
+    // A warp's result, in the place of its ring.
+    __device__ __forceinline__ float *o(int warp, int head) { return (float *)ring[warp][0] + head * O_STRIDE; }
 };
+static_assert(PIECES * PIECE * 2 >= GROUP * O_STRIDE * 4, "room for a warp's result");
 
-// Tokens of a step, for this lane, tile by tile. Places in the cache are counted in 16 bytes, of 64 GiB at most.
-struct Keys { uint4 at[TILES][2][SEGS]; };
-struct Values { uint4 at[TILES][WIDE][4]; };
+__device__ __forceinline__ void copy16(void *to, const void *from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from) : "memory");
+}
+__device__ __forceinline__ void commit() {
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
+// The oldest piece is there; the oldest two; all.
+__device__ __forceinline__ void one_arrived() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(PIECES - 1) : "memory");
+}
+__device__ __forceinline__ void two_arrived() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(PIECES - 2) : "memory");
+}
+__device__ __forceinline__ void all_arrived() {
+    asm volatile("cp.async.wait_all;" ::: "memory");
+}
+__device__ __forceinline__ void matrices(u32 (&r)[4], const u16 *p) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"((u32)__cvta_generic_to_shared(p)) : "memory");
+}
+__device__ __forceinline__ void transposed(u32 (&r)[4], const u16 *p) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"((u32)__cvta_generic_to_shared(p)) : "memory");
+}
+// Of 16 bytes of a token in a piece; eight tokens share no bank.
+__device__ __forceinline__ int spot(int token, int chunk) { return token * HD + ((chunk ^ (token & 7)) * 8); }
 
 __device__ __forceinline__ float widen(u16 v) { return __uint_as_float((u32)v << 16); }
 __device__ __forceinline__ u16 narrow(float a) { return (u16)pack(a, 0.f); }
@@ -135,7 +162,7 @@ __device__ __forceinline__ Cut cut(int length) {
         c.chunk = ((seen + parts - 1) / parts + CHUNK - 1) / CHUNK * CHUNK;
     }
     c.chunk = max(c.chunk, CHUNK);
-    c.count = max((seen + c.chunk - 1) / c.chunk, 1);
+    c.count = seen > c.chunk ? (seen + c.chunk - 1) / c.chunk : 1;
     return c;
 }
 
@@ -143,14 +170,15 @@ __device__ __forceinline__ Cut cut(int length) {
 struct Walk {
     const int *table;
     int blocks;              // of the cache
-    int head, row;           // KV head; in the table
+    int row;                 // in the table
     int first, newest, end;  // tokens: the row's first visible one and its last; behind the split's last
+    int start;               // this warp's first token
     int at;                  // first token of the step to be loaded
     int turn;                // tiles in front of it
     int entry;               // ALIGNED: block of tile (turn & ~31) + lane; else slot of token at + lane
 
     // Of no more than the cache's blocks, whatever stands in the table.
-    __device__ __forceinline__ int found() const {
+    __device__ __forceinline__ int found(int at) const {
         const int lane = threadIdx.x & 31;
         const int away = ALIGNED ? lane / TILES * (WARPS * WHOLE) + lane % TILES * STEP : lane % WHOLE;
         const int token = ALIGNED ? at + away : max(min(max(at + away, first), newest), 0);
@@ -160,7 +188,7 @@ struct Walk {
     __device__ __forceinline__ void next() {
         at += WARPS * WHOLE;
         turn += TILES;
-        if (!ALIGNED || (turn & 31) == 0) entry = found();
+        if (!ALIGNED || (turn & 31) == 0) entry = found(at);
     }
     // Of the step's tile j, in tiles; where they are not ALIGNED, of its tokens, in lanes j * STEP and on.
     __device__ __forceinline__ int place(int j) const {
@@ -169,53 +197,27 @@ struct Walk {
     }
 };
 
-__device__ __forceinline__ void load(Keys &k, const Params &p, const Walk &w) {
-    const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
-    const u32 own = w.head * (HD / 8) + t;
+// Keys or values of the step to be loaded, to a place in the ring. `from`: this lane's part of the cache's first token.
+__device__ __forceinline__ void fetch(u16 *to, const u16 *from, const Walk &w) {
+    constexpr int AT_ONCE = 32 / LANES;   // tokens
+    const int lane = threadIdx.x & 31, r = lane / LANES, own = spot(r, lane % LANES);
 #pragma unroll
     for (int j = 0; j < TILES; ++j) {
         if (w.at + j * STEP >= w.end) break;
         const int place = w.place(j);
+        const u16 *tile = ALIGNED ? from + (u64)(u32)place * (STEP * ROW) : from;
 #pragma unroll
-        for (int b = 0; b < 2; ++b) {
-            const u32 at = ALIGNED ? place * (STEP * ROW / 8) + g * (ROW / 8)
-                                   : __shfl_sync(~0u, place, j * STEP + g + 8 * b) * (ROW / 8);
-            const u16 *from = p.keys + (u64)(at + own) * 8 + (ALIGNED ? b * 8 * ROW : 0);
-#pragma unroll
-            for (int s = 0; s < SEGS; ++s) k.at[j][b][s] = ldcg4(from + s * 32);
-        }
-    }
-}
-
-__device__ __forceinline__ void load(Values &v, const Params &p, const Walk &w) {
-    const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
-    const u32 own = w.head * (HD / 8) + g;
-#pragma unroll
-    for (int j = 0; j < TILES; ++j) {
-        if (w.at + j * STEP >= w.end) break;
-        const int place = w.place(j);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const u32 at = ALIGNED ? place * (STEP * ROW / 8) + t * (2 * ROW / 8)
-                                   : __shfl_sync(~0u, place, j * STEP + 2 * t + i / 2 * 8 + i % 2) * (ROW / 8);
-            const u16 *from = p.values + (u64)(at + own) * 8 + (ALIGNED ? (i / 2 * 8 + i % 2) * ROW : 0);
-#pragma unroll
-            for (int w = 0; w < WIDE; ++w) v.at[j][w][i] = ldcg4(from + w * 64);
+        for (int i = 0; i < ROUNDS; ++i) {
+            // Of token r + i * AT_ONCE: spot(), whose exclusive or is that of the token's bits.
+            u16 *at = to + (own ^ (i * AT_ONCE & 7) * 8) + (j * STEP + i * AT_ONCE) * HD;
+            copy16(at, ALIGNED ? tile + i * AT_ONCE * ROW
+                               : from + (long long)(__shfl_sync(~0u, place, j * STEP + i * AT_ONCE + r) - r) * ROW);
         }
     }
 }
 
 // A head of the new token in a warp, two halves: dimensions lane * EACH + e of each.
 struct Head { u16 low[EACH], high[EACH]; };
-struct Angles { float cos[EACH], sin[EACH]; };
-
-__device__ __forceinline__ Angles angles_at(const float *p) {
-    const int lane = threadIdx.x & 31;
-    Angles a;
-#pragma unroll
-    for (int e = 0; e < EACH; ++e) { a.cos[e] = p[lane * EACH + e]; a.sin[e] = p[HALF + lane * EACH + e]; }
-    return a;
-}
 
 __device__ __forceinline__ Head head_at(const u16 *p) {
     const int lane = threadIdx.x & 31;
@@ -229,7 +231,8 @@ __device__ __forceinline__ Head head_at(const u16 *p) {
 }
 
 // Norm and rotation, rounded where a model that keeps its activations in bfloat16 rounds.
-__device__ __forceinline__ void rotate(Head &h, const Head &norm, const Angles &a, float eps) {
+__device__ __forceinline__ void rotate(Head &h, const u16 *norm, const float *rope, float eps) {
+    const int own = (threadIdx.x & 31) * EACH;
     float low[EACH], high[EACH];
 #pragma unroll
     for (int e = 0; e < EACH; ++e) { low[e] = widen(h.low[e]); high[e] = widen(h.high[e]); }
@@ -242,14 +245,15 @@ __device__ __forceinline__ void rotate(Head &h, const Head &norm, const Angles &
         const float factor = rsqrtf(squares / HD + eps);
 #pragma unroll
         for (int e = 0; e < EACH; ++e) {
-            low[e] = rounded(widen(norm.low[e]) * rounded(low[e] * factor));
-            high[e] = rounded(widen(norm.high[e]) * rounded(high[e] * factor));
+            low[e] = rounded(widen(norm[own + e]) * rounded(low[e] * factor));
+            high[e] = rounded(widen(norm[HALF + own + e]) * rounded(high[e] * factor));
         }
     }
 #pragma unroll
     for (int e = 0; e < EACH; ++e) {
-        h.low[e] = narrow(low[e] * a.cos[e] - high[e] * a.sin[e]);
-        h.high[e] = narrow(high[e] * a.cos[e] + low[e] * a.sin[e]);
+        const float cos = rope[own + e], sin = rope[HALF + own + e];
+        h.low[e] = narrow(low[e] * cos - high[e] * sin);
+        h.high[e] = narrow(high[e] * cos + low[e] * sin);
     }
 }
 
@@ -259,60 +263,84 @@ __device__ __forceinline__ void put(u16 *to, const Head &h) {
     for (int e = 0; e < EACH; ++e) { to[lane * EACH + e] = h.low[e]; to[HALF + lane * EACH + e] = h.high[e]; }
 }
 
-__device__ __forceinline__ uint4 keep(bool yes, uint4 v) {
-    return yes ? v : make_uint4(0, 0, 0, 0);
+// Query head g as the products want it: dimensions i * 16 + j * 8 + 2t and the next. Those of the other half, which it is
+// rotated with, are this lane's too.
+struct Query { u32 at[INNER][2]; };
+
+__device__ __forceinline__ Query query_at(const u16 *p) {
+    const int t = threadIdx.x & 3;
+    Query q;
+#pragma unroll
+    for (int i = 0; i < INNER; ++i)
+#pragma unroll
+        for (int j = 0; j < 2; ++j) q.at[i][j] = ldcg((const int *)(p + i * 16 + j * 8 + t * 2));
+    return q;
 }
 
-// What this warp has seen: of heads 2t and 2t + 1.
-struct State { float best[2], total[2], acc[WIDE * 4][4]; };
-
-// One step: scores, softmax, values. `refill_keys` and `refill_values` ask for the next step's where there is one.
-template <typename A, typename B>
-__device__ __forceinline__ void attend(State &o, Keys &k, Values &v, const uint4 (&q)[SEGS], const Shared &sh, int at, int first,
-                                       int newest, float scale, A refill_keys, B refill_values) {
-    const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
-    const bool ragged = at + WHOLE > newest || at < first;   // has the new token, or others to be left out
-    if (ragged) {
+// As `rotate` above.
+__device__ __forceinline__ void rotate(Query &q, const u16 *norm, const float *rope, float eps) {
+    const int t = threadIdx.x & 3;
+    float factor = 0.f;
+    if (NORM) {
+        float squares = 0.f;
 #pragma unroll
-        for (int n = 0; n < TILES; ++n) {
+        for (int i = 0; i < INNER; ++i)
 #pragma unroll
-            for (int b = 0; b < 2; ++b)
-                if (at + n * STEP + g + 8 * b == newest)
+            for (int j = 0; j < 2; ++j) squares += lo(q.at[i][j]) * lo(q.at[i][j]) + hi(q.at[i][j]) * hi(q.at[i][j]);
 #pragma unroll
-                    for (int s = 0; s < SEGS; ++s) k.at[n][b][s] = *(const uint4 *)(sh.k + s * 32 + t * 8);
-#pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                const int token = at + n * STEP + 2 * t + j / 2 * 8 + j % 2;
-#pragma unroll
-                for (int w = 0; w < WIDE; ++w) {
-                    v.at[n][w][j] = keep(token >= first && token < newest, v.at[n][w][j]);   // 0 times NaN is NaN
-                    if (token == newest) v.at[n][w][j] = *(const uint4 *)(sh.v + w * 64 + g * 8);
-                }
-            }
-        }
+        for (int d = 1; d < 4; d *= 2) squares += __shfl_xor_sync(~0u, squares, d);
+        factor = rsqrtf(squares / HD + eps);
     }
-    float c[TILES][4];
+#pragma unroll
+    for (int i = 0; i < INNER / 2; ++i)
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+            const int d = i * 16 + j * 8 + t * 2;
+            const u32 low = q.at[i][j], high = q.at[i + INNER / 2][j];
+            float2 x = make_float2(lo(low), hi(low)), y = make_float2(lo(high), hi(high));
+            if (NORM) {
+                const u32 u = *(const u32 *)(norm + d), w = *(const u32 *)(norm + HALF + d);
+                x = make_float2(rounded(lo(u) * rounded(x.x * factor)), rounded(hi(u) * rounded(x.y * factor)));
+                y = make_float2(rounded(lo(w) * rounded(y.x * factor)), rounded(hi(w) * rounded(y.y * factor)));
+            }
+            const float2 cos = *(const float2 *)(rope + d), sin = *(const float2 *)(rope + HALF + d);
+            q.at[i][j] = pack(x.x * cos.x - y.x * sin.x, x.y * cos.y - y.y * sin.y);
+            q.at[i + INNER / 2][j] = pack(y.x * cos.x + x.x * sin.x, y.y * cos.y + x.y * sin.y);
+        }
+}
+
+// What this warp has seen: of heads 2t and 2t + 1. Largest scores are not yet scaled.
+struct State { float best[2], total[2], acc[INNER][4]; };
+
+// Scores of a step's tokens, from its keys.
+__device__ __forceinline__ void scores(float (&c)[TILES][4], const u16 *keys, const Query &q) {
+    const int lane = threadIdx.x & 31;
 #pragma unroll
     for (int n = 0; n < TILES; ++n) {
         float d[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
         for (int i = 0; i < 4; ++i) c[n][i] = 0.f;
 #pragma unroll
-        for (int s = 0; s < SEGS; ++s) {
-            mma(c[n], k.at[n][0][s].x, k.at[n][1][s].x, k.at[n][0][s].y, k.at[n][1][s].y, q[s].x, q[s].y);
-            mma(d, k.at[n][0][s].z, k.at[n][1][s].z, k.at[n][0][s].w, k.at[n][1][s].w, q[s].z, q[s].w);
+        for (int s = 0; s < INNER; ++s) {
+            u32 a[4];
+            matrices(a, keys + n * STEP * HD + spot(lane & 15, 2 * s + (lane >> 4)));
+            mma(s % 2 ? d : c[n], a[0], a[1], a[2], a[3], q.at[s][0], q.at[s][1]);
         }
 #pragma unroll
         for (int i = 0; i < 4; ++i) c[n][i] += d[i];
     }
-    refill_keys();
+}
+
+// Softmax and values of a step.
+__device__ __forceinline__ void weigh(State &o, float (&c)[TILES][4], const u16 *values, bool ragged, int at, int first,
+                                      int newest, float scale) {
+    const int lane = threadIdx.x & 31, g = lane >> 2;
     float top[2] = {-infinity(), -infinity()}, fade[2];
 #pragma unroll
     for (int n = 0; n < TILES; ++n)
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             const int token = at + n * STEP + g + i / 2 * 8;
-            c[n][i] *= scale;
             if (ragged && (token < first || token > newest)) c[n][i] = -infinity();
             top[i % 2] = fmaxf(top[i % 2], c[n][i]);
         }
@@ -324,14 +352,15 @@ __device__ __forceinline__ void attend(State &o, Keys &k, Values &v, const uint4
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
         const float above = fmaxf(o.best[i], top[i]);   // finite: a step has a token that is seen
-        fade[i] = exp2_(o.best[i] - above);
+        fade[i] = exp2_((o.best[i] - above) * scale);
         o.best[i] = above;
+        top[i] = above * scale;
         o.total[i] *= fade[i];
     }
 #pragma unroll
     for (int n = 0; n < TILES; ++n) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) c[n][i] = exp2_(c[n][i] - o.best[i % 2]);
+        for (int i = 0; i < 4; ++i) c[n][i] = exp2_(c[n][i] * scale - top[i % 2]);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             o.total[i] += c[n][i] + c[n][i + 2];
@@ -339,28 +368,24 @@ __device__ __forceinline__ void attend(State &o, Keys &k, Values &v, const uint4
         }
     }
 #pragma unroll
-    for (int w = 0; w < WIDE; ++w)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            float *acc = o.acc[w * 4 + i];
-            acc[0] *= fade[0]; acc[1] *= fade[1]; acc[2] *= fade[0]; acc[3] *= fade[1];
-        }
+    for (int i = 0; i < INNER; ++i) {
+        float *acc = o.acc[i];
+        acc[0] *= fade[0]; acc[1] *= fade[1]; acc[2] *= fade[0]; acc[3] *= fade[1];
+    }
+    one_arrived();   // the values, too
+    __syncwarp();
 #pragma unroll
     for (int n = 0; n < TILES; ++n)
 #pragma unroll
-        for (int w = 0; w < WIDE; ++w)
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const u32 x0 = (&v.at[n][w][0].x)[i], x1 = (&v.at[n][w][1].x)[i];
-                const u32 x2 = (&v.at[n][w][2].x)[i], x3 = (&v.at[n][w][3].x)[i];
-                mma(o.acc[w * 4 + i], __byte_perm(x0, x1, 0x5410), __byte_perm(x0, x1, 0x7632), __byte_perm(x2, x3, 0x5410),
-                    __byte_perm(x2, x3, 0x7632), b[n][0], b[n][1]);
-            }
-    refill_values();
+        for (int i = 0; i < INNER; ++i) {
+            u32 a[4];
+            transposed(a, values + n * STEP * HD + spot((lane & 7) + (lane >> 4) * 8, 2 * i + (lane >> 3 & 1)));
+            mma(o.acc[i], a[0], a[1], a[2], a[3], b[n][0], b[n][1]);
+        }
 }
 
-// This warp's part to shared memory: a lane has dimensions 8g to 8g + 7 of heads 2t and 2t + 1.
-__device__ __forceinline__ void leave(State &o, Shared &sh) {
+// This warp's part to shared memory: a lane has dimensions g, g + 8, ... of heads 2t and 2t + 1.
+__device__ __forceinline__ void leave(State &o, Shared &sh, float scale) {
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
 #pragma unroll
     for (int far = 4; far < 32; far *= 2)
@@ -370,14 +395,10 @@ __device__ __forceinline__ void leave(State &o, Shared &sh) {
     for (int i = 0; i < 2; ++i) {
         const int head = 2 * t + i;
         if (head >= GROUP) continue;
-        if (g == 0) sh.stats[warp][head] = make_float2(o.best[i], o.total[i]);
+        if (g == 0) sh.stats[warp][head] = make_float2(o.best[i] * scale, o.total[i]);
+        float *to = sh.o(warp, head) + g;
 #pragma unroll
-        for (int w = 0; w < WIDE; ++w) {
-            float *to = sh.o[warp][head] + w * 64 + g * 8;
-            const float(*a)[4] = o.acc + w * 4;
-            *(float4 *)to = make_float4(a[0][i], a[0][i + 2], a[1][i], a[1][i + 2]);
-            *(float4 *)(to + 4) = make_float4(a[2][i], a[2][i + 2], a[3][i], a[3][i + 2]);
-        }
+        for (int j = 0; j < INNER; ++j) { to[j * 16] = o.acc[j][i]; to[j * 16 + 8] = o.acc[j][i + 2]; }
     }
 }
 
@@ -407,6 +428,77 @@ __device__ __forceinline__ float2 merge(const float *part, const float *stats, i
     return make_float2(sum.x / total, sum.y / total);
 }
 
+// What this block has seen of one of several splits: to whoever merges them, or merged if it is this block.
+__device__ __forceinline__ void merge_splits(const Params &p, Shared &sh, int s, int h, int split, int count) {
+    const int tid = threadIdx.x;
+    auto out = [&](int i) -> u32 & { return ((u32 *)p.out)[(s * KVH + h) * (GROUP * HD / 2) + i]; };   // two dimensions
+    float *space = p.parts + (long long)s * (HEADS * MOST * (HD + 2));
+    float *stats = space + HEADS * MOST * HD;
+#pragma unroll 1
+    for (int i = tid; i < GROUP * HD / 2; i += THREADS) {
+        const int head = i / (HD / 2), d = i % (HD / 2) * 2;
+        float best = -infinity(), total = 0.f;
+        float2 sum = make_float2(0.f, 0.f);
+#pragma unroll
+        for (int w = 0; w < WARPS; ++w) best = fmaxf(best, sh.stats[w][head].x);
+#pragma unroll
+        for (int w = 0; w < WARPS; ++w) {
+            const float weight = exp2_(sh.stats[w][head].x - best);
+            const float2 part = *(const float2 *)(sh.o(w, head) + d);
+            total += sh.stats[w][head].y * weight;
+            sum.x += part.x * weight;
+            sum.y += part.y * weight;
+        }
+        if (CLUSTER && count <= SPLITS) {
+            send(&sh.parts[split][head][d / 2], sum);
+            if (d == 0) send(&sh.part_stats[split][head], make_float2(best, total));
+        } else {
+            const int own = (h * GROUP + head) * MOST + split;
+            *(float2 *)(space + own * HD + d) = sum;
+            if (d == 0) *(float2 *)(stats + own * 2) = make_float2(best, total);
+        }
+    }
+    if (CLUSTER && count > 1 && count <= SPLITS) {
+        __syncwarp();
+        arrive();
+        if (split) return;
+        meet();
+#pragma unroll 1
+        for (int i = tid; i < GROUP * HD / 2; i += THREADS) {
+            const int head = i / (HD / 2), d = i % (HD / 2);
+            float best = -infinity(), total = 0.f;
+            float2 sum = make_float2(0.f, 0.f);
+#pragma unroll
+            for (int j = 0; j < SPLITS; ++j)
+                if (j < count) best = fmaxf(best, sh.part_stats[j][head].x);
+#pragma unroll
+            for (int j = 0; j < SPLITS; ++j)
+                if (j < count) {
+                    const float2 part = sh.parts[j][head][d], stats = sh.part_stats[j][head];
+                    const float weight = exp2_(stats.x - best);
+                    total += stats.y * weight;
+                    sum.x += part.x * weight;
+                    sum.y += part.y * weight;
+                }
+            const float factor = __fdividef(1.f, total);
+            out(i) = pack(sum.x * factor, sum.y * factor);
+        }
+        return;
+    }
+    __syncthreads();   // every thread's part is stored before the count goes up
+    if (tid == 0) {
+        sh.last = count_up(p.semaphores + s * KVH + h, count - 1) == (u32)count - 1;
+    }
+    __syncthreads();
+    if (!sh.last) return;
+#pragma unroll 1
+    for (int i = tid; i < GROUP * HD / 2; i += THREADS) {
+        const int head = h * GROUP + i / (HD / 2), d = i % (HD / 2) * 2;
+        const float2 r = merge(space + head * MOST * HD + d, stats + head * MOST * 2, count);
+        out(i) = pack(r.x, r.y);
+    }
+}
+
 // The k-th (row, KV head, split) beyond SPLITS; false behind the last. Every warp looks for itself.
 __device__ __forceinline__ bool beyond(const Params &p, int k, int &s, int &h, int &split) {
     const int lane = threadIdx.x & 31;
@@ -433,75 +525,71 @@ __device__ __forceinline__ bool beyond(const Params &p, int k, int &s, int &h, i
 }
 
 __device__ __forceinline__ void item(const Params &p, Shared &sh, int s, int h, int split, bool clustered) {
-    const int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31, g = lane >> 2, t = lane & 3;
+    const int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31, g = lane >> 2;
+    u16 *ring = sh.ring[warp][0];
     auto out = [&](int i) -> u32 & { return ((u32 *)p.out)[(s * KVH + h) * (GROUP * HD / 2) + i]; };   // two dimensions
-    int length, row, position;
-    Cut c;
-    Walk walk;
-    walk.table = p.table;
-    walk.blocks = p.blocks;
-    walk.head = h;
-    auto look_up = [&] {
-        length = min(ldcg(p.lens + s), TABLE_WIDTH * BLOCK_SIZE);
-        row = max(ldcg(p.rows + s), 0);
-        position = ldcg(p.positions + s);
-        c = cut(max(length, 0));
-        const int start = c.base + split * c.chunk;
-        walk.row = row;
-        walk.first = c.first;
-        walk.newest = length - 1;
-        walk.end = min(start + c.chunk, length);
-        walk.at = start + warp * WHOLE;
-        walk.turn = 0;
-        walk.entry = walk.found();
-    };
-    Keys k = {};   // zero: what is filled under a condition only would be alive from the start
-    Values v = {};
-    Angles angles = {};
-    auto ask = [&] {
-        angles = angles_at(p.rope + (long long)min(max(position, 0), p.angles - 1) * HD);
-        load(k, p, walk);
-        load(v, p, walk);
-    };
+    // Read before the wait, looked at again behind it. The first time all but the table's entry is a guess of where that is.
+    int length = 0, row = min(s, p.table_rows - 1), position = 0, seen[LOOKS] = {};
+    Cut c = {};
+    Walk walk = {p.table, p.blocks, row, 0, 1 << 30, 0, warp * WHOLE, 0, 0, 0};
+    const int own = (lane / LANES) * ROW + h * HD + lane % LANES * 8;   // this lane's part of a tile
     auto has_work = [&] { return length > 0 && split < c.count; };
-    look_up();
-    if (has_work()) ask();
-    Head norms[2] = {};
-    if (NORM) { norms[0] = head_at(p.q_norm); norms[1] = head_at(p.k_norm); }
-#pragma unroll 1
-    for (int i = tid; i < (8 - GROUP) * HD / 2; i += THREADS)   // columns of the tile without a head
-        *(u32 *)(sh.q + (GROUP + i / (HD / 2)) * Q_STRIDE + i % (HD / 2) * 2) = 0;
-    if (CLUSTER && clustered) meet();   // all of its blocks have begun
-    wait_for_predecessor();
-
+    // The new token. Each warp takes all query heads for itself.
+    Query q = {};
+    Head key = {}, value = {};
     int slot = 0;
 #pragma unroll 1
-    for (bool same = true;;) {
-        if (!same) {
-            look_up();
-            if (has_work()) ask();
-        }
-        // Heads of the new token, to shared memory: queries, key, value.
-        Head heads[VECTORS];
+    for (bool waited = false;; waited = true) {
+        const int new_length = min(ldcg(p.lens + s), TABLE_WIDTH * BLOCK_SIZE), new_row = max(ldcg(p.rows + s), 0);
+        const int new_position = ldcg(p.positions + s);
+        int place[LOOKS];
 #pragma unroll
-        for (int n = 0; n < VECTORS; ++n) {
-            const int i = min(warp + n * WARPS, GROUP + 1);
-            heads[n] = head_at(p.qkv + (long long)s * QKV + (i < GROUP ? h * GROUP + i : HEADS + (i - GROUP) * KVH + h) * HD);
+        for (int i = 0; i < LOOKS; ++i) place[i] = walk.found(walk.start + i * WARPS * WHOLE);
+        if (waited) {
+            const u16 *token = p.qkv + (long long)s * QKV;
+            q = query_at(token + (h * GROUP + min(g, GROUP - 1)) * HD);
+            key = head_at(token + (HEADS + h) * HD);
+            value = head_at(token + (HEADS + KVH + h) * HD);
+            slot = ldcg(p.slots + s);
         }
         // Each warp looks for itself: what it saw before the wait need not be what others saw.
-        same = (walk.found() == walk.entry) & (min(ldcg(p.lens + s), TABLE_WIDTH * BLOCK_SIZE) == length) &
-               (max(ldcg(p.rows + s), 0) == row) & (ldcg(p.positions + s) == position);
-        if (warp == WARPS - 1) slot = ldcg(p.slots + s);   // it has the fewest heads
+        bool same = waited & (new_length == length) & (new_row == row) & (new_position == position);
 #pragma unroll
-        for (int n = 0; n < VECTORS; ++n) {
-            const int i = warp + n * WARPS;
-            if (i >= GROUP + 2) continue;
-            if (i < GROUP) rotate(heads[n], norms[0], angles, p.eps);
-            if (i == GROUP) rotate(heads[n], norms[1], angles, p.eps);
-            put(i < GROUP ? sh.q + i * Q_STRIDE : i == GROUP ? sh.k : sh.v, heads[n]);
+        for (int i = 0; i < LOOKS; ++i) same &= place[i] == seen[i];
+        if (!__all_sync(~0u, same)) {
+            all_arrived();
+            length = new_length;
+            position = new_position;
+            c = cut(max(length, 0));
+            const int start = c.base + split * c.chunk;
+            const bool elsewhere = !ALIGNED || row != new_row || walk.start != start + warp * WHOLE;
+            walk.row = row = new_row;
+            walk.first = c.first;
+            walk.newest = length - 1;
+            walk.end = min(start + c.chunk, length);
+            walk.start = walk.at = start + warp * WHOLE;
+            walk.turn = 0;
+            if (elsewhere) place[0] = walk.found(walk.start);
+            walk.entry = place[0];
+#pragma unroll
+            for (int i = 0; i < LOOKS; ++i) seen[i] = place[0];
+            if (has_work()) {
+                const float *rope = p.rope + (long long)min(max(position, 0), p.angles - 1) * HD;
+                if (lane < HD / 4) copy16(sh.rope[warp] + lane * 4, rope + lane * 4);
+                if (NORM && lane < HD / 4)
+                    copy16(sh.gains[NORM ? warp : 0][0] + lane * 8, (lane < HD / 8 ? p.q_norm : p.k_norm - HD) + lane * 8);
+#pragma unroll (LOOPED)
+                for (int i = 0; i < PIECES; ++i) {
+                    if (i / 2 < LOOKS) seen[i / 2] = walk.entry;
+                    if (walk.at < walk.end) fetch(ring + i * PIECE, (i % 2 ? p.values : p.keys) + own, walk);
+                    commit();
+                    if (i % 2) walk.next();
+                }
+            }
         }
-        same = __syncthreads_and(same);
-        if (same) break;
+        if (waited) break;
+        if (CLUSTER && clustered) meet();   // all of its blocks have begun
+        wait_for_predecessor();
     }
     if (!has_work()) {
         if (length <= 0 && split == 0)
@@ -509,104 +597,116 @@ __device__ __forceinline__ void item(const Params &p, Shared &sh, int s, int h, 
             for (int i = tid; i < GROUP * HD / 2; i += THREADS) out(i) = 0;
         return;
     }
-    if (warp == WARPS - 1 && lane < HD / 4 && split == c.count - 1) {
-        const bool key = lane < HD / 8;
-        const int d = lane % (HD / 8) * 8;
-        *(uint4 *)((key ? p.keys : p.values) + (long long)slot * ROW + h * HD + d) = *(const uint4 *)((key ? sh.k : sh.v) + d);
+    one_arrived();   // with it cosines, sines and norms
+    __syncwarp();
+    rotate(q, sh.gains[NORM ? warp : 0][0], sh.rope[warp], p.eps);
+    if (g >= GROUP)   // a column of the tile without a head
+#pragma unroll
+        for (int i = 0; i < INNER; ++i) q.at[i][0] = q.at[i][1] = 0;
+    // Whose tokens the new one is among, needs its key and value, and keeps them.
+    if (walk.newest < walk.end && (walk.newest - walk.start + WARPS * WHOLE) / WHOLE % WARPS == 0) {
+        rotate(key, sh.gains[NORM ? warp : 0][1], sh.rope[warp], p.eps);
+        put(sh.k, key);
+        put(sh.v, value);
+        __syncwarp();
+        if (lane < HD / 4) {
+            const int d = lane % (HD / 8) * 8;
+            *(uint4 *)((lane < HD / 8 ? p.keys : p.values) + (long long)slot * ROW + h * HD + d) =
+                *(const uint4 *)((lane < HD / 8 ? sh.k : sh.v) + d);
+        }
     }
+    // What the kernel behind asks for would delay what this one still has to ask for.
+    auto let = [&] { if (walk.at >= walk.end) let_successor_start(); };
+    let();
     State o;
 #pragma unroll
     for (int i = 0; i < 2; ++i) { o.best[i] = -infinity(); o.total[i] = 0.f; }
 #pragma unroll
-    for (int i = 0; i < WIDE * 4; ++i)
+    for (int i = 0; i < INNER; ++i)
 #pragma unroll
         for (int j = 0; j < 4; ++j) o.acc[i][j] = 0.f;
-    uint4 q[SEGS];
-#pragma unroll
-    for (int i = 0; i < SEGS; ++i) q[i] = *(const uint4 *)(sh.q + g * Q_STRIDE + i * 32 + t * 8);
+    int turn = 0;   // slot of the step's keys
 #pragma unroll 1
-    for (int at = walk.at; at < walk.end; at = walk.at) {
-        walk.next();
-        // Something that the whole warp does makes this a branch, and loads in front of it cannot sink below the softmax.
-        attend(o, k, v, q, sh, at, walk.first, walk.newest, p.scale,
-               [&] { __syncwarp(); load(k, p, walk); }, [&] { load(v, p, walk); });
-    }
-    leave(o, sh);
-    __syncthreads();
-    float *space = p.parts + (long long)s * (HEADS * MOST * (HD + 2));
-    float *stats = space + HEADS * MOST * HD;
+    for (int at = walk.start; at < walk.end; at += WARPS * WHOLE) {
+        const int after = turn + 1 == PIECES ? 0 : turn + 1;
+        u16 *keys = ring + turn * PIECE, *values = ring + after * PIECE;
+        const bool ragged = at + WHOLE > walk.newest || at < walk.first;   // has the new token, or others to be left out
+        one_arrived();
+        if (ragged) {
+            two_arrived();
+            __syncwarp();
 #pragma unroll 1
-    for (int i = tid; i < GROUP * HD / 2; i += THREADS) {
-        const int head = i / (HD / 2), d = i % (HD / 2) * 2;
-        float best = -infinity(), total = 0.f;
-        float2 sum = make_float2(0.f, 0.f);
-#pragma unroll
-        for (int w = 0; w < WARPS; ++w) best = fmaxf(best, sh.stats[w][head].x);
-#pragma unroll
-        for (int w = 0; w < WARPS; ++w) {
-            const float weight = exp2_(sh.stats[w][head].x - best);
-            const float2 part = *(const float2 *)(sh.o[w][head] + d);
-            total += sh.stats[w][head].y * weight;
-            sum.x += part.x * weight;
-            sum.y += part.y * weight;
-        }
-        if (c.count == 1) {
-            const float factor = __fdividef(1.f, total);
-            out(i) = pack(sum.x * factor, sum.y * factor);
-        } else if (CLUSTER && c.count <= SPLITS) {
-            send(&sh.parts[split][head][d / 2], sum);
-            if (d == 0) send(&sh.part_stats[split][head], make_float2(best, total));
-        } else {
-            const int own = (h * GROUP + head) * MOST + split;
-            *(float2 *)(space + own * HD + d) = sum;
-            if (d == 0) *(float2 *)(stats + own * 2) = make_float2(best, total);
-        }
-    }
-    if (CLUSTER && c.count > 1 && c.count <= SPLITS) {
-        __syncwarp();
-        arrive();
-        if (split) return;
-        meet();
-#pragma unroll 1
-        for (int i = tid; i < GROUP * HD / 2; i += THREADS) {
-            const int head = i / (HD / 2), d = i % (HD / 2);
-            float best = -infinity(), total = 0.f;
-            float2 sum = make_float2(0.f, 0.f);
-#pragma unroll
-            for (int j = 0; j < SPLITS; ++j)
-                if (j < c.count) best = fmaxf(best, sh.part_stats[j][head].x);
-#pragma unroll
-            for (int j = 0; j < SPLITS; ++j)
-                if (j < c.count) {
-                    const float2 part = sh.parts[j][head][d], stats = sh.part_stats[j][head];
-                    const float weight = exp2_(stats.x - best);
-                    total += stats.y * weight;
-                    sum.x += part.x * weight;
-                    sum.y += part.y * weight;
+            for (int i = lane; i < WHOLE * LANES; i += 32) {
+                const int token = at + i / LANES, d = i % LANES;
+                uint4 *to = (uint4 *)(values + spot(i / LANES, d));
+                if (token < walk.first || token > walk.newest) *to = make_uint4(0, 0, 0, 0);   // 0 times NaN is NaN
+                if (token == walk.newest) {
+                    *to = *(const uint4 *)(sh.v + d * 8);
+                    *(uint4 *)(keys + spot(i / LANES, d)) = *(const uint4 *)(sh.k + d * 8);
                 }
-            const float factor = __fdividef(1.f, total);
-            out(i) = pack(sum.x * factor, sum.y * factor);
+            }
         }
+        __syncwarp();
+        float c[TILES][4];
+        scores(c, keys, q);
+        __syncwarp();
+        if (PIECES % 2) {
+            if (walk.at < walk.end) fetch(keys, p.values + own, walk);
+            commit();
+            walk.next();
+        } else {
+            if (walk.at < walk.end) fetch(keys, p.keys + own, walk);
+            commit();
+        }
+        weigh(o, c, values, ragged, at, walk.first, walk.newest, p.scale);
+        __syncwarp();
+        if (PIECES % 2) {
+            if (walk.at < walk.end) fetch(values, p.keys + own, walk);
+            commit();
+        } else {
+            if (walk.at < walk.end) fetch(values, p.values + own, walk);
+            commit();
+            walk.next();
+        }
+        turn = after + 1 == PIECES ? 0 : after + 1;
+        let();
+    }
+    all_arrived();
+    __syncwarp();
+    leave(o, sh, p.scale);
+    if (WARPS > 1) __syncthreads();
+    else __syncwarp();
+    if (c.count > 1) {
+        merge_splits(p, sh, s, h, split, c.count);
         return;
     }
-    if (c.count == 1) return;
-    __syncthreads();   // every thread's part is stored before the count goes up
-    if (tid == 0) {
-        sh.last = count_up(p.semaphores + s * KVH + h, c.count - 1) == (u32)c.count - 1;
-    }
-    __syncthreads();
-    if (!sh.last) return;
-#pragma unroll 1
-    for (int i = tid; i < GROUP * HD / 2; i += THREADS) {
-        const int head = h * GROUP + i / (HD / 2), d = i % (HD / 2) * 2;
-        const float2 r = merge(space + head * MOST * HD + d, stats + head * MOST * 2, c.count);
-        out(i) = pack(r.x, r.y);
+#pragma unroll
+    for (int n = 0; n < (GROUP * HD / 4 + THREADS - 1) / THREADS; ++n) {
+        const int i = n * THREADS + tid, head = i / (HD / 4), d = i % (HD / 4) * 4;
+        if (GROUP * HD / 4 % THREADS && i >= GROUP * HD / 4) break;
+        float best = sh.stats[0][head].x, total = 0.f;
+        float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll
+        for (int w = 1; w < WARPS; ++w) best = fmaxf(best, sh.stats[w][head].x);
+#pragma unroll
+        for (int w = 0; w < WARPS; ++w) {
+            const float2 stats = sh.stats[w][head];
+            const float weight = WARPS > 1 ? exp2_(stats.x - best) : 1.f;
+            const float4 part = *(const float4 *)(sh.o(w, head) + d);
+            total += stats.y * weight;
+            sum.x += part.x * weight;
+            sum.y += part.y * weight;
+            sum.z += part.z * weight;
+            sum.w += part.w * weight;
+        }
+        const float factor = __fdividef(1.f, total);
+        *(uint2 *)&out(i * 2) = make_uint2(pack(sum.x * factor, sum.y * factor), pack(sum.z * factor, sum.w * factor));
     }
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention(const __grid_constant__ Params p) {
-    __shared__ Shared sh;
-    let_successor_start();
+    extern __shared__ __align__(128) unsigned char memory[];
+    Shared &sh = *(Shared *)memory;
     const int first = blockIdx.x, pair = first / SPLITS;
     int s = pair / KVH, h = pair % KVH, split = first % SPLITS;
     const bool primary = first < p.primary;

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import struct
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -42,7 +42,9 @@ class Block:
 
     warps: int
     tiles: int
-    """That a warp looks at together; their keys and values are in registers."""
+    """That a warp looks at together: a step."""
+    pieces: int
+    """Of a step's keys, or of its values, that are on their way to a warp at a time; two at least."""
     resident: int
     """Blocks of a multiprocessor that its registers must leave room for."""
 
@@ -53,11 +55,11 @@ class Block:
 
 
 BLOCKS = {
-    64: ((1, Block(8, 2, 1)), (2, Block(8, 1, 2)), (4, Block(4, 2, 4)), (8, Block(2, 2, 8))),
-    128: ((3, Block(4, 1, 3)), (6, Block(2, 1, 6))),
+    64: ((1, Block(8, 2, 2, 2)), (2, Block(4, 2, 3, 5)), (8, Block(2, 1, 6, 12))),
+    128: ((3, Block(4, 1, 4, 5)), (8, Block(4, 1, 3, 5))),
 }  # fmt: skip
-"""By head_dim: up to so many rows and KV heads for each multiprocessor. All are resident at once."""
-IN_TURN = {64: Block(2, 2, 8), 128: Block(4, 1, 3)}
+"""By head_dim: up to so many rows and KV heads for each multiprocessor."""
+IN_TURN = {64: Block(8, 2, 2, 2), 128: Block(8, 1, 2, 2)}
 """With more. A long row that comes late keeps the others waiting, the longer the fewer warps it has."""
 SPREAD = {64: 1, 128: 2}
 """Blocks of a multiprocessor, by head_dim, up to which rows are cut into more splits: a short row leaves some idle."""
@@ -90,11 +92,7 @@ class Grid:
 def block_of(rows: int, shape: AttentionShape, processors: int) -> Block:
     """How blocks of a key work: fewer rows have more warps, as merging in a block is cheap."""
     each = -(-rows * shape.kv_heads // processors)
-    block = next((block for most, block in BLOCKS[shape.head_dim] if each <= most), IN_TURN[shape.head_dim])
-    if block.resident == 1 and splits_of(rows, shape, processors) > 1:
-        # They stand on all multiprocessors: with fewer registers, so that the next kernel finds room.
-        return replace(block, resident=2)
-    return block
+    return next((block for most, block in BLOCKS[shape.head_dim] if each <= most), IN_TURN[shape.head_dim])
 
 
 def splits_of(rows: int, shape: AttentionShape, processors: int) -> int:
@@ -205,9 +203,10 @@ class DecodeAttention:
         grid = grid_of(rows, shape, table.shape[1] * keys.shape[1], self._processors)
         block = block_of(rows, shape, self._processors)
         cluster = self._pdl and grid.splits > 1
-        kernel = self._kernel(
-            macros(shape, keys.shape[1], table.shape[1], norms[0] is not None, block, grid.splits, cluster)
+        numbers = macros(
+            shape, keys.shape[1], table.shape[1], norms[0] is not None, block, grid.splits, cluster
         )
+        kernel = self._kernel(numbers)
         if kernel is None:
             return False
         pointers = (
@@ -215,7 +214,9 @@ class DecodeAttention:
             table, view.rows, view.seq_lens, workspace, semaphores, out,
         )  # fmt: skip
         POINTERS[kernel.handle] = len(pointers)
-        params = pack(pointers, eps, shape.scale, rows, grid.primary, keys.shape[0], rope.shape[0])
+        params = pack(
+            pointers, eps, shape.scale, rows, grid.primary, keys.shape[0], rope.shape[0], table.shape[0]
+        )
         kernel.launch(params, grid=grid.primary + grid.helpers)
         return True
 
@@ -224,8 +225,9 @@ class DecodeAttention:
         if found is None:
             try:
                 found = build(
-                    SOURCE, "attention", macros, device=self._device, block=macros["WARPS"] * 32, shared_bytes=0, grid=1,
-                    pdl=self._pdl, cluster=macros["SPLITS"] if macros["CLUSTER"] else 1,
+                    SOURCE, "attention", macros, device=self._device, block=macros["WARPS"] * 32, grid=1,
+                    shared_bytes=shared_bytes(macros), pdl=self._pdl,
+                    cluster=macros["SPLITS"] if macros["CLUSTER"] else 1,
                 )  # fmt: skip
             except KernelError as error:
                 logger.warning(
@@ -245,8 +247,20 @@ def macros(
         "HD": shape.head_dim, "GROUP": shape.heads // shape.kv_heads, "KVH": shape.kv_heads,
         "BLOCK_SIZE": block_size, "WINDOW": shape.sliding_window or 0, "TABLE_WIDTH": table_width,
         "NORM": int(norm), "CHUNK": block.step, "LONG": LONG, "MOST": MOST, "WARPS": block.warps,
-        "TILES": block.tiles, "SPLITS": splits, "CLUSTER": int(cluster), "BLOCKS": block.resident,
+        "TILES": block.tiles, "PIECES": block.pieces, "SPLITS": splits, "CLUSTER": int(cluster),
+        "BLOCKS": block.resident,
     }  # fmt: skip
+
+
+def shared_bytes(macros: dict[str, int]) -> int:
+    """Of a block: `struct Shared`."""
+    dim, group, warps = macros["HD"], macros["GROUP"], macros["WARPS"]
+    size = warps * macros["PIECES"] * macros["TILES"] * STEP * dim * 2
+    norms = warps if macros["NORM"] else 1
+    size += (warps + norms + 1) * dim * 4  # angles, norms, the new token
+    size += warps * 64 + 8
+    size += (macros["SPLITS"] if macros["CLUSTER"] else 1) * group * (dim + 2) * 4
+    return _up(size, 128)
 
 
 def pack(
@@ -257,10 +271,11 @@ def pack(
     primary: int,
     blocks: int,
     angles: int,
+    table_rows: int,
 ) -> bytes:
     """`struct Params`; the softmax is in powers of two."""
-    numbers = (eps, scale * LOG2_E, rows, primary, blocks, angles)
-    return addresses(pointers) + struct.pack("<ffiiii", *numbers)
+    numbers = (eps, scale * LOG2_E, rows, primary, blocks, angles, table_rows)
+    return addresses(pointers) + struct.pack("<ffiiiii4x", *numbers)
 
 
 def _up(value: int, unit: int) -> int:
