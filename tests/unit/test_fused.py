@@ -105,7 +105,9 @@ def test_a_row_that_leaves_no_room_for_weights_is_refused() -> None:
 def test_the_ring_has_as_many_chunks_as_the_source_says(shape: str, fp8: bool) -> None:
     """The C++ sizes are read and computed here, so that a change there cannot go unnoticed."""
     spec = spec_from_config(SHAPES[shape])
-    a, numbers = spec.attention, dict(fused.TUNING[fp8])
+    a = spec.attention
+    sizes = (spec.hidden_size, a.q_size, spec.intermediate_size)
+    numbers = fused.tuning(*sizes, fp8=fp8)
     numbers |= {"HID": spec.hidden_size, "QSIZE": a.q_size, "INTER": spec.intermediate_size, "HD": a.head_dim}
     numbers |= {
         "FP8": fp8,
@@ -113,6 +115,7 @@ def test_the_ring_has_as_many_chunks_as_the_source_says(shape: str, fp8: bool) -
         "CHUNK": fused.fewest_in_split(a.heads, a.head_dim),
         "LONGEST": fused.LONGEST,
         "TOGETHER": fused.TOGETHER,
+        "GATED_TOGETHER": fused.gated_together(sizes[0], sizes[2], 132, numbers["MOST_SLICES"], fp8=fp8),
     }
     names: dict[str, Any] = {
         **numbers,
@@ -150,10 +153,8 @@ def test_the_ring_has_as_many_chunks_as_the_source_says(shape: str, fp8: bool) -
         value, argument, body = found.groups()
         source = f"lambda {argument}: {_python(body)}" if argument else value
         names[name] = eval(source, names)
-    assert (
-        ring_stages(spec.hidden_size, a.q_size, spec.intermediate_size, a.head_dim, fp8=fp8)
-        == names["STAGES"]
-    )
+    together = max(numbers["TOGETHER"], numbers["GATED_TOGETHER"])
+    assert ring_stages(*sizes, a.head_dim, fp8=fp8, together=together) == names["STAGES"]
     assert names["STAGES"] > numbers["FLIGHT"]
 
 
