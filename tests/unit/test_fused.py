@@ -158,6 +158,35 @@ def test_the_ring_has_as_many_chunks_as_the_source_says(shape: str, fp8: bool) -
     assert names["STAGES"] > numbers["FLIGHT"]
 
 
+def test_three_tiles_of_gate_and_up_are_added_at_once_where_a_block_has_no_more() -> None:
+    assert fused.gated_together(1024, 3072, 132, 22, fp8=False) == 3  # Qwen3-0.6B
+    assert fused.gated_together(1024, 3072, 200, 22, fp8=False) == 2  # two
+    assert fused.gated_together(1024, 6144, 132, 22, fp8=False) == 2  # six
+    assert fused.gated_together(2048, 3072, 132, 22, fp8=False) == 2  # more than its warps can hold
+
+
+def test_fp8_rows_without_whole_chunks_keep_large_ones() -> None:
+    assert fused.tuning(2048, 2048, 8192, fp8=True) == fused.TUNING[True]
+    assert fused.tuning(2560, 4096, 9728, fp8=True) == fused.UNEVEN
+    assert fused.tuning(2560, 4096, 9728, fp8=False) == fused.TUNING[False]
+
+
+@pytest.mark.parametrize("quantization", [None, "fp8"])
+@pytest.mark.parametrize("light", [False, True])
+def test_inputs_are_asked_for_at_a_time_where_layers_are_light(
+    monkeypatch: pytest.MonkeyPatch, quantization: str | None, light: bool
+) -> None:
+    properties = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    m = model(quantization=quantization)
+    w = m.layers[0]
+    size = sum(linear.weight.nbytes for linear in (w.qkv, w.output, w.gate_up, w.down))
+    monkeypatch.setattr(fused, "LIGHT", size + light)
+    macros = FusedDecode(torch.device("cuda", 0))._macros(m, 16, 4)
+    assert (macros["ASK"] > 0) is light
+    assert (macros["PACE"] == fused.LIGHT_PACE) is (light and quantization is None)
+
+
 def _python(body: str) -> str:
     """A C++ conditional as Python's."""
     found = re.fullmatch(r"(.*) \? (.*) : (.*)", body)

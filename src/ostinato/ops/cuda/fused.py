@@ -272,7 +272,7 @@ def fewest_in_split(heads: int, head_dim: int) -> int:
     """
     if head_dim == 64:
         return 256
-    return 64 if heads <= 16 else 256
+    return 32 if heads <= 16 else 128
 
 
 def tuning(hidden: int, q_size: int, inner: int, *, fp8: bool) -> dict[str, int]:
