@@ -105,7 +105,9 @@ def test_a_row_that_leaves_no_room_for_weights_is_refused() -> None:
 def test_the_ring_has_as_many_chunks_as_the_source_says(shape: str, fp8: bool) -> None:
     """The C++ sizes are read and computed here, so that a change there cannot go unnoticed."""
     spec = spec_from_config(SHAPES[shape])
-    a, numbers = spec.attention, dict(fused.TUNING[fp8])
+    a = spec.attention
+    sizes = (spec.hidden_size, a.q_size, spec.intermediate_size)
+    numbers = fused.tuning(*sizes, fp8=fp8)
     numbers |= {"HID": spec.hidden_size, "QSIZE": a.q_size, "INTER": spec.intermediate_size, "HD": a.head_dim}
     numbers |= {
         "FP8": fp8,
@@ -113,6 +115,7 @@ def test_the_ring_has_as_many_chunks_as_the_source_says(shape: str, fp8: bool) -
         "CHUNK": fused.fewest_in_split(a.heads, a.head_dim),
         "LONGEST": fused.LONGEST,
         "TOGETHER": fused.TOGETHER,
+        "GATED_TOGETHER": fused.gated_together(sizes[0], sizes[2], 132, numbers["MOST_SLICES"], fp8=fp8),
     }
     names: dict[str, Any] = {
         **numbers,
@@ -150,11 +153,38 @@ def test_the_ring_has_as_many_chunks_as_the_source_says(shape: str, fp8: bool) -
         value, argument, body = found.groups()
         source = f"lambda {argument}: {_python(body)}" if argument else value
         names[name] = eval(source, names)
-    assert (
-        ring_stages(spec.hidden_size, a.q_size, spec.intermediate_size, a.head_dim, fp8=fp8)
-        == names["STAGES"]
-    )
+    together = max(numbers["TOGETHER"], numbers["GATED_TOGETHER"])
+    assert ring_stages(*sizes, a.head_dim, fp8=fp8, together=together) == names["STAGES"]
     assert names["STAGES"] > numbers["FLIGHT"]
+
+
+def test_three_tiles_of_gate_and_up_are_added_at_once_where_a_block_has_no_more() -> None:
+    assert fused.gated_together(1024, 3072, 132, 22, fp8=False) == 3  # Qwen3-0.6B
+    assert fused.gated_together(1024, 3072, 200, 22, fp8=False) == 2  # two
+    assert fused.gated_together(1024, 6144, 132, 22, fp8=False) == 2  # six
+    assert fused.gated_together(2048, 3072, 132, 22, fp8=False) == 2  # more than its warps can hold
+
+
+def test_fp8_rows_without_whole_chunks_keep_large_ones() -> None:
+    assert fused.tuning(2048, 2048, 8192, fp8=True) == fused.TUNING[True]
+    assert fused.tuning(2560, 4096, 9728, fp8=True) == fused.UNEVEN
+    assert fused.tuning(2560, 4096, 9728, fp8=False) == fused.TUNING[False]
+
+
+@pytest.mark.parametrize("quantization", [None, "fp8"])
+@pytest.mark.parametrize("light", [False, True])
+def test_inputs_are_asked_for_at_a_time_where_layers_are_light(
+    monkeypatch: pytest.MonkeyPatch, quantization: str | None, light: bool
+) -> None:
+    properties = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    m = model(quantization=quantization)
+    w = m.layers[0]
+    size = sum(linear.weight.nbytes for linear in (w.qkv, w.output, w.gate_up, w.down))
+    monkeypatch.setattr(fused, "LIGHT", size + light)
+    macros = FusedDecode(torch.device("cuda", 0))._macros(m, 16, 4)
+    assert (macros["ASK"] > 0) is light
+    assert (macros["PACE"] == fused.LIGHT_PACE) is (light and quantization is None)
 
 
 def _python(body: str) -> str:

@@ -21,7 +21,8 @@
 // Macros: HID QSIZE QKVN INTER VOCAB NL HEADS KVH HD BLOCK_SIZE WINDOW TABLE_WIDTH FP8 QKNORM QKV_BIAS O_BIAS GRID WARPS
 // MOST_SLICES (of a chunk) FLIGHT (chunks of weights under way to the ring) LEAD (chunks
 // in the L2 cache ahead of it) PACE (cycles a chunk) MAXS (most splits of a context) CHUNK (fewest
-// tokens in a split) LONGEST (most tokens in one of few splits) TOGETHER (tiles between two meetings of the warps) COUNTS (whether `decode` counts the step, and not `finish`).
+// tokens in a split) LONGEST (most tokens in one of few splits) TOGETHER, GATED_TOGETHER (tiles between two meetings of the warps; of gate
+// and up) ASK (cycles from a meeting until the next op's input should be there; 0: nobody knows) COUNTS (whether `decode` counts the step, and not `finish`).
 
 #include "common.cuh"
 #include "ring.cuh"
@@ -53,6 +54,7 @@ constexpr int stride_of(int ck) { return apart(ck * (int)sizeof(W)); }
 // first halves of eight rows and then their second halves, where that leaves the busiest block fewer rows.
 template <int K_, int N_, bool GATED_> struct Op {
     static constexpr bool GATED = GATED_;
+    static constexpr int MEET = GATED ? GATED_TOGETHER : TOGETHER;   // tiles between two meetings of the warps
     static constexpr int K = K_, N = N_;
     static constexpr bool HALVED = !GATED && K / 2 % SW == 0 && cdiv(N / 8, GRID) * 8 < cdiv(N / 16, GRID) * 16;
     static constexpr int ROWS = GATED || HALVED ? 8 : 16, TILES = N / ROWS;
@@ -72,12 +74,12 @@ constexpr int STAGE = 16 * cmax(stride_of(chunk_of(HID)), cmax(stride_of(chunk_o
 constexpr int X_ROOM = cmax(cmax(cmax(room_of(HID), halves_of(HID)), cmax(room_of(QSIZE), halves_of(QSIZE))), cmax(room_of(INTER), halves_of(INTER)));
 constexpr int X_WARP = X_ROOM * SW * 2;               // bytes of the token that a warp has room for
 constexpr int X_BYTES = NW * X_WARP;
-constexpr int RED = TOGETHER * NW * 16;               // floats in one reduction buffer
+constexpr int RED = cmax(TOGETHER, GATED_TOGETHER) * NW * 16;   // floats in one reduction buffer
 constexpr int ATT = NW * HD + (NW + 2) / 2 * 4;       // floats for merging warps in attention
 constexpr int FIXED = X_BYTES + (2 * RED + ATT) * 4 + 2 * NW * 4 + HD * 4 + 3 * HD * 2 + LONGEST * 4 + 16;
 constexpr int STAGES = (227 * 1024 - FIXED) / (STAGE + 16);
 static_assert(STAGES > FLIGHT, "the ring does not fit");
-static_assert(16 * TOGETHER <= NT, "a thread for each result of the tiles");
+static_assert(16 * TOGETHER <= NT && 16 * GATED_TOGETHER <= NT, "a thread for each result of the tiles");
 static_assert(HID % SW == 0 && QSIZE % SW == 0 && INTER % SW == 0, "whole slices");
 static_assert(QKVN % 16 == 0 && HID % 16 == 0 && INTER % 8 == 0 && VOCAB % 16 == 0, "whole tiles");
 static_assert(3 * DL <= NT && LONGEST % CHUNK == 0, "lanes for each vector of a new token; whole splits");
@@ -88,7 +90,7 @@ constexpr int X_AT = STAGES * STAGE, RED_AT = X_AT + X_BYTES, ATT_AT = RED_AT + 
 constexpr int SQUARES_AT = ATT_AT + ATT * 4, ANGLES_AT = SQUARES_AT + 2 * NW * 4, SLOTS_AT = ANGLES_AT + HD * 4, FLAG_AT = SLOTS_AT + LONGEST * 4;
 constexpr int FRESH_AT = FLAG_AT + 16, FULL_AT = FRESH_AT + 3 * HD * 2, EMPTY_AT = FULL_AT + STAGES * 8;
 static_assert(EMPTY_AT + STAGES * 8 <= 227 * 1024 && FRESH_AT % 16 == 0 && FULL_AT % 8 == 0, "the layout");
-SHARED(float, reduced, RED_AT)       // [2][TOGETHER][16][NW]
+SHARED(float, reduced, RED_AT)       // [2][TOGETHER or GATED_TOGETHER][16][NW]
 SHARED(float, gathered, ATT_AT)      // attention's parts: [NW][HD], then [NW + 1] of (largest, sum)
 SHARED(float, sums, SQUARES_AT)      // [2][NW] of squares
 SHARED(float, angles, ANGLES_AT)     // [HD]
@@ -207,12 +209,20 @@ __device__ __forceinline__ void expect_context(const Layer &layer, const Context
 enum { STORE, ADD, ACT, BEST };
 enum { CELLS, ATTENTION };
 // Which buffer the warps' sums go to: there are two, so that one meeting is enough for each. Another two for squares.
-struct Turn { int sums, squares; };
+struct Turn {
+    int sums, squares;
+    u32 met;   // when the warps met last
+};
+__device__ __forceinline__ u32 now() {
+    u32 t;
+    asm volatile("mov.u32 %0, %%clock;" : "=r"(t));
+    return t;
+}
 
 // Brings what a warp needs of an op's input to its part of shared memory, times the norm's weights where there is a norm.
 // Tag 0: the embedding. Returns this lane's sum of squares, and `inverse` of what FP8's token is multiplied by.
 template <typename O, bool NORM, int FROM>
-__device__ __forceinline__ float stage(const Params &p, const Context &context, const u64 *x, const u16 *norm, u32 tag, float &inverse) {
+__device__ __forceinline__ float stage(const Params &p, const Context &context, const u64 *x, const u16 *norm, u32 tag, float &inverse, u32 met) {
     constexpr int COUNT = O::KEPT * QUADS, PER = cdiv(COUNT, 32);   // of four values; for a lane
     const int tid = thread(), warp = tid >> 5, lane = tid & 31;
     inverse = 1.f;
@@ -231,61 +241,78 @@ __device__ __forceinline__ float stage(const Params &p, const Context &context, 
     for (int u = 0; u < PER; ++u) w[u] = make_uint2(0, 0);
     float squares = 0.f;
     if (FROM == ATTENTION && context.splits > 1 && context.splits <= FEW) {
-        // Lanes look out for each split of each of the heads, at the word that is written last: asking in vain for all is dear.
+        // Lanes look out for each split of each of the heads, at the word that is written last: asking in vain for all is dear. They do so
+        // together: each by itself they would take what the L2 cache can deliver. The shares of the splits stand where the token will be.
         constexpr int RUN = O::EACH * SW, STEP = HD % RUN == 0 ? O::EACH : RUN % HD == 0 ? HD / SW : 1, UNITS = O::KEPT / STEP;   // slices of a head
+        constexpr int LOOKS = cdiv(UNITS * FEW, 32), AT_ONCE = 2;
+        static_assert(FROM != ATTENTION || UNITS * FEW * 4 <= X_WARP, "room");
+        float *const shares = (float *)(memory + X_AT + warp * X_WARP);   // [UNITS][FEW]
+        float log[LOOKS];
+#pragma unroll
+        for (int k = 0; k < LOOKS; ++k) {
+            const int i = lane + 32 * k, first = i / FEW * STEP, side = first / O::TURNS, at = first % O::TURNS, own = warp * O::EACH + at % O::EACH;
+            const bool wanted = i < UNITS * FEW && i % FEW < context.splits && (O::SLICES % NW == 0 || own < O::SLICES);
+            const u64 *from = p.parts + ((long long)((side * O::INNER + at / O::EACH * O::CK + own * SW) / HD) * MAXS + i % FEW) * PART + HD / 2;
+            u64 found = (u64)tag << 32 | 0xff800000u;
+            if (wanted) found = ld_cell(from);
 #pragma unroll 1
-        for (int i = lane; i < UNITS * context.splits; i += 32) {
-            const int first = i % UNITS * STEP, side = first / O::TURNS, at = first % O::TURNS, own = warp * O::EACH + at % O::EACH;
-            if (O::SLICES % NW == 0 || own < O::SLICES)
-                insist(p.parts + ((long long)((side * O::INNER + at / O::EACH * O::CK + own * SW) / HD) * MAXS + i / UNITS) * PART + HD / 2, tag);
+            for (u32 spins = 0; !__all_sync(~0u, (u32)(found >> 32) == tag);) {
+                if (++spins == 1u << 24) __trap();
+                rest();
+                if ((u32)(found >> 32) != tag) found = ld_cell(from);
+            }
+            log[k] = __uint_as_float((u32)found);
         }
-        __syncwarp();
-        constexpr int AT_ONCE = 2;
+        Pair v[AT_ONCE][FEW];
+        const auto ask = [&](int first, bool anew) {
+#pragma unroll
+            for (int a = 0; a < AT_ONCE; ++a)
+#pragma unroll
+                for (int j = 0; j < FEW; ++j)
+                    if (first + a < PER && j < context.splits && there(first + a)) {
+                        const int at = inner(first + a);
+                        if (anew || !fresh(v[a][j], tag)) v[a][j] = ld_pair(p.parts + ((long long)(at / HD) * MAXS + j) * PART + at % HD / 2);
+                    } else if (anew) v[a][j] = Pair{(u64)tag << 32, (u64)tag << 32};
+        };
 #pragma unroll
         for (int first = 0; first < PER; first += AT_ONCE) {
-            Pair v[AT_ONCE][FEW];
-            u64 weight[AT_ONCE][FEW];
-            bool all = false;
+            ask(first, true);
+            if (first == 0) {   // meanwhile
+#pragma unroll
+                for (int k = 0; k < LOOKS; ++k) {
+                    const float two = fmaxf(log[k], __shfl_xor_sync(~0u, log[k], 1)), above = fmaxf(two, __shfl_xor_sync(~0u, two, 2));
+                    const float share = exp2_(log[k] - above), sum = share + __shfl_xor_sync(~0u, share, 1), all = sum + __shfl_xor_sync(~0u, sum, 2);
+                    if (lane + 32 * k < UNITS * FEW) shares[lane + 32 * k] = __fdividef(share, all);
+                }
+                __syncwarp();
+            }
 #pragma unroll 1
-            for (u32 spins = 0; !all; ++spins) {
-                if (spins == 1u << 24) __trap();
-                if (spins) rest();
+            for (u32 spins = 0;;) {
+                bool all = true;
 #pragma unroll
                 for (int a = 0; a < AT_ONCE; ++a)
 #pragma unroll
-                    for (int j = 0; j < FEW; ++j)
-                        if (first + a < PER && j < context.splits && there(first + a)) {
-                            const int at = inner(first + a);
-                            const u64 *own = p.parts + (long long)(at / HD) * MAXS * PART + j * PART;
-                            v[a][j] = ld_pair(own + at % HD / 2);
-                            weight[a][j] = ld_cell(own + HD / 2);
-                        } else {   // otherwise their registers would be kept from layer to layer
-                            v[a][j] = Pair{(u64)tag << 32, (u64)tag << 32};
-                            weight[a][j] = (u64)tag << 32 | 0xff800000u;
-                        }
-                all = true;
-#pragma unroll
-                for (int a = 0; a < AT_ONCE; ++a)
-#pragma unroll
-                    for (int j = 0; j < FEW; ++j) all = all && fresh(v[a][j], tag) && (u32)(weight[a][j] >> 32) == tag;
+                    for (int j = 0; j < FEW; ++j) all = all && fresh(v[a][j], tag);
+                if (all) break;
+                if (++spins == 1u << 24) __trap();
+                rest();
+                ask(first, false);
             }
 #pragma unroll
             for (int a = 0; a < AT_ONCE; ++a) {
                 if (first + a >= PER || !there(first + a)) continue;
-                float above = -infinity(), total = 0.f, f[4] = {0.f, 0.f, 0.f, 0.f};
-#pragma unroll
-                for (int j = 0; j < FEW; ++j) above = fmaxf(above, __uint_as_float((u32)weight[a][j]));
+                const float4 own = *(const float4 *)(shares + (lane + 32 * (first + a)) / QUADS / STEP * FEW);
+                const float share[FEW] = {own.x, own.y, own.z, own.w};
+                float f[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
                 for (int j = 0; j < FEW; ++j) {
-                    const float share = exp2_(__uint_as_float((u32)weight[a][j]) - above);
-                    total += share;
-                    f[0] += lo((u32)v[a][j].a) * share; f[1] += hi((u32)v[a][j].a) * share;
-                    f[2] += lo((u32)v[a][j].b) * share; f[3] += hi((u32)v[a][j].b) * share;
+                    f[0] += lo((u32)v[a][j].a) * share[j]; f[1] += hi((u32)v[a][j].a) * share[j];
+                    f[2] += lo((u32)v[a][j].b) * share[j]; f[3] += hi((u32)v[a][j].b) * share[j];
                 }
-                total = 1.f / total;
-                w[first + a] = make_uint2(pack(f[0] * total, f[1] * total), pack(f[2] * total, f[3] * total));
+                w[first + a] = make_uint2(pack(f[0], f[1]), pack(f[2], f[3]));
             }
         }
+        __syncwarp();   // all have read what the token overwrites
     } else {
         Pair v[PER] = {};
         uint2 gain[NORM ? PER : 1];
@@ -299,8 +326,19 @@ __device__ __forceinline__ float stage(const Params &p, const Context &context, 
             for (int u = 0; u < PER; ++u)
                 if (there(u)) { const uint2 e = *(const uint2 *)(own + inner(u)); v[u].a = e.x; v[u].b = e.y; }
         } else {
-            look_out(x + inner(0) / 2, tag);
             bool all = false;
+            // Where it is known how long the others take, all words are asked for at once, at a time when they should be there.
+            if (ASK) {
+                while (now() - met < ASK) {}
+#pragma unroll
+                for (int u = 0; u < PER; ++u)
+                    if (there(u)) v[u] = ld_pair(x + inner(u) / 2);
+                all = true;
+#pragma unroll
+                for (int u = 0; u < PER; ++u) all = all && (!there(u) || fresh(v[u], tag));
+                all = __all_sync(~0u, all);
+            }
+            if (!all) look_out(x + inner(0) / 2, tag);
 #pragma unroll 1
             for (u32 spins = 0; !all; ++spins) {
                 if (spins == 1u << 24) __trap();
@@ -381,10 +419,11 @@ template <typename O, bool NORM, int KIND, int FROM>
 __device__ __forceinline__ void consume(Ring &ring, Share &share, Turn &use, const Params &p, const Context &context, const u64 *x,
                                         u32 tag, const u16 *norm, const float *scale, const u16 *bias, u64 *out, u32 out_tag,
                                         u32 old_tag) {
-    // Weights wait in registers, a batch of slices: two tiles, or one, or a part of one.
+    // Weights wait in registers, a batch of slices: a few tiles, or one, or a part of one.
     constexpr int EACH = O::EACH, TURNS = O::TURNS, BATCH = O::BATCH, BATCHES = O::BATCHES;
-    constexpr bool TWO = TURNS * TOGETHER <= HELD;
-    constexpr int TILES_HELD = TWO ? TOGETHER : 1;
+    constexpr int MEET = O::MEET;
+    constexpr bool ALL = MEET > TOGETHER || TURNS * MEET <= HELD;   // the tiles between two meetings wait; more than TOGETHER only where they can
+    constexpr int TILES_HELD = ALL ? MEET : 1;
     const int tid = thread(), warp = tid >> 5, lane = tid & 31, g = lane >> 2, t = lane & 3, row = tid & 15;
     int tile = share.first();
     share.pass(O::TILES);
@@ -418,16 +457,16 @@ __device__ __forceinline__ void consume(Ring &ring, Share &share, Turn &use, con
     };
     load_first(tile);   // no result is needed for that
     float inverse;
-    float squares = stage<O, NORM, FROM>(p, context, x, norm, tag, inverse);
+    float squares = stage<O, NORM, FROM>(p, context, x, norm, tag, inverse, use.met);
     if (NORM) use.squares ^= 1;
     const u32 own_x = shared_at(memory) + X_AT + warp * X_WARP + t * (SW / 2) + (g & 1) * (SW / 4);
     int turn = tid >> 4, best_at = 0;   // which tile's results are this thread's to finish
     float best = -infinity();
     const int begin = tile;
 #pragma unroll 1
-    for (; tile < O::TILES; tile += TOGETHER * GRID) {
+    for (; tile < O::TILES; tile += MEET * GRID) {
         const int n = (tile + turn * GRID) * O::ROWS + row;
-        const bool mine = turn < TOGETHER && row < O::ROWS && n < O::N;
+        const bool mine = turn < MEET && row < O::ROWS && n < O::N;
         u64 old = 0;
 #if FP8
         float factor_v = 0.f, factor_u = 0.f;   // asked for before the weights come, not looked at before they have
@@ -464,18 +503,18 @@ __device__ __forceinline__ void consume(Ring &ring, Share &share, Turn &use, con
                 if (!O::HALVED) red[i * (NW * 16) + 8 * NW] = second;
             }
         };
-        if (TWO) {
+        if (ALL) {
 #pragma unroll
-            for (int i = 0; i < TOGETHER; ++i) {
+            for (int i = 0; i < MEET; ++i) {
                 if (i > 0 && tile + i * GRID >= O::TILES) break;
                 float up[2][4] = {}, low[2][4] = {};
                 multiply_held(up, low, i % TILES_HELD, own_x);
                 leave(up, low, i);
             }
-            if (tile + TOGETHER * GRID < O::TILES) load_first(tile + TOGETHER * GRID);
+            if (tile + MEET * GRID < O::TILES) load_first(tile + MEET * GRID);
         } else {
 #pragma unroll 1
-            for (int i = 0; i < TOGETHER && tile + i * GRID < O::TILES; ++i) {
+            for (int i = 0; i < MEET && tile + i * GRID < O::TILES; ++i) {
                 float up[2][4] = {}, low[2][4] = {};
 #pragma unroll 1
                 for (int batch = 0; batch < BATCHES; ++batch) {
@@ -492,6 +531,7 @@ __device__ __forceinline__ void consume(Ring &ring, Share &share, Turn &use, con
             if (lane == 0) sums()[use.squares * NW + warp] = squares;
         }
         consumers_meet();
+        if (ASK) use.met = now();
         float v = 0.f, u = 0.f;
         if (mine) {
             const auto sum = [](const float *from) {
@@ -527,7 +567,7 @@ __device__ __forceinline__ void consume(Ring &ring, Share &share, Turn &use, con
             float other = __shfl_xor_sync(~0u, v, 1);
             if (mine && (row & 1) == 0) st_cell(out + n / 2, pack(v, other), out_tag);
             // The next tiles' results are the next warps', while these still add.
-            turn = (turn + NT / 16 - cmax(2, TOGETHER)) % (NT / 16);
+            turn = (turn + NT / 16 - cdiv(MEET, 2) * 2) % (NT / 16);
         }
         use.sums ^= 1;
     }
@@ -542,10 +582,10 @@ __device__ __forceinline__ void consume(Ring &ring, Share &share, Turn &use, con
             better(v, __shfl_xor_sync(~0u, best_at, d));
         }
         float *tops = reduced() + use.sums * RED;   // nobody reads this one any more
-        if (lane == 0 && warp < (TOGETHER + 1) / 2) { tops[2 * warp] = best; tops[2 * warp + 1] = __int_as_float(best_at); }
+        if (lane == 0 && warp < (MEET + 1) / 2) { tops[2 * warp] = best; tops[2 * warp + 1] = __int_as_float(best_at); }
         consumers_meet();
         if (tid == 0) {
-            for (int w = 1; w < (TOGETHER + 1) / 2; ++w) better(tops[2 * w], __float_as_int(tops[2 * w + 1]));
+            for (int w = 1; w < (MEET + 1) / 2; ++w) better(tops[2 * w], __float_as_int(tops[2 * w + 1]));
             p.best[blockIdx.x] = best;
             p.best_at[blockIdx.x] = best_at;
         }
@@ -611,18 +651,27 @@ __device__ __forceinline__ void attend(const Params &p, const Layer &layer, cons
         const int head = item % HEADS, split = item / HEADS, kv = head / GROUP;
         const int start = c.start(item), end = c.end(item), old = min(end, c.length - 1);   // up to `old` they are in the cache
         const bool last = end == c.length && c.length > 0, known = c.known();
-        const int *table = p.table + (long long)max(p.rows[0], 0) * TABLE_WIDTH;
         const u16 *const keys = layer.keys + kv * HD + t * 8;
         const long long apart = layer.values - layer.keys;   // in numbers
         // Rows of a tile are tokens, and eight of their numbers stand side by side in a lane: of 32 each the t-th eight.
         // Loaded in any case: what is loaded under a condition would be kept in registers from layer to layer.
         uint4 kr[OWN / 8][HD / 32], vr[OWN / 8][HD / 32];
         const auto load = [&](int at) {
+            int slot[OWN / 8];
+            if (known) {   // all of them before the first load, behind which they would wait
+#pragma unroll
+                for (int i = 0; i < OWN / 8; ++i) slot[i] = old <= start ? 0 : places()[min(at + i * 8 + g, old - 1) - start];
+            } else {
+                const int *table = p.table + (long long)max(p.rows[0], 0) * TABLE_WIDTH;
+#pragma unroll
+                for (int i = 0; i < OWN / 8; ++i) {
+                    const int token = min(at + i * 8 + g, old - 1);
+                    slot[i] = old <= start ? 0 : table[token / BLOCK_SIZE] * BLOCK_SIZE + token % BLOCK_SIZE;
+                }
+            }
 #pragma unroll
             for (int i = 0; i < OWN / 8; ++i) {
-                const int token = min(at + i * 8 + g, old - 1);
-                const int slot = old <= start ? 0 : known ? places()[token - start] : table[token / BLOCK_SIZE] * BLOCK_SIZE + token % BLOCK_SIZE;
-                const u16 *from = keys + (long long)slot * (KVH * HD);
+                const u16 *from = keys + (long long)slot[i] * (KVH * HD);
 #pragma unroll
                 for (int s = 0; s < HD / 32; ++s) {
                     kr[i][s] = ldcg4(from + s * 32);
@@ -783,7 +832,7 @@ extern "C" __global__ void __launch_bounds__(NT + PW * 32, 1) decode(const __gri
     for (int i = threadIdx.x * 16; i < X_BYTES; i += NT * 16) *(uint4 *)(memory + X_AT + i) = make_uint4(0, 0, 0, 0);
     asm volatile("griddepcontrol.wait;" ::: "memory");
     Share share = {0};
-    Turn use = {0, 0};
+    Turn use = {0, 0, now()};
     const Context c = context_of(p.lens[0]);
     if (c.length > 0) {
         const float *turns = p.rope + (long long)p.positions[0] * HD;

@@ -32,14 +32,22 @@ TOGETHER = 2
 """Tiles of weights between two meetings of a block's warps"""
 HELD = 8
 """Slices of weights, of 1 KiB, that a warp holds in registers"""
+MOST_HELD = 12
+"""The same, where that is all that a block has of gate and up"""
 SPLITS = 16
 LONGEST = 512
 """Most tokens in a split as long as four splits do, which is what readers merge by themselves"""
 TUNING = {
     False: {"MOST_SLICES": 22, "FLIGHT": 3, "LEAD": 16, "PACE": 900},
-    True: {"MOST_SLICES": 45, "FLIGHT": 1, "LEAD": 8, "PACE": 1800},
+    True: {"MOST_SLICES": 16, "FLIGHT": 2, "LEAD": 16, "PACE": 1200},
 }
-"""Of the stream of weights, as measured on an H200; by whether they are FP8."""
+"""Of the stream of weights, as measured on an H200; by whether they are FP8"""
+UNEVEN = {"MOST_SLICES": 45, "FLIGHT": 1, "LEAD": 8, "PACE": 1800}
+"""The same of FP8 weights that do not come in whole chunks of 16 slices"""
+LIGHT = 2**26
+"""Bytes of a layer's weights below which blocks wait for each other and not for the memory"""
+ASK, LIGHT_PACE = 1150, 600
+"""Of light layers: cycles from op to op; PACE, where weights are bfloat16"""
 LOG2_E = 1.4426950408889634
 
 
@@ -165,17 +173,24 @@ class FusedDecode:
 
     def _macros(self, stack: Stack, block_size: int, table_width: int) -> dict[str, int]:
         a, first = stack.attention, stack.layers[0]
+        hidden, inner, fp8 = stack.embedding.shape[1], first.down.in_features, first.qkv.scale is not None
+        stream = tuning(hidden, a.q_size, inner, fp8=fp8)
+        weights = (first.qkv.weight, first.output.weight, first.gate_up.weight, first.down.weight)
+        light = sum(w.numel() * w.element_size() for w in weights) < LIGHT
+        if light and not fp8:
+            stream["PACE"] = LIGHT_PACE
         # Then each block has tiles of the MLP and of the head, and the first one ends behind all others' start.
-        counts = min(first.down.in_features // 8, stack.head.out_features // 16) >= self._grid
+        counts = min(inner // 8, stack.head.out_features // 16) >= self._grid
         return {
-            "HID": stack.embedding.shape[1], "QSIZE": a.q_size, "QKVN": a.qkv_size,
-            "INTER": first.down.in_features, "VOCAB": stack.head.out_features, "NL": len(stack.layers),
+            "HID": hidden, "QSIZE": a.q_size, "QKVN": a.qkv_size,
+            "INTER": inner, "VOCAB": stack.head.out_features, "NL": len(stack.layers),
             "HEADS": a.heads, "KVH": a.kv_heads, "HD": a.head_dim,
             "BLOCK_SIZE": block_size, "WINDOW": a.sliding_window or 0, "TABLE_WIDTH": table_width,
-            "FP8": first.qkv.scale is not None, "QKNORM": first.q_norm is not None,
+            "FP8": fp8, "QKNORM": first.q_norm is not None,
             "QKV_BIAS": first.qkv.bias is not None, "O_BIAS": first.output.bias is not None,
             "GRID": self._grid, "WARPS": WARPS, "MAXS": SPLITS, "CHUNK": fewest_in_split(a.heads, a.head_dim), "LONGEST": LONGEST,
-            "TOGETHER": TOGETHER, "COUNTS": counts, **TUNING[first.qkv.scale is not None],
+            "TOGETHER": TOGETHER, "GATED_TOGETHER": gated_together(hidden, inner, self._grid, stream["MOST_SLICES"], fp8=fp8),
+            "ASK": ASK if light else 0, "COUNTS": counts, **stream,
         }  # fmt: skip
 
     def _bind(self, stack: Stack, macros: dict[str, int]) -> _Bound:
@@ -243,8 +258,8 @@ def unsupported(stack: Stack) -> str | None:
     ):  # fmt: skip
         if size % unit:
             return f"{name} {size} is no multiple of {unit}"
-    stages = ring_stages(hidden, a.q_size, inner, a.head_dim, fp8=fp8)
-    flight = TUNING[fp8]["FLIGHT"]
+    stages = ring_stages(hidden, a.q_size, inner, a.head_dim, fp8=fp8, together=TOGETHER + 1)
+    flight = tuning(hidden, a.q_size, inner, fp8=fp8)["FLIGHT"]
     if stages <= flight:
         return f"its rows leave shared memory for {max(stages, 0)} chunks of weights, it needs {flight + 1}"
     return None
@@ -257,32 +272,53 @@ def fewest_in_split(heads: int, head_dim: int) -> int:
     """
     if head_dim == 64:
         return 256
-    return 64 if heads <= 16 else 256
+    return 32 if heads <= 16 else 128
 
 
-def ring_stages(hidden: int, q_size: int, inner: int, head_dim: int, *, fp8: bool) -> int:
-    """Chunks of weights that fit into shared memory beside a token: `STAGES` in `decode.cu`."""
-    item = 1 if fp8 else 2
-    slice_ = 64 // item
+def tuning(hidden: int, q_size: int, inner: int, *, fp8: bool) -> dict[str, int]:
+    """How weights are streamed, by the sizes that are multiplied over."""
+    even = all(size // 64 % TUNING[True]["MOST_SLICES"] == 0 for size in (hidden, q_size, inner))
+    return dict(UNEVEN if fp8 and not even else TUNING[fp8])
+
+
+def gated_together(hidden: int, inner: int, grid: int, most: int, *, fp8: bool) -> int:
+    """Tiles of gate and up between two meetings of a block's warps: three where it has no more and can hold them.
+
+    `most`: slices of a chunk.
+    """
+    fits = 3 * _turns(hidden // (64 if fp8 else 32), most)[0] <= MOST_HELD
+    return TOGETHER + 1 if fits and -(-(inner // 8) // grid) == TOGETHER + 1 else TOGETHER
+
+
+def _chunk(slices: int, most: int) -> int:
+    """Slices of a chunk, of a row's."""
+    return next(d for d in range(most, 0, -1) if slices % d == 0)
+
+
+def _turns(slices: int, most: int) -> tuple[int, int]:
+    """Slices of a row that a warp multiplies; the same in whole batches."""
+    each = -(-_chunk(slices, most) // WARPS)
+    turns = slices // _chunk(slices, most) * each
+    batch = max(1, min(turns, max(1, HELD // each) * each))
+    return turns, -(-turns // batch) * batch
+
+
+def ring_stages(
+    hidden: int, q_size: int, inner: int, head_dim: int, *, fp8: bool, together: int = TOGETHER
+) -> int:
+    """Chunks of weights that fit into shared memory beside a token: `STAGES` in `decode.cu`.
+
+    `together`: tiles between two meetings, at most.
+    """
+    item, most = 1 if fp8 else 2, tuning(hidden, q_size, inner, fp8=fp8)["MOST_SLICES"]
+    slices = [size // (64 // item) for size in (hidden, q_size, inner)]
 
     def apart(nbytes: int) -> int:
         return nbytes if nbytes // 64 % 2 else nbytes + 64
 
-    def chunk(size: int) -> int:
-        """Slices of a chunk."""
-        return next(d for d in range(TUNING[fp8]["MOST_SLICES"], 0, -1) if size // slice_ % d == 0)
-
-    def part(size: int) -> tuple[int, int]:
-        """Slices of a row that a warp multiplies; the same in whole batches."""
-        each = -(-chunk(size) // WARPS)
-        turns = size // (chunk(size) * slice_) * each
-        batch = max(1, min(turns, max(1, HELD // each) * each))
-        return turns, -(-turns // batch) * batch
-
-    sizes = (hidden, q_size, inner)
-    stage = 16 * max(apart(chunk(size) * slice_ * item) for size in sizes)
-    token = max(max(part(size)[1], sum(part(size // 2))) for size in sizes) * slice_ * 2
-    reduced, attention = TOGETHER * WARPS * 16, WARPS * head_dim + (WARPS + 2) // 2 * 4
+    stage = 16 * max(apart(_chunk(n, most) * 64) for n in slices)
+    token = max(max(_turns(n, most)[1], sum(_turns(n // 2, most))) for n in slices) * 64 // item * 2
+    reduced, attention = together * WARPS * 16, WARPS * head_dim + (WARPS + 2) // 2 * 4
     fixed = WARPS * token + 4 * (2 * reduced + attention) + 4 * 2 * WARPS + 4 * head_dim
     fixed += 2 * 3 * head_dim + 4 * LONGEST + 16  # the new token; places of old ones; a flag
     return (SHARED_BYTES - fixed) // (stage + 16)
