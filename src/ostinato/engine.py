@@ -269,6 +269,8 @@ class Engine:
         if isinstance(prompt, (bytes, bytearray)) or not isinstance(prompt, Iterable):
             raise RequestError(f"a prompt must be text or a list of token ids, got {type(prompt).__name__}")
         ids = tuple(prompt)
+        if set(map(type, ids)) == {int}:  # most prompts
+            return None, ids
         for token in ids:
             if isinstance(token, bool) or not hasattr(token, "__index__"):
                 raise RequestError(f"a prompt must be text or a list of token ids, got {token!r} in it")
@@ -290,8 +292,8 @@ class Engine:
             "logit_bias": tuple(params.logit_bias or ()),
         }
         for name, tokens in named.items():
-            wrong = next((t for t in tokens if not 0 <= t < vocab), None)
-            if wrong is not None:
+            if tokens and (min(tokens) < 0 or max(tokens) >= vocab):
+                wrong = next(t for t in tokens if not 0 <= t < vocab)
                 raise RequestError(
                     f"{name}: token id {wrong} is out of range; the vocabulary has ids 0 to {vocab - 1}"
                 )
@@ -666,19 +668,35 @@ def _device_context(stream: torch.cuda.Stream | None) -> Callable[[], AbstractCo
     if stream is None:
         return torch.inference_mode
     entered = threading.local()
+    get, put, device = torch._C._cuda_getCurrentStream, torch._C._cuda_setStream, stream.device_index
+    own = {"stream_id": stream.stream_id, "device_index": device, "device_type": stream.device_type}
 
-    @contextlib.contextmanager
-    def enter() -> Any:
-        with torch.inference_mode(), torch.cuda.stream(stream):
+    class Enter:
+        """What `torch.cuda.stream` does, in a tenth of its time, where the device is the current one already."""
+
+        def __enter__(self) -> None:
+            self._inference = torch.inference_mode()
+            self._inference.__enter__()
+            self._slow = None
+            if torch._C._cuda_getDevice() == device:
+                self._before = get(device)
+                put(**own)
+            else:
+                self._slow = torch.cuda.stream(stream)
+                self._slow.__enter__()
             entered.yes = True
-            try:
-                yield
-            finally:
-                entered.yes = False
+
+        def __exit__(self, *error: Any) -> None:
+            entered.yes = False
+            if self._slow is None:
+                put(**dict(zip(own, self._before, strict=True)))
+            else:
+                self._slow.__exit__(*error)
+            self._inference.__exit__(*error)
 
     nothing = contextlib.nullcontext()
     # A call that runs many steps has entered it for all of them.
-    return lambda: nothing if getattr(entered, "yes", False) else enter()
+    return lambda: nothing if getattr(entered, "yes", False) else Enter()
 
 
 def _open_kernel_cache() -> None:

@@ -2,7 +2,7 @@
 
 `StaticInputs` is written by the host, `StepState` by the step itself (and by the host when a
 request joins). Both are views into one int32 tensor, `words`, so that everything that changed
-travels in one copy and lands with one scatter. Floats are stored by their bits.
+lands with one scatter, which reads it from pinned memory. Floats are stored by their bits.
 
 Not here: weights, the KV cache and the scratch arena, which complete the list of what a
 captured graph may read (docs/graph-contract.md, line 1).
@@ -13,7 +13,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -32,6 +32,9 @@ from .types import (
     SteadyRows,
     StepKind,
 )
+
+if TYPE_CHECKING:
+    from .ops.cuda.edit import Editor
 
 FLAG_PENALTIES = 1
 FLAG_MASK = 2
@@ -306,8 +309,11 @@ class StepBuffers:
         self._members: Members | None = None
         """Whose rows the last write brought up to date, where the next one may find the same."""
         self._views: dict[GraphKey, tuple[torch.Tensor, ...]] = {}
+        self._places: dict[GraphKey, np.ndarray] = {}
+        """Words of the tokens and sequences of a step with prompts."""
         self._last_batch: Batch | None = None
-        self._ring = [_Staging(device) for _ in range(depth + 1)]
+        editor = _editor(device)
+        self._ring = [_Staging(device, editor) for _ in range(depth + 1)]
         self._turn = 0
 
     @property
@@ -487,11 +493,13 @@ class StepBuffers:
 
     def _lay_out(self, edits: _Edits, schedule: Schedule, key: GraphKey) -> None:
         """Tokens and sequences of a prefill or mixed step, padding included."""
-        tokens = np.zeros((3, key.num_tokens), np.int32)
-        tokens[2] = -1
-        seqs = np.zeros((3, key.num_seqs), np.int32)
-        seqs[0] = -1
-        starts = np.empty(key.num_seqs + 1, np.int32)
+        places = self._places.get(key)
+        if places is None:
+            places = self._places[key] = self._laid_out(key)
+        split, end = 3 * key.num_tokens, 3 * (key.num_tokens + key.num_seqs)
+        values = np.zeros(len(places), np.int32)
+        tokens, seqs, starts = values[:split].reshape(3, -1), values[split:end].reshape(3, -1), values[end:]
+        tokens[2], seqs[0] = -1, -1
         at = 0
         for column, item in enumerate(schedule.rows):
             end = at + item.length
@@ -505,11 +513,14 @@ class StepBuffers:
             starts[column] = at
             at = end
         starts[len(schedule.rows) :] = at
-        for name, values in zip(("tokens", "token_positions", "token_rows"), tokens, strict=True):
-            edits.put(name, 0, values)
-        for name, values in zip(("seq_rows", "seq_lens", "samples"), seqs, strict=True):
-            edits.put(name, 0, values)
-        edits.put("query_start", 0, starts)
+        edits.put_at(places, values)
+
+    def _laid_out(self, key: GraphKey) -> np.ndarray:
+        """Words that `_lay_out` writes, in its order."""
+        by_token, by_seq = ("tokens", "token_positions", "token_rows"), ("seq_rows", "seq_lens", "samples")
+        sizes = [(name, key.num_tokens) for name in by_token] + [(name, key.num_seqs) for name in by_seq]
+        sizes.append(("query_start", key.num_seqs + 1))
+        return np.concatenate([self._offset[name] + np.arange(size) for name, size in sizes])
 
     def _move(self, moves: Sequence[tuple[int, int]]) -> None:
         """Move whole rows on the device, in stream order: no source is also a target."""
@@ -535,7 +546,7 @@ class _Edits:
     def __init__(self, offset: dict[str, int], width: dict[str, int]) -> None:
         self._offset, self._width = offset, width
         self._single: dict[int, int] = {}
-        self._runs: list[tuple[int, np.ndarray]] = []
+        self._runs: list[tuple[np.ndarray, np.ndarray]] = []
         self._others: list[tuple[torch.Tensor, np.ndarray, np.ndarray]] = []
 
     def __bool__(self) -> bool:
@@ -551,7 +562,11 @@ class _Edits:
         """Consecutive words from (row, column) of a field on."""
         if len(values):
             start = self._offset[name] + row * self._width[name] + column
-            self._runs.append((start, np.asarray(values, np.int32)))
+            self.put_at(np.arange(start, start + len(values)), np.asarray(values, np.int32))
+
+    def put_at(self, index: np.ndarray, values: np.ndarray) -> None:
+        """Words by their place; none stands twice."""
+        self._runs.append((index, values))
 
     def also(self, tensor: torch.Tensor, index: np.ndarray, values: np.ndarray) -> None:
         """Elements of a tensor that is not part of `words`, by flat index; no index stands twice."""
@@ -566,23 +581,24 @@ class _Edits:
         """Indices and values of the edits of `words`; no index stands twice."""
         index = [np.fromiter(self._single.keys(), np.int64, len(self._single))]
         value = [np.fromiter(self._single.values(), np.int32, len(self._single))]
-        for start, run in self._runs:
-            index.append(np.arange(start, start + len(run)))
-            value.append(run)
+        for places, values in self._runs:
+            index.append(places)
+            value.append(values)
         return np.concatenate(index), np.concatenate(value)
 
 
 class _Staging:
     """One slot of the staging ring: host memory that a copy may still be reading."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, editor: Editor | None = None) -> None:
+        self._device, self._editor = device, editor
         self._host = torch.empty(0, dtype=torch.uint8)
+        self._bytes = self._host.numpy()
         self._copied: Any = None
         """What to wait for before the host memory is written again."""
 
     def apply(self, scatters: Sequence[tuple[torch.Tensor, np.ndarray, np.ndarray]]) -> None:
-        """tensor[index] = value for each, with one copy in stream order."""
+        """tensor[index] = value for each, in stream order."""
         if self._device.type == "cpu":
             for tensor, index, value in scatters:
                 tensor[torch.from_numpy(index)] = torch.from_numpy(value).to(tensor.dtype)
@@ -592,23 +608,47 @@ class _Staging:
         total = sum(len(index) for _, index, _ in scatters)
         if self._host.numel() < 12 * total:
             self._host = self._room(max(24 * total, 1 << 16))
+            self._bytes = self._host.numpy()
         split = 8 * total
-        np.concatenate([i for _, i, _ in scatters], out=self._host[:split].view(torch.int64).numpy())
-        np.concatenate(
-            [v for _, _, v in scatters], out=self._host[split : split + 4 * total].view(torch.int32).numpy()
-        )
+        indices, values = self._bytes[:split].view(np.int64), self._bytes[split : 12 * total].view(np.int32)
+        at = 0
+        for _, index, value in scatters:
+            indices[at : at + len(index)] = index
+            values[at : at + len(index)] = value
+            at += len(index)
         self._copied = self._send([(tensor, len(index)) for tensor, index, _ in scatters], total)
 
     def _room(self, nbytes: int) -> torch.Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
 
     def _send(self, targets: Sequence[tuple[torch.Tensor, int]], total: int) -> Any:
-        """Start the copy and the scatters behind it; an event that passes when the copy has been made."""
+        """Start the scatters; an event that passes when the host memory has been read."""
+        if self._editor is not None:
+            index = self._host.data_ptr()
+            values = index + 8 * total
+            for tensor, count in targets:
+                self._editor(tensor, index, values, count)
+                index, values = index + 8 * count, values + 4 * count
+            read = self._copied
+            if read is None or not read.on(self._editor.stream):
+                from .graphs.driver import Event
+
+                return Event(torch.cuda.current_stream(self._device))  # it is recorded there
+            read.record()
+            return read
         packed = self._host[: 12 * total].to(self._device, non_blocking=True)
         copied = torch.cuda.Event()
         copied.record()
         scatter(packed, targets, total)
         return copied
+
+
+def _editor(device: torch.device) -> Editor | None:
+    if device.type != "cuda":
+        return None
+    from .ops.cuda.edit import Editor
+
+    return Editor.on(device)
 
 
 def scatter(packed: torch.Tensor, targets: Sequence[tuple[torch.Tensor, int]], total: int) -> None:

@@ -26,9 +26,8 @@ def hash_block(parent: int, token_ids: Sequence[int], salt: bytes = b"") -> int:
 
     A collision would silently share wrong KV, so this is a cryptographic hash.
     """
-    digest = hashlib.blake2b(parent.to_bytes(16, "little"), digest_size=16, salt=salt)
-    digest.update(array("q", token_ids).tobytes())
-    return int.from_bytes(digest.digest(), "little")
+    data = parent.to_bytes(16, "little") + array("q", token_ids).tobytes()
+    return int.from_bytes(hashlib.blake2b(data, digest_size=16, salt=salt).digest(), "little")
 
 
 def extend_hashes(request: Request, block_size: int, count: int, salt: bytes = b"") -> None:

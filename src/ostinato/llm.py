@@ -6,7 +6,6 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -170,7 +169,7 @@ class LLM:
                     if isinstance(item, Exception):
                         raise item
                     prompt, own_special = _split(item)
-                    final = replace(one, output_kind=RequestOutputKind.FINAL_ONLY)
+                    final = one.delivered_as(RequestOutputKind.FINAL_ONLY)
                     waiting[self._add(prompt, final, special and own_special, box)] = index
                 except RequestError as error:
                     named = type(error)(f"{noun} {index}: {error}") if len(items) > 1 else error
@@ -190,14 +189,22 @@ class LLM:
         self, waiting: dict[str, int], results: dict[int, RequestOutput], box: _Box, use_tqdm: bool
     ) -> None:
         """Step until every waiting prompt has its result."""
+
+        def answer() -> RequestOutput:
+            output = self._next(box)
+            results[waiting.pop(output.request_id)] = output
+            return output
+
+        if not use_tqdm:  # a bar that shows nothing delays the first token all the same
+            while waiting:
+                answer()
+            return
         from tqdm.auto import tqdm
 
         tokens = 0
-        with tqdm(total=len(waiting), desc="prompts", disable=not use_tqdm, dynamic_ncols=True) as bar:
+        with tqdm(total=len(waiting), desc="prompts", dynamic_ncols=True) as bar:
             while waiting:
-                output = self._next(box)
-                results[waiting.pop(output.request_id)] = output
-                tokens += sum(len(o.token_ids) for o in output.outputs)
+                tokens += sum(len(o.token_ids) for o in answer().outputs)
                 elapsed = bar.format_dict["elapsed"]
                 if elapsed:
                     bar.set_postfix_str(f"{tokens / elapsed:.0f} tok/s", refresh=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -12,6 +11,7 @@ from .types import (
     CompletionOutput,
     Delay,
     FinishReason,
+    Reason,
     Request,
     RequestMetrics,
     RequestOutput,
@@ -32,7 +32,7 @@ class _Prompt:
     arrival: float
     graph_steps: int
     """The plan's counters at arrival: the difference is what ran meanwhile."""
-    eager_steps: Counter[str]
+    eager_steps: Mapping[Reason, int]
     first_token: float | None = None
     quiet: bool = False
     """It wants nothing before its end, and its first token was seen."""
@@ -72,10 +72,16 @@ class OutputAssembler:
         token_text: Callable[[int], str | None],
     ) -> None:
         """Register a prompt and its requests."""
-        graph, eager = self._counts()
-        n = len(requests)
+        plan, n = self._plan, len(requests)
         self._prompts[prompt_id] = _Prompt(
-            prompt, requests, params, time.monotonic(), graph, eager, sent_text=[0] * n, sent_tokens=[0] * n
+            prompt,
+            requests,
+            params,
+            time.monotonic(),
+            plan.num_graph_steps,
+            dict(plan.eager_steps),
+            sent_text=[0] * n,
+            sent_tokens=[0] * n,
         )
         self._request_ids.update(r.request_id for r in requests)
         self._token_text = token_text
@@ -196,27 +202,24 @@ class OutputAssembler:
     def _spell(self, candidates: TokenLogprobs) -> TokenLogprobs:
         return {t: p._replace(decoded_token=self._token_text(t)) for t, p in candidates.items()}
 
-    def _counts(self) -> tuple[int, Counter[str]]:
-        plan = self._plan
-        return plan.num_graph_steps, Counter({r.value: n for r, n in plan.eager_steps.items()})
-
     def _metrics(self, entry: _Prompt, done: bool) -> RequestMetrics:
-        graph, eager = self._counts()
+        plan, before = self._plan, entry.eager_steps
+        eager = {reason: n - before.get(reason, 0) for reason, n in plan.eager_steps.items()}
         return RequestMetrics(
             arrival_time=entry.arrival,
             first_token_time=entry.first_token,
             finished_time=time.monotonic() if done else None,
             num_preemptions=sum(r.num_preemptions for r in entry.requests),
-            graph_steps=graph - entry.graph_steps,
-            eager_steps=dict(eager - entry.eager_steps),
+            graph_steps=plan.num_graph_steps - entry.graph_steps,
+            eager_steps={reason.value: n for reason, n in eager.items() if n},
             delays=_total(r.delays for r in entry.requests),
         )
 
 
 def _total(delays: Iterable[Mapping[Delay, int]]) -> dict[str, int]:
     """Delays of several requests, by code."""
-    found: Counter[str] = Counter()
+    found: dict[str, int] = {}
     for own in delays:
         for why, count in own.items():
-            found[why.value] += count
-    return dict(found)
+            found[why.value] = found.get(why.value, 0) + count
+    return found

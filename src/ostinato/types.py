@@ -237,6 +237,12 @@ class SamplingParams:
             )
         return found
 
+    def delivered_as(self, kind: RequestOutputKind) -> SamplingParams:
+        """The same but for `output_kind`; nothing is checked again."""
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__, output_kind=kind)
+        return other
+
     @property
     def stop_strings(self) -> tuple[str, ...]:
         return self.stop or ()  # type: ignore[return-value]  # a tuple since __post_init__

@@ -426,8 +426,22 @@ class Fused(ReferenceOps):
             scratch.tokens.copy_(own.logits.argmax(1))
 
 
-def test_a_fused_step_without_logits_is_checked_by_its_tokens(
-    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+class Picking(ReferenceOps):
+    """Finds the best token of one sequence without logits, as products on tiles do."""
+
+    steps = 0
+
+    def picks(self, linear: Any, seqs: int) -> bool:
+        return seqs == 1
+
+    def best_token(self, *args: Any, **kwargs: Any) -> None:
+        Picking.steps += 1
+        super().best_token(*args, **kwargs)
+
+
+@pytest.mark.parametrize("ops", [Fused, Picking])
+def test_a_step_without_logits_is_checked_by_its_tokens(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, ops: type[Fused | Picking]
 ) -> None:
     """What an earlier step left where logits would be is no difference."""
     prompts, params = [[3, 5, 8], [4] * 20], SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
@@ -440,10 +454,11 @@ def test_a_fused_step_without_logits_is_checked_by_its_tokens(
         return alone, llm.engine
 
     plain, _ = run()
-    monkeypatch.setattr("ostinato.engine.select", lambda device: Fused())
-    fused, engine = run()
-    assert fused == plain
-    assert Fused.steps > 20
+    monkeypatch.setattr("ostinato.engine.select", lambda device: ops())
+    ops.steps = 0
+    without, engine = run()
+    assert without == plain
+    assert ops.steps > 20
     assert engine.runner.num_live_checks > 3
     assert not any(r.mismatches for r in engine.plan.book.records())
     assert any(

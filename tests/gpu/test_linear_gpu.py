@@ -7,9 +7,10 @@ import torch
 
 pytest.importorskip("triton")
 
-from ostinato.ops import Linear, NextNorm, squares_words
+from ostinato.ops import Linear, NextNorm, Peaks, squares_words
 from ostinato.ops.cuda.linear import ROWS, Product, Products, tile_of
 from ostinato.ops.triton import TritonOps
+from ostinato.ops.triton.sampling import greedy, pick, scratch_words
 from ostinato.ops.triton.tune import Kind, Table, Version, candidates, problem_of
 
 pytestmark = pytest.mark.gpu
@@ -120,6 +121,45 @@ def test_against_float64(
         assert then.squares[-1:].isnan().all()
 
 
+@pytest.mark.parametrize(("vocab", "hidden"), [(128256, 2048), (12824, 576), (1000, 72), (136, 64), (8, 64)])
+def test_the_best_token_is_that_of_the_logits(products: Products, vocab: int, hidden: int) -> None:
+    """Bit for bit, the first of equals; whatever a NaN or an infinity does to a row."""
+    weight = torch.randn(vocab, hidden, device=CUDA).mul_(hidden**-0.5).to(BF16)
+    weight[vocab // 2 :] = weight[: vocab - vocab // 2].clone()  # each logit twice
+    weight[vocab // 3] = 0
+    weight[vocab // 3, 0] = torch.inf
+    head = Linear(weight)
+    for rows in COUNTS:
+        x = torch.randn(rows, hidden, device=CUDA).to(BF16)
+        x[:, 0], x[0, 0] = -1, 1
+        x[rows // 2] = 0
+        x[rows // 3] = torch.nan
+        for columns in (64, 128):
+            bucket = next(n for n in (16, 32, 64, 128) if rows <= n)
+            version = Version(Kind.TILE, False, bucket, columns, 64, share=2)
+            parts = products.blocks(version, rows, vocab)
+            peaks = Peaks(
+                torch.full((rows, parts), torch.nan, device=CUDA),
+                torch.full((rows, parts), -7, dtype=torch.int32, device=CUDA),
+            )
+            again = Peaks(torch.full_like(peaks.values, torch.nan))
+            logits = torch.full((rows, vocab), torch.nan, device=CUDA)
+            products.run(Product.WIDE, version, x, head, logits, peaks=again)
+            products.run(Product.BEST, version, x, head, None, peaks=peaks)
+            assert torch.equal(peaks.values, again.values)
+            plain = logits.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+            assert torch.equal(again.values.amax(1), plain.amax(1))
+            index = torch.arange(rows, dtype=torch.int32, device=CUDA)
+            index[rows // 4] = -1
+            wanted, found = torch.full_like(index, -1), torch.full_like(index, -1)
+            scratch = torch.full((scratch_words(rows, vocab),), -1, dtype=torch.int32, device=CUDA)
+            greedy(logits, index, out=wanted, scratch=scratch)
+            pick(peaks.values, peaks.tokens, index, parts=parts, out=found)
+            assert torch.equal(found, wanted), (rows, columns)
+            assert torch.equal(found, torch.where(index < 0, 0, plain.argmax(1).int()))
+            assert rows < 2 or found.max() > 0
+
+
 @pytest.mark.parametrize("rows", [2, 8, 11, 32, 50, 100])
 @pytest.mark.parametrize(("hidden", "inner"), [(2048, 8192), (576, 1536)])
 def test_a_norm_that_is_begun_equals_one_that_is_not(rows: int, hidden: int, inner: int) -> None:
@@ -176,3 +216,12 @@ def test_every_candidate_can_be_launched(products: Products) -> None:
                     x = torch.ones(rows, depth, device=CUDA, dtype=BF16)
                     products.run(kind, version, x, linear, out)
                     assert not out.any()
+                    if kind is Product.WIDE:
+                        parts = products.blocks(version, rows, columns)
+                        peaks = Peaks(
+                            torch.ones(rows, parts, device=CUDA),
+                            torch.ones(rows, parts, dtype=torch.int32, device=CUDA),
+                        )
+                        products.run(Product.BEST, version, x, linear, None, peaks=peaks)
+                        assert not peaks.values.any()
+                        assert not peaks.tokens.amin(1).any()

@@ -245,9 +245,22 @@ def test_the_largest_logits_of_parts_change_nothing(vocab: int) -> None:
         ]
         blocks.append(numbers[vocab // (132 * 16) * (132 * 16) :])
         best = [block.max() if len(block) else torch.tensor(-torch.inf) for block in blocks]
-        alone.largest = torch.stack([*best, torch.tensor(-torch.inf)]).cuda()
+        alone.largest = torch.stack([*best, torch.tensor(-torch.inf)])[None].cuda()
         assert float(alone.largest.max()) == float(numbers.max())
         assert [alone.tokens()[0] for _ in range(3)] == tokens * 3, s
+
+
+@pytest.mark.parametrize("parts", [1, 132, 264, 513])
+def test_the_largest_logits_of_many_rows_change_nothing(parts: int) -> None:
+    """What the head's product knows; more parts than the sampler has threads are not looked at."""
+    logits, rows, positions, inputs, state = sample_case(33, 12800, 2.0)
+    logits[6] = -torch.inf
+    logits[7, ::3] = torch.nan
+    device = OnDevice(logits, rows, positions, inputs, state, SAMPLE)
+    tokens = device.tokens()
+    plain = logits.nan_to_num(nan=-torch.inf, neginf=-torch.inf)
+    device.largest = torch.stack([plain[:, part::parts].amax(1) for part in range(parts)], 1).cuda()
+    assert [device.tokens() for _ in range(3)] == [tokens] * 3
 
 
 def test_prompt_logprobs_equal_the_cpu() -> None:

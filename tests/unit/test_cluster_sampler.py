@@ -71,12 +71,12 @@ def test_few_rows_get_the_larger_cluster(built: list[FakeKernel], seqs: int, clu
     assert POINTERS[kernel.handle] == 10, "what an audit reads as addresses"
 
 
-@pytest.mark.parametrize(("seqs", "parts", "used"), [(1, 132, 132), (1, 513, 0), (2, 132, 0)])
-def test_the_largest_logits_of_one_row_are_passed_on(
+@pytest.mark.parametrize(("seqs", "parts", "used"), [(1, 132, 132), (1, 513, 0), (2, 264, 264)])
+def test_the_largest_logits_of_parts_are_passed_on(
     built: list[FakeKernel], seqs: int, parts: int, used: int
 ) -> None:
     (logits, rows, positions), inputs, out = arguments(seqs, 1000)
-    largest = torch.zeros(parts)
+    largest = torch.zeros(seqs, parts)
     assert ClusterSampler(CPU).run(logits, rows, positions, inputs, out=out, largest=largest)
     (kernel,) = (k for k in built if k.launches)
     pointer, _, count = struct.unpack("<Q2i", kernel.launches[0][0][-16:])

@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("triton")
 
 from ostinato.errors import KernelError
-from ostinato.ops import Linear, NextNorm, squares_words
+from ostinato.ops import Linear, NextNorm, Peaks, squares_words
 from ostinato.ops.cuda import linear
 from ostinato.ops.cuda.linear import ROWS, SHARED_BYTES, Product, Products, tile_of
 from ostinato.ops.cuda.program import POINTERS
@@ -173,17 +173,39 @@ def test_a_launch_is_given_what_the_source_reads(made: list[FakeKernel]) -> None
     assert len(params) == 128 + 2 * 128
     expected = {
         "weight": weight, "x": x, "out": out, "bias": None, "squares": squares, "gain": then.weight, "y": then.scaled,
-        "next_squares": then.squares,
+        "next_squares": then.squares, "best": None, "best_at": None,
     }  # fmt: skip
     assert list(expected) == names
-    found = struct.unpack("<8Q", params[:64])
+    found = struct.unpack("<10Q", params[:80])
     assert found == tuple(0 if t is None else t.data_ptr() for t in expected.values())
-    assert struct.unpack("<5ifi", params[64:92]) == (rows, n, k, 4, 4, pytest.approx(1e-5), k // 64)
+    assert struct.unpack("<5ifi", params[80:108]) == (rows, n, k, 4, 4, pytest.approx(1e-5), k // 64)
     assert POINTERS.pop(kernel.handle) == len(names)
     assert kernel.options["cluster"] == 4
     assert kernel.macros["TOK"] == 8
     listed = source[source.index("// Macros:") :].split("\n\n")[0]
     assert all(name in listed or f"{name} " in source for name in kernel.macros)
+
+
+def test_the_best_of_each_block_has_a_place(made: list[FakeKernel]) -> None:
+    rows, n, k = 33, 128256, 64
+    x, head = torch.zeros(rows, k, dtype=BF16), Linear(torch.zeros(1, k, dtype=BF16).expand(n, k))
+    products, version = Products(GPU), Version(Kind.TILE, False, 64, 128, 64, share=2)
+    parts = products.blocks(version, rows, n)
+    assert parts == 2 * 132, "two on a multiprocessor"
+    peaks = Peaks(torch.zeros(rows, parts), torch.zeros(rows, parts, dtype=torch.int32))
+    products.run(Product.BEST, version, x, head, None, peaks=peaks)
+    products.run(Product.WIDE, version, x, head, torch.zeros(rows, n), peaks=Peaks(peaks.values))
+    best, wide = made
+    assert (best.macros["KIND"], wide.macros["KIND"]) == (4, 3)
+    assert best.macros | {"KIND": 3} == wide.macros
+    for kernel, tokens in ((best, peaks.tokens), (wide, None)):
+        ((params, grid),) = kernel.launches
+        assert grid == parts
+        pointers = struct.unpack("<10Q", params[:80])
+        assert pointers[8:] == (peaks.values.data_ptr(), 0 if tokens is None else tokens.data_ptr())
+        assert (pointers[2] == 0) == (kernel is best), "the best alone is no row of logits"
+    few = products.blocks(Version(Kind.TILE, False, 16, 64, 64), 2, 320)
+    assert few == 5, "a small vocabulary has fewer tiles"
 
 
 def test_rows_choose_the_narrowest_tile(made: list[FakeKernel]) -> None:

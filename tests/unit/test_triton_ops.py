@@ -24,9 +24,11 @@ if not torch.cuda.is_available():
 pytest.importorskip("triton")
 
 from ostinato.inputs import FLAG_PENALTIES, Batch, BufferShapes, StepBuffers
-from ostinato.ops import AttentionShape, Linear, OpSet, Scratch, StepView, squares_words
+from ostinato.ops import AttentionShape, Linear, OpSet, Peaks, Scratch, StepView, squares_words
+from ostinato.ops.cuda.linear import Product
 from ostinato.ops.reference import ReferenceOps, rms_norm
 from ostinato.ops.triton import TritonOps, pointwise
+from ostinato.ops.triton.tune import Table, Version
 from ostinato.types import GraphKey, Route, SamplerVariant, StepKind
 
 # The interpreter works on CPU tensors; with a GPU the kernels are compiled and tests/gpu runs them.
@@ -444,6 +446,67 @@ def test_linear_ops(seed: int, hidden: int, dtype: torch.dtype) -> None:
         results.append(poison(3, vocab, dtype=torch.float32))
         which.norm_head(x, last_index, norm, EPS, Linear(w), last=poison(3, hidden), logits=results[-1])
     torch.testing.assert_close(*results, **exact)
+
+
+class Heads:
+    """In place of `linear.cu`: the kinds for the head, cut into parts of seven tokens."""
+
+    def blocks(self, version: Version, rows: int, n: int) -> int:
+        return -(-n // 7)
+
+    def run(
+        self,
+        kind: Product,
+        version: Version,
+        x: torch.Tensor,
+        linear: Linear,
+        out: torch.Tensor | None,
+        *,
+        peaks: Peaks | None = None,
+    ) -> None:
+        logits = x.float() @ linear.weight.float().t()
+        assert (out is None) == (kind is Product.BEST)
+        assert peaks is not None
+        assert (peaks.tokens is None) == (kind is Product.WIDE)
+        if out is not None:
+            out.copy_(logits)
+        for part, own in enumerate(logits.nan_to_num(nan=-torch.inf, neginf=-torch.inf).split(7, 1)):
+            peaks.values[:, part] = own.amax(1)
+            if peaks.tokens is not None:
+                peaks.tokens[:, part] = part * 7 + own.argmax(1)
+
+
+def test_greedy_without_logits(seed: int) -> None:
+    """The first of equals, 0 for padding and where all is NaN; with logits, their parts' largest."""
+    torch.manual_seed(seed)
+    ops = TritonOps(Table(tiles=True))
+    ops._products = Heads()  # type: ignore[assignment]
+    seqs, hidden, vocab = 9, 64, 1000
+    x, norm = torch.randn(20, hidden).bfloat16(), torch.ones(hidden).bfloat16()
+    weight = torch.randn(vocab, hidden).bfloat16()
+    weight[500:] = weight[:500]
+    x[3] = torch.nan
+    index, rows = torch.arange(seqs).int() * 2 % 7, torch.tensor([4, 3, -1, 0, 1, -1, 2, 5, 6]).int()
+    index[1] = 3
+    head = Linear(weight)
+    assert ops.picks(head, seqs)
+    assert not ops.picks(Linear(weight.half()), seqs)
+    assert not TritonOps().picks(head, seqs)
+    workspace = torch.full((ops.sampler_words(seqs, vocab),), -1, dtype=torch.int32)
+    given = {"last": torch.full((seqs, hidden), torch.nan, dtype=torch.bfloat16), "workspace": workspace}
+    results = []
+    for which in (ops, ReferenceOps()):
+        tokens = torch.full((seqs,), ABSURD, dtype=torch.int32)
+        which.best_token(x, index, norm, EPS, head, rows=rows, out=tokens, **given)
+        results.append(tokens.tolist())
+    assert results[0] == results[1]
+    assert results[0][1] == results[0][2] == results[0][5] == 0
+    assert 0 < max(results[0]) < 500
+    logits = torch.full((seqs, vocab), torch.nan)
+    largest = ops.norm_head(x, index, norm, EPS, head, logits=logits, **given)
+    assert largest is not None
+    assert largest.shape[0] == seqs
+    assert torch.equal(largest.amax(1), logits.nan_to_num(nan=-torch.inf, neginf=-torch.inf).amax(1))
 
 
 def test_norm_is_rounded_before_its_weight(seed: int) -> None:

@@ -42,6 +42,10 @@ class DebugOps:
     def chain(self, *args: Any) -> None:
         """Nothing, for the same reason."""
 
+    def picks(self, *args: Any) -> bool:
+        """Never: logits are to be looked at, too."""
+        return False
+
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._inner, name)
         if (

@@ -30,9 +30,15 @@ class Event:
         if self._record is None or self._record(*self._handles)[0]:
             self._torch.record(self._stream)
 
+    def on(self, raw_stream: int) -> bool:
+        """Whether it is a point in this stream."""
+        return bool(self._stream.cuda_stream == raw_stream)
+
     def wait(self) -> None:
         """Until the device has got there; without the interpreter's lock."""
         self._torch.synchronize()
+
+    synchronize = wait  # as torch calls it
 
 
 class GraphLauncher:

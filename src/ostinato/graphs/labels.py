@@ -14,7 +14,7 @@ from ..errors import GraphError
 from ..ops import OpSet
 from .inspect import Count, node_counter
 
-_OUTSIDE = frozenset({"prepare", "fused", "embed", "norm_head", "sample", "advance"})
+_OUTSIDE = frozenset({"prepare", "fused", "embed", "norm_head", "best_token", "sample", "advance"})
 """Ops that belong to no layer."""
 
 

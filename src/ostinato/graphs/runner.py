@@ -113,14 +113,14 @@ class StepProgram:
     def __call__(self, batch: Batch) -> None:
         """Run a batch. Results land in `batch.state`; on a GPU nothing is allocated or awaited."""
         ops, scratch = self.ops, self.arena.view(batch.num_tokens, batch.num_seqs)
-        view, largest = ops.prepare(batch, scratch), None
+        view, greedy = ops.prepare(batch, scratch), not self.keeps_logits(batch.key)
         if self.fuses(batch.key):
             caches = [self.cache.layer(index) for index in range(len(self.model.layers))]
-            largest = ops.fused(self.model, view, caches, scratch, greedy=not self.keeps_logits(batch.key))
+            largest = ops.fused(self.model, view, caches, scratch, greedy=greedy)
         else:
-            self.model.forward(view, self.cache, scratch, ops)
+            largest = self.model.forward(view, self.cache, scratch, ops, greedy=greedy)
         # A sampled token stands right after its context, so its position is the context's length.
-        if self.keeps_logits(batch.key):
+        if not greedy:
             ops.sample(
                 scratch.logits,
                 view.rows,
@@ -139,8 +139,10 @@ class StepProgram:
         return key.kind is StepKind.DECODE and self.ops.fuses(self.model, key.num_seqs)
 
     def keeps_logits(self, key: GraphKey) -> bool:
-        """Whether a step leaves logits in the arena: one that is fused and greedy finds the best token without."""
-        return key.sampler is not SamplerVariant.GREEDY or not self.fuses(key)
+        """Whether a step leaves logits in the arena: greedy ones find the best token without, where the op set can."""
+        if key.sampler is not SamplerVariant.GREEDY:
+            return True
+        return not (self.fuses(key) or self.ops.picks(self.model.head, key.num_seqs))
 
     def prompt_logprobs(self, batch: Batch) -> dict[int, list[TokenLogprobs]]:
         """Candidates at prompt positions, from the hidden states that the step left in the arena.

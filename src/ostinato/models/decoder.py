@@ -67,8 +67,17 @@ class Decoder:
         distinct = {t.data_ptr(): t.numel() * t.element_size() for t in self.tensors().values()}
         return sum(size for address, size in distinct.items() if address not in looked_up)
 
-    def forward(self, view: StepView, cache: KVCache, scratch: Scratch, ops: OpSet) -> None:
-        """Run the tokens of a step; leaves float32 logits of each sequence's last in `scratch.logits`."""
+    def forward(
+        self, view: StepView, cache: KVCache, scratch: Scratch, ops: OpSet, *, greedy: bool = False
+    ) -> torch.Tensor | None:
+        """Run the tokens of a step.
+
+        Leaves float32 logits of each sequence's last token in `scratch.logits` or, greedy, only the best tokens in
+        `scratch.tokens`: where the op set `picks`.
+
+        Returns:
+            What `OpSet.norm_head` does.
+        """
         spec, s = self.spec, scratch
         eps = spec.norm_eps
         ops.embed(view.ids, self.embedding, s.x)
@@ -111,16 +120,12 @@ class Decoder:
             weight = self.final_norm if last else self.layers[index + 1].input_norm
             then = NextNorm(weight, s.normed, s.squares)
             begun = ops.linear_add(s.act, layer.down, residual=s.x, then=then)
-        ops.norm_head(
-            s.x,
-            view.last_index,
-            self.final_norm,
-            eps,
-            self.head,
-            last=s.last,
-            logits=s.logits,
-            begun=begun if view.decode else None,
-        )
+        head = (s.x, view.last_index, self.final_norm, eps, self.head)
+        begun = begun if view.decode else None
+        if greedy:
+            ops.best_token(*head, rows=view.rows, last=s.last, workspace=s.sampler, out=s.tokens, begun=begun)
+            return None
+        return ops.norm_head(*head, last=s.last, logits=s.logits, begun=begun, workspace=s.sampler)
 
 
 def rope_table(spec: ModelSpec, positions: int, device: torch.device) -> torch.Tensor:

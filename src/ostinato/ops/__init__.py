@@ -197,6 +197,16 @@ class NextNorm:
     """hidden / 64 where nothing is said: sums over 64 columns"""
 
 
+@dataclass(frozen=True)
+class Peaks:
+    """The largest logits of parts of each row, whatever the cut; NaN counts as -inf."""
+
+    values: torch.Tensor
+    """[S, parts] float32"""
+    tokens: torch.Tensor | None = None
+    """[S, parts] int32: the first token that has it, where it is known"""
+
+
 def squares_words(tokens: int, hidden: int) -> int:
     """float32 words of `NextNorm.squares`."""
     return tokens * -(-hidden // 64)
@@ -288,7 +298,8 @@ class OpSet(Protocol):
         `scratch.tokens`.
 
         Returns:
-            Where it is known, the largest logits of parts of the row, any cut, for `sample`; until the next step.
+            [S, N] float32, where it is known: the largest logits of parts of each row, any cut, for `sample`; until
+            the next step.
         """
         ...
 
@@ -384,10 +395,39 @@ class OpSet(Protocol):
         last: torch.Tensor,
         logits: torch.Tensor,
         begun: NextNorm | None = None,
-    ) -> None:
+        workspace: torch.Tensor | None = None,
+    ) -> torch.Tensor | None:
         """logits[s] = linear(rms_norm(x[last_index[s]])), float32, without bias; logits [S, vocab].
 
-        `begun` only where every token is a sequence's last: `last_index` is then not looked at.
+        `begun` only where every token is a sequence's last: `last_index` is then not looked at. `workspace`, that
+        of `sample`: for what is returned.
+
+        Returns:
+            What `fused` returns.
+        """
+        ...
+
+    def picks(self, linear: Linear, seqs: int) -> bool:
+        """Whether `best_token` does without logits, with the head `linear` and `seqs` sequences, padding included."""
+        ...
+
+    def best_token(
+        self,
+        x: torch.Tensor,
+        last_index: torch.Tensor,
+        norm: torch.Tensor,
+        eps: float,
+        linear: Linear,
+        *,
+        rows: torch.Tensor,
+        last: torch.Tensor,
+        workspace: torch.Tensor,
+        out: torch.Tensor,
+        begun: NextNorm | None = None,
+    ) -> None:
+        """out[s] = what a greedy `sample` makes of the logits of `norm_head`; only where it `picks`.
+
+        rows [S] int32, -1 for padding; `workspace`, that of `sample`; out [S] int32; the rest as in `norm_head`.
         """
         ...
 
@@ -404,7 +444,7 @@ class OpSet(Protocol):
         out: torch.Tensor,
         largest: torch.Tensor | None = None,
     ) -> None:
-        """Choose a token for each sequence; see `ostinato.sampling.sample`. `largest`: what `fused` returned."""
+        """Choose a token for each sequence; see `ostinato.sampling.sample`. `largest`: what `fused` or `norm_head` returned."""
         ...
 
     def advance(self, batch: Batch, view: StepView, tokens: torch.Tensor) -> None:

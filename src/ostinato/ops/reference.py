@@ -287,9 +287,32 @@ class ReferenceOps:
         last: torch.Tensor,
         logits: torch.Tensor,
         begun: NextNorm | None = None,
+        workspace: torch.Tensor | None = None,
     ) -> None:
         torch.index_select(x, 0, last_index, out=last)
         apply(rms_norm(last, norm, eps), linear, logits)
+
+    def picks(self, linear: Linear, seqs: int) -> bool:
+        return False
+
+    def best_token(
+        self,
+        x: torch.Tensor,
+        last_index: torch.Tensor,
+        norm: torch.Tensor,
+        eps: float,
+        linear: Linear,
+        *,
+        rows: torch.Tensor,
+        last: torch.Tensor,
+        workspace: torch.Tensor,
+        out: torch.Tensor,
+        begun: NextNorm | None = None,
+    ) -> None:
+        logits = torch.empty((len(rows), linear.out_features), device=x.device)
+        self.norm_head(x, last_index, norm, eps, linear, last=last, logits=logits)
+        best = logits.masked_fill_(logits.isnan(), -torch.inf).argmax(1)
+        out.copy_(torch.where(rows >= 0, best, 0))
 
     def sample(
         self,

@@ -21,14 +21,17 @@
 // (`y`) and each token's sum of squares over its 64 columns; the product with y is multiplied by
 // the norm's factor at the end. Squares: [width / 64, rows] float32.
 //
-// Macros: KIND (0 store, 1 add to the residual, 2 gate and up with SiLU, 3 float32), TOK (8, 16, 32, 64, 128: rows of x
+// Greedy steps need no logits: BEST leaves each block's largest, and where it is. WIDE, too, leaves the largest
+// beside the logits, where somebody asks.
+//
+// Macros: KIND (0 store, 1 add to the residual, 2 gate and up with SiLU, 3 float32, 4 the best of it), TOK (8, 16, 32, 64, 128: rows of x
 // at most), MW (warp groups: 64 rows of weights each), SPLIT, SHARE (a cluster is their product), KA (64 inner indices each,
 // of a stage), STAGES (of weights), X_STAGES (of x), FLIGHT, LEAD, PACE (cycles a stage), ROTATE (stages from tile to tile).
 
 #include "common.cuh"
 #include "ring.cuh"
 
-enum { STORE, ADD, ACT, WIDE };
+enum { STORE, ADD, ACT, WIDE, BEST };
 constexpr int ROWS = 64 * MW;               // of weights in a tile
 constexpr int W_BYTES = ROWS * 128;         // of 64 inner indices
 constexpr int X_BYTES = TOK * 128;
@@ -36,6 +39,8 @@ constexpr int CONSUMERS = MW * 128;         // threads; then a warp that copies 
 constexpr int NORMERS = TOK < 64 ? 1 : 2;
 constexpr int THREADS = CONSUMERS + 64 + NORMERS * 32;
 constexpr bool GATHERED = KIND == STORE || KIND == ADD;   // parts go through shared memory; one tile a cluster
+constexpr bool HEAD = KIND == WIDE || KIND == BEST;
+constexpr int NOWHERE = 0x7fffffff;
 constexpr int OWN = TOK / SPLIT;            // tokens that a block finishes
 constexpr int SLICE = TOK / SHARE;          // tokens of x that a block copies, for all that share them
 constexpr int CLUSTER = SPLIT * SHARE;
@@ -59,6 +64,8 @@ struct Params {
     const u16 *gain;            // ADD: [n], the next norm's weight, or null
     u16 *y;                     // [rows, n] with gain
     float *next_squares;        // [n / 64, rows] with gain
+    float *best;                // [rows, blocks] BEST, and WIDE or null: the largest of each block's outputs
+    int *best_at;               // [rows, blocks] BEST: the first of them that has it
     int rows, n, k, tiles, chunks;
     float eps;
     int sums;                   // of a token's squares
@@ -302,6 +309,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, TOK * MW > 128 ? 1 : 2) li
         }
     }
     float d[TOK / 2];
+    // The largest of what this thread has of each token, and which it was: two a tile, two tokens a word.
+    float top[HEAD ? TOK / 4 : 1];
+    u32 which[KIND == BEST ? TOK / 8 : 1];
+    if (HEAD)
+#pragma unroll
+        for (int j = 0; j < TOK / 4; ++j) top[j] = -infinity();
+    if (KIND == BEST)
+#pragma unroll
+        for (int j = 0; j < TOK / 8; ++j) which[j] = ~0u;
     int i = 0, w = 0, w_parity = 0, x = 0, x_parity = 0;
     for (int from = start; from < p.tiles; from += step) {
         const int tile = from + share;
@@ -328,6 +344,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, TOK * MW > 128 ? 1 : 2) li
         await_products<0>(d);
         if (from == start) mbar_wait(normed, 0);
         if (GATHERED) break;
+        const u32 pair = (u32)(from - start) / step * 2;
 #pragma unroll
         for (int j = 0; j < TOK / 8; ++j) {
             float r[2];
@@ -338,10 +355,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, TOK * MW > 128 ? 1 : 2) li
                 if (KIND == ACT) {
                     const float gate = rounded(v);
                     r[i] = rounded(__fdividef(gate, 1.f + exp2_(-1.4426950408889634f * gate))) * rounded(u);
-                } else if (c < p.rows) {
-                    float *row = (float *)p.out + (long long)c * p.n;
-                    if (n < p.n) row[n] = v;
-                    if (n + 8 < p.n) row[n + 8] = u;
+                } else {
+                    if (KIND == WIDE && c < p.rows) {
+                        float *row = (float *)p.out + (long long)c * p.n;
+                        if (n < p.n) row[n] = v;
+                        if (n + 8 < p.n) row[n + 8] = u;
+                    }
+                    // NaN is larger than nothing; of equals the first stays.
+                    auto keep = [&](float x, bool inside, u32 number) {
+                        if (!inside || !(x > top[j * 2 + i])) return;
+                        top[j * 2 + i] = x;
+                        if (KIND == BEST) which[j] = __byte_perm(which[j], number, i ? 0x5410 : 0x3254);
+                    };
+                    keep(v, n < p.n, pair);
+                    keep(u, n + 8 < p.n, pair + 1);
                 }
             }
             if (KIND == ACT) {      // two outputs of a token for each thread, instead of one of two tokens
@@ -349,6 +376,43 @@ extern "C" __global__ void __launch_bounds__(THREADS, TOK * MW > 128 ? 1 : 2) li
                 const int c = j * 8 + g, n = tile * (ROWS / 2) + warp * 8 + t * 2;
                 if (c < p.rows && n < p.n) *(u32 *)((u16 *)p.out + (long long)c * p.n + n) = both;
             }
+        }
+    }
+    if (HEAD && p.best) {
+        // What each token's threads found, side by side in the ring of weights; then a warp looks at a token.
+        constexpr int FOUND = MW * 32, APART = FOUND + 4;
+        static_assert(!HEAD || TOK * APART * 8 <= STAGES * KA * W_BYTES, "the ring has room for it");
+        float *tops = (float *)(memory + (w_ring - shared_at(memory)));
+        int *places = (int *)(tops + TOK * APART);
+        asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory");    // nobody reads weights there any more
+#pragma unroll
+        for (int j = 0; j < TOK / 4; ++j) {
+            const int to = (j / 2 * 8 + 2 * t + j % 2) * APART + warp * 8 + g;
+            tops[to] = top[j];
+            if (KIND == BEST) {
+                const u32 number = which[j / 2] >> j % 2 * 16 & 0xffff;
+                places[to] = number == 0xffff ? NOWHERE : ((int)(number / 2) * step + first) * ROWS + warp * 16 + g + number % 2 * 8;
+            }
+        }
+        asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory");
+#pragma unroll 1
+        for (int c = warp; c < p.rows; c += CONSUMERS / 32) {
+            float largest = -infinity();
+            int at = NOWHERE;
+#pragma unroll
+            for (int i = lane; i < FOUND; i += 32) {
+                const float x = tops[c * APART + i];
+                const int here = KIND == BEST ? places[c * APART + i] : NOWHERE;
+                if (x > largest || (x == largest && here < at)) at = here;
+                largest = fmaxf(largest, x);
+            }
+            u32 order = __float_as_uint(largest + 0.f);     // -0.0 and 0.0 tie
+            order ^= (u32)((int)order >> 31) | 0x80000000u;
+            const u32 most = __reduce_max_sync(~0u, order);
+            const int lowest = __reduce_min_sync(~0u, order == most ? at : NOWHERE);
+            if (order != most || at != lowest) continue;
+            p.best[(long long)c * gridDim.x + blockIdx.x] = largest;
+            if (KIND == BEST) p.best_at[(long long)c * gridDim.x + blockIdx.x] = at == NOWHERE ? first * ROWS : at;
         }
     }
     if (!GATHERED) return;

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ...errors import KernelError
-from .. import Linear, NextNorm
+from .. import Linear, NextNorm, Peaks
 from .program import POINTERS, Kernel, addresses, build
 
 if TYPE_CHECKING:
@@ -42,6 +42,10 @@ class Product(IntEnum):
     ADD = 1
     GATE = 2
     WIDE = 3
+    BEST = 4
+
+
+HEADS = (Product.WIDE, Product.BEST)
 
 
 @dataclass(frozen=True)
@@ -136,34 +140,36 @@ class Products:
         version: Version,
         x: torch.Tensor,
         linear: Linear,
-        out: torch.Tensor,
+        out: torch.Tensor | None,
         *,
         squares: torch.Tensor | None = None,
         sums: int | None = None,
         eps: float = 0.0,
         then: NextNorm | None = None,
+        peaks: Peaks | None = None,
     ) -> None:
-        """out = x W^T, or out += x W^T, or silu(gate) * up.
+        """out = x W^T, or out += x W^T, or silu(gate) * up, or the best of x W^T.
 
         Args:
             kind: what becomes of it.
             version: how it is cut, for at least `len(x)` rows.
             x: [rows, k] bfloat16.
             linear: bfloat16 weights [n, k], for GATE [2 n, k]; bias for STORE and ADD only.
-            out: [rows, n] bfloat16; float32 for WIDE.
+            out: [rows, n] bfloat16; float32 for WIDE; None for BEST.
             squares: [sums, rows] of a norm whose weight x already has; None: x is as it is.
             sums: k / 64 where nothing is said.
             eps: of that norm.
             then: ADD: what the next norm needs.
+            peaks: BEST, and WIDE where somebody asks: of `blocks` parts of each row.
 
         Raises:
             KernelError: it does not fit, or does not compile.
         """
-        (rows, k), n, weight = x.shape, out.shape[1], linear.weight
+        (rows, k), weight = x.shape, linear.weight
+        n = linear.out_features // (2 if kind is Product.GATE else 1)
         tile = _tile(kind, next(size for size in ROWS if rows <= size), version)
         kernel = self._kernel(kind, tile)
-        columns = tile.groups * (32 if kind is Product.GATE else 64)
-        tiles, chunks = -(-n // columns), -(-k // tile.depth)
+        (tiles, grid), chunks = self._cut(kind, tile, n), -(-k // tile.depth)
         if chunks < tile.splits:
             raise KernelError(f"{version}: {k} inputs are too few to be shared by {tile.splits} blocks")
         pointers = (
@@ -173,19 +179,30 @@ class Products:
             linear.bias,
             squares,
             *((then.weight, then.scaled, then.squares) if then else (None,) * 3),
+            *((peaks.values, peaks.tokens) if peaks else (None,) * 2),
         )
         params = addresses(pointers) + struct.pack(
-            "<5ifi36x", rows, n, k, tiles, chunks, eps, k // 64 if sums is None else sums
+            "<5ifi20x", rows, n, k, tiles, chunks, eps, k // 64 if sums is None else sums
         )
         if kind is Product.GATE:
             params += self._maps.pairs(weight, 64 * tile.groups)
         else:
             params += self._maps.rows(weight, 64 * tile.groups)
         params += self._maps.rows(x, tile.rows // tile.share)
+        kernel.launch(params, grid)
+
+    def blocks(self, version: Version, rows: int, n: int) -> int:
+        """Parts of a row of n outputs in the two kinds for the head."""
+        tile = _tile(Product.BEST, next(size for size in ROWS if rows <= size), version)
+        return self._cut(Product.BEST, tile, n)[1]
+
+    def _cut(self, kind: Product, tile: Tile, n: int) -> tuple[int, int]:
+        """Tiles, and blocks, for n outputs."""
+        tiles = -(-n // (tile.groups * (32 if kind is Product.GATE else 64)))
         clusters = -(-tiles // tile.share)
-        if kind in (Product.GATE, Product.WIDE):  # a block goes from tile to tile
+        if kind is Product.GATE or kind in HEADS:  # a block goes from tile to tile
             clusters = min(clusters, self._processors * tile.blocks // tile.share)
-        kernel.launch(params, clusters * tile.splits * tile.share)
+        return tiles, clusters * tile.splits * tile.share
 
     def _kernel(self, kind: Product, tile: Tile) -> Kernel:
         found = self._kernels.get((kind, tile))
@@ -200,7 +217,7 @@ class Products:
                 SOURCE, "linear", macros, device=self._device, grid=1, block=tile.threads,
                 shared_bytes=tile.shared_bytes, cluster=tile.splits * tile.share,
             )  # fmt: skip
-            POINTERS[found.handle] = 8
+            POINTERS[found.handle] = 10
         return found
 
 

@@ -62,6 +62,11 @@ class Kernel:
         self._config = config
 
     @property
+    def function(self) -> Any:
+        """The driver's, for whoever launches it another way."""
+        return self._function
+
+    @property
     def handle(self) -> int:
         """The driver's handle of the function, as captured nodes name it."""
         return int(self._function)

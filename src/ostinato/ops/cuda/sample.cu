@@ -6,7 +6,7 @@
 // the logit itself from above. First 512 bins of a sixteenth of depth count tokens; that says in which one the k-th
 // lies, and bounds each bin's weight, so that two or three remain for top-p. Those are cut into 128 with
 // exact weights; then the few tokens of one such bin are compared with each other. Were they too many, their bin
-// would be cut again. Sums are of integers: no order of additions, and no cut of the row, shows in a token.
+// would be cut again. Tokens in those two or three are noted when their weights are added, and only they are looked at again. Sums are of integers: no order of additions, and no cut of the row, shows in a token.
 //
 // Loops stay loops: in a decode step this code runs once, from a cold cache, where every line of it costs time.
 //
@@ -19,6 +19,7 @@ constexpr int SLICE = EACH * T;
 constexpr int COARSE = 512, FINE_BITS = 7, FINE = 1 << FINE_BITS;
 constexpr int LIST = T / CLUSTER;   // most tokens of a bin that a block may contribute
 constexpr int UNROLL = 2;
+constexpr int NEAR = 2048;          // tokens that a block notes, at most
 constexpr int PART_BITS = 15;       // of a weight: sums of a block in 32 bits
 constexpr int UNIT_BITS = 26, COARSE_BITS = UNIT_BITS - 4;   // of a depth in 2^-26ths; a sixteenth
 constexpr float BOTTOM = 31.f;                               // exp(-31) * 2^44 < 1
@@ -34,7 +35,7 @@ struct Params {
     const float *temperature, *min_p, *top_p;   // by row
     const int *top_k, *seed;   // by row; seed [R, 2]
     int *out;                  // [S]
-    const float *largest;      // [parts]: of parts of the one row, or null
+    const float *largest;      // [S, parts]: of parts of each row, or null
     int seed_stride, parts;
 };
 
@@ -45,15 +46,16 @@ struct Shared {
     u64 amount_of[CLUSTER * LIST], amount[CLUSTER * LIST];   // by block, and one behind the other
     u64 sums[6][32];
     u64 kept;
-    u32 coarse[COARSE / 2], coarse_all[COARSE];   // this block's, two in a word; the cluster's
+    u32 own[COARSE], coarse[COARSE / 2], coarse_all[COARSE];   // this block's; the same, two in a word; the cluster's
     u32 part[3][FINE], count[FINE];
     u32 image_of[CLUSTER * LIST], image[CLUSTER * LIST], length_of[CLUSTER];
     u32 words[3][32];
     u32 peak_of[CLUSTER], where_of[CLUSTER];
-    u32 slot;
+    u32 slot, notes;
+    unsigned short note[NEAR];              // places in `row`
 };
 
-static_assert(sizeof(Shared) <= 4 * SLICE + 24 * T + 10240, "what ops/cuda/sample.py asks for");
+static_assert(sizeof(Shared) <= 4 * SLICE + 24 * T + 16384, "what ops/cuda/sample.py asks for");
 
 __device__ __forceinline__ u32 shared_of(const void *p, u32 rank) {
     u32 mine, theirs;
@@ -120,37 +122,51 @@ __device__ __forceinline__ u64 warp_up_to(u64 v) {
     }
     return v;
 }
+// Below 2^64 in all, each below 2^62.
+__device__ __forceinline__ u64 warp_sum(u64 v) {
+    constexpr u32 MASK = (1 << 22) - 1;
+    return __reduce_add_sync(~0u, (u32)v & MASK) + ((u64)__reduce_add_sync(~0u, (u32)(v >> 22) & MASK) << 22)
+         + ((u64)__reduce_add_sync(~0u, (u32)(v >> 44)) << 44);
+}
 struct Sums { u64 a, b, all_a, all_b; };
-// Sums of two numbers over the threads up to this one, and over all. `space`: two rows.
+// Sums of a number, or TWO, over the threads up to this one, and over all. `space`: a row for each.
+template <bool TWO>
 __device__ __noinline__ Sums block_up_to(u64 a, u64 b, u64 (*space)[32]) {
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-    Sums own = {warp_up_to(a), warp_up_to(b), 0, 0};
-    if (lane == 31) { space[0][warp] = own.a; space[1][warp] = own.b; }
+    Sums own = {warp_up_to(a), TWO ? warp_up_to(b) : 0, 0, 0};
+    if (lane == 31) {
+        space[0][warp] = own.a;
+        if (TWO) space[1][warp] = own.b;
+    }
     __syncthreads();
-    u64 warps_a = warp_up_to(lane < T / 32 ? space[0][lane] : 0), warps_b = warp_up_to(lane < T / 32 ? space[1][lane] : 0);
-    own.all_a = __shfl_sync(~0u, warps_a, 31);
-    own.all_b = __shfl_sync(~0u, warps_b, 31);
-    u64 before_a = __shfl_sync(~0u, warps_a, warp ? warp - 1 : 0), before_b = __shfl_sync(~0u, warps_b, warp ? warp - 1 : 0);
-    if (warp) { own.a += before_a; own.b += before_b; }
+    a = lane < T / 32 ? space[0][lane] : 0;
+    own.all_a = warp_sum(a);
+    own.a += warp_sum(lane < warp ? a : 0);
+    if (TWO) {
+        b = lane < T / 32 ? space[1][lane] : 0;
+        own.all_b = warp_sum(b);
+        own.b += warp_sum(lane < warp ? b : 0);
+    }
     return own;
 }
 
 // Counts that begin at zero.
 __device__ __forceinline__ void clear(Shared &sh) {
     const int tid = threadIdx.x;
-    if (tid < COARSE / 2) sh.coarse[tid] = 0;
-    if (tid < COARSE) sh.coarse_all[tid] = 0;
+    if (tid < COARSE) sh.own[tid] = sh.coarse_all[tid] = 0;
     if (tid < FINE) sh.part[0][tid] = sh.part[1][tid] = sh.part[2][tid] = sh.count[tid] = 0;
-    if (tid == 0) sh.slot = 0;
+    if (tid == 0) sh.slot = sh.notes = 0;
 }
 __device__ __forceinline__ void count(Shared &sh, float depth) {
     const u32 bin = units(depth) >> COARSE_BITS;
-    if (depth < BOTTOM) atomicAdd(&sh.coarse[bin / 2], 1u << bin % 2 * 16);
+    if (depth < BOTTOM) atomicAdd(&sh.own[bin], 1u);   // of equal places, and of one: the fast instruction
 }
 
 // The image of the least likely token that a filter keeps: the largest at which what is there or above, tokens or,
 // `by_weight`, their weight, reaches `k` or the share of all. 0: it keeps everything. `counted`: tokens by depth are there.
-__device__ __noinline__ u32 threshold(Shared &sh, const Row row, u32 rank, bool by_weight, u64 k, float share, bool counted) {
+// Also the weight of what it keeps of this thread's tokens; ~0: not known.
+struct Kept { u64 own; u32 lowest; };
+__device__ __noinline__ Kept threshold(Shared &sh, const Row row, u32 rank, bool by_weight, u64 k, float share, bool counted) {
     const int tid = threadIdx.x;
     if (!counted) {
         clear(sh);
@@ -158,6 +174,8 @@ __device__ __noinline__ u32 threshold(Shared &sh, const Row row, u32 rank, bool 
 #pragma unroll UNROLL
         for (int j = 0; j < EACH; ++j) count(sh, row.depth(sh.row[j * T + tid]));
     }
+    __syncthreads();
+    if (tid < COARSE / 2) sh.coarse[tid] = sh.own[2 * tid] | sh.own[2 * tid + 1] << 16;
     cluster_meets();
     {
         constexpr int PARTS = T / (COARSE / 2), SHARE = CLUSTER / PARTS;
@@ -180,7 +198,7 @@ __device__ __noinline__ u32 threshold(Shared &sh, const Row row, u32 rank, bool 
         // Bounds of the bin's weight, in 2^40ths of the most likely token's. A thousandth covers exp.
         const float most_each = __expf(-tid * 0.0625f) * 1.001f, least_each = __expf(-(tid + 1) * 0.0625f) * 0.999f;
         // At most and at least: up to this bin, and of all.
-        const Sums up_to = block_up_to(most_each < row.min_p ? 0 : n * ((u64)(most_each * BOUND_OF_ONE) + 1),
+        const Sums up_to = block_up_to<true>(most_each < row.min_p ? 0 : n * ((u64)(most_each * BOUND_OF_ONE) + 1),
                                        least_each < row.min_p ? 0 : n * (u64)(least_each * BOUND_OF_ONE), sh.sums);
         // The threshold is the first at which above * (1 - share) >= below * share.
         const float rest = 1.f - share;
@@ -189,42 +207,82 @@ __device__ __noinline__ u32 threshold(Shared &sh, const Row row, u32 rank, bool 
         first = min(__syncthreads_count(has && never), COARSE - 1);
         last = max(first, min(__syncthreads_count(has && !surely), COARSE - 1));
     } else {
-        const Sums up_to = block_up_to(n, 0, sh.sums);
+        const Sums up_to = block_up_to<false>(n, 0, sh.sums);
         if (up_to.all_a < k) {
             cluster_meets();   // all have read what the next call clears
-            return 0;
+            return {~0ull, 0};
         }
         first = last = __syncthreads_count(has && up_to.a < k);
     }
 
     // Cut what is left of the order of keys, until the tokens of a bin are few.
+    const int wide = 32 - __clz(last - first);
+    const float begins = first * 0.0625f, ends = begins + (1 << wide) * 0.0625f;   // where the bins below do
     u64 base = (u64)((u32)first << COARSE_BITS) << 32, kept, target = k;
-    int shift = 32 + COARSE_BITS - FINE_BITS + (32 - __clz(last - first)), found;
+    int shift = 32 + COARSE_BITS - FINE_BITS + wide, found;
     auto bin_of = [&](float d, float logit) -> u64 {   // huge for those before it
         u64 key = (u64)units(d) << 32 | (u32)~image(logit);
         return key < base ? ~0ull : key - base >> shift;
     };
-    for (;;) {
-        u64 before = 0, whole = 0;
-#pragma unroll UNROLL
-        for (int j = 0; j < EACH; ++j) {
-            float x = sh.row[j * T + tid], d = row.depth(x);
-            if (!(d < BOTTOM)) continue;
-            u64 amount = by_weight ? row.weight(d) : 1, bin = bin_of(d, x);
-            whole += amount;
-            if (bin == ~0ull) before += amount;
-            if (bin < FINE) {
-                atomicAdd(&sh.count[bin], 1u);
-                if (by_weight)
+    auto put = [&](float d, u64 bin) {
+        atomicAdd(&sh.count[bin], 1u);
+        if (!by_weight) return;
+        const u64 amount = row.weight(d);
 #pragma unroll
-                    for (int i = 0; i < 3; ++i) atomicAdd(&sh.part[i][bin], (u32)(amount >> (i * PART_BITS)) & ((1u << PART_BITS) - 1));
+        for (int i = 0; i < 3; ++i) atomicAdd(&sh.part[i][bin], (u32)(amount >> (i * PART_BITS)) & ((1u << PART_BITS) - 1));
+    };
+    u64 firsts = 0;
+    u32 notes, looks;
+    bool noted;
+    for (bool again = false;; again = true) {
+        u64 before = 0, whole = 0;
+        if (!again)
+#pragma unroll UNROLL
+            for (int j = 0; j < EACH; ++j) {
+                const float d = row.depth(sh.row[j * T + tid]);
+                if (!(d < BOTTOM)) continue;
+                const u64 amount = by_weight ? row.weight(d) : 1;
+                whole += amount;
+                if (d < begins) before += amount;
+                else if (d < ends) {
+                    const u32 at = atomicAdd(&sh.notes, 1u);
+                    if (at < NEAR) sh.note[at] = j * T + tid;
+                }
+            }
+        else
+#pragma unroll 1
+            for (int j = 0; j < EACH; ++j) {
+                const float x = sh.row[j * T + tid], d = row.depth(x);
+                if (!(d < BOTTOM)) continue;
+                const u64 amount = by_weight ? row.weight(d) : 1;
+                whole += amount;
+                if (bin_of(d, x) == ~0ull) before += amount;
+            }
+        if (!again) firsts = before;
+        before = warp_sum(before);
+        whole = warp_sum(whole);
+        if (tid % 32 == 0) { sh.sums[2][tid / 32] = before; sh.sums[3][tid / 32] = whole; }
+        __syncthreads();
+        if (tid < 32) {
+            before = warp_sum(tid < T / 32 ? sh.sums[2][tid] : 0);
+            whole = warp_sum(tid < T / 32 ? sh.sums[3][tid] : 0);
+            if (tid < CLUSTER) {
+                push64(&sh.above_of[rank], tid, before);
+                push64(&sh.all_of[rank], tid, whole);
             }
         }
-        const Sums sums = block_up_to(before, whole, sh.sums + 2);
-        if (tid < CLUSTER) {
-            push64(&sh.above_of[rank], tid, sums.all_a);
-            push64(&sh.all_of[rank], tid, sums.all_b);
+        // Those noted, or all where there was no room.
+        notes = sh.notes;
+        noted = notes <= NEAR;
+        looks = noted ? notes : SLICE;
+#pragma unroll 1
+        for (u32 i = tid; i < looks; i += T) {
+            const float x = sh.row[noted ? sh.note[i] : i], d = row.depth(x);
+            if (!(d < BOTTOM)) continue;
+            const u64 bin = bin_of(d, x);
+            if (bin < FINE) put(d, bin);
         }
+        __syncthreads();
         if (tid < FINE)
             sh.fine[tid] = by_weight ? sh.part[0][tid] + ((u64)sh.part[1][tid] << PART_BITS) + ((u64)sh.part[2][tid] << 2 * PART_BITS)
                                      : sh.count[tid];
@@ -243,14 +301,14 @@ __device__ __noinline__ u32 threshold(Shared &sh, const Row row, u32 rank, bool 
             target = (u64)((double)share * (double)whole);
             if (target == 0) target = 1;
         }
-        const u64 up_to = before + block_up_to(here, 0, sh.sums).a;
+        const u64 up_to = before + block_up_to<false>(here, 0, sh.sums).a;
         found = min(__syncthreads_count(tid < FINE && up_to < target), FINE - 1);
         if (tid == found) sh.kept = up_to - here;
         const u32 own = sh.count[found];
         if (own <= LIST && own > 0) {
-#pragma unroll UNROLL
-            for (int j = 0; j < EACH; ++j) {
-                float x = sh.row[j * T + tid], d = row.depth(x);
+#pragma unroll 1
+            for (u32 i = tid; i < looks; i += T) {
+                const float x = sh.row[noted ? sh.note[i] : i], d = row.depth(x);
                 if (!(d < BOTTOM) || bin_of(d, x) != (u64)found) continue;
                 u32 at = atomicAdd(&sh.slot, 1u);
                 sh.image[at] = image(x);
@@ -270,7 +328,7 @@ __device__ __noinline__ u32 threshold(Shared &sh, const Row row, u32 rank, bool 
         for (int i = 0; i < CLUSTER; ++i) longest = max(longest, sh.length_of[i]);
         if (longest <= LIST) break;
         base += (u64)found << shift;
-        if (shift == 0) return ~(u32)base;   // all of them are the same logit
+        if (shift == 0) return {~0ull, ~(u32)base};   // all of them are the same logit
         shift = max(shift - FINE_BITS, 0);
         if (tid < FINE) sh.part[0][tid] = sh.part[1][tid] = sh.part[2][tid] = sh.count[tid] = 0;
         if (tid == 0) sh.slot = 0;
@@ -289,15 +347,32 @@ __device__ __noinline__ u32 threshold(Shared &sh, const Row row, u32 rank, bool 
         sh.amount[at + tid % LIST] = sh.amount_of[tid];
     }
     __syncthreads();
-    u32 own = 0;
-    if (tid < length) {
-        own = sh.image[tid];
-        u64 sum = kept;
+    u32 lowest = 0;
+#pragma unroll 1
+    for (u32 of = tid / 32 * 8; of < length; of += T / 4) {     // four lanes for each
+        const u32 e = of + tid % 32 / 4, own = e < length ? sh.image[e] : 0;
+        u64 sum = tid % 4 ? 0 : kept;
 #pragma unroll 2
-        for (u32 i = 0; i < length; ++i) sum += sh.image[i] >= own ? sh.amount[i] : 0;
-        if (sum < target) own = 0;
+        for (u32 i = tid % 4; i < length; i += 4) sum += sh.image[i] >= own ? sh.amount[i] : 0;
+        sum += __shfl_xor_sync(~0u, sum, 1);
+        sum += __shfl_xor_sync(~0u, sum, 2);
+        if (e < length && sum >= target) lowest = max(lowest, own);
     }
-    return block_max(own, sh.words[2]);
+    lowest = block_max(lowest, sh.words[2]);
+    // What a thread keeps: its tokens before the bins, and those noted that reach the threshold.
+    if (!by_weight || !noted || !lowest) return {~0ull, lowest};
+    u64 *weights = sh.amount_of;    // nobody needs it any more
+    static_assert(CLUSTER * LIST == T, "one for each thread");
+    weights[tid] = 0;
+    __syncthreads();
+#pragma unroll 1
+    for (u32 i = tid; i < notes; i += T) {
+        const u32 at = sh.note[i];
+        const float x = sh.row[at];
+        if (image(x) >= lowest) atomicAdd(&weights[at % T], row.weight(row.depth(x)));
+    }
+    __syncthreads();
+    return {firsts + weights[tid], lowest};
 }
 
 // 53 random bits: Philox4x32-10 of the counter (position, 0, 0, 0).
@@ -351,8 +426,8 @@ extern "C" __global__ void __launch_bounds__(T, 1024 / T) sample(const __grid_co
     const int *seed = p.seed + (long long)r * p.seed_stride;
     const double u = uniform(seed[0], seed[1], position);
     // With the parts' largest known, blocks need not tell each other theirs, and count tokens as they come.
-    u32 top = tid < p.parts ? image(__ldcg(p.largest + tid) + 0.f) : 0;
-    const bool known = p.parts > 0;
+    u32 top = tid < p.parts ? image(__ldcg(p.largest + (long long)s * p.parts + tid) + 0.f) : 0;
+    const bool known = p.parts > 0, by_count = k > 0 && k < VOCAB, by_weight = share < 1.f;
     Row row = {0.f, fminf(__fdiv_rn(1.f, temperature), 1e30f), min_p};
     if (known) {
         top = block_max(top, sh.words[0]);
@@ -361,8 +436,8 @@ extern "C" __global__ void __launch_bounds__(T, 1024 / T) sample(const __grid_co
     auto keep = [&](int j, float x) {
         x = x != x ? none : x + 0.f;   // NaN is -inf; -0.0 and 0.0 tie
         sh.row[j * T + tid] = x;
-        if (known) count(sh, row.depth(x));
-        else top = max(top, image(x));
+        if (!known) top = max(top, image(x));
+        else if (by_count || by_weight) count(sh, row.depth(x));
     };
 #pragma unroll 1
     for (int j = 0; j < EACH; j += 4) {
@@ -399,24 +474,33 @@ extern "C" __global__ void __launch_bounds__(T, 1024 / T) sample(const __grid_co
         }
         return;
     }
-    const bool by_count = k > 0 && k < VOCAB, by_weight = share < 1.f;
     // First the tokens, then their weight; the second starts from what the first has kept.
     bool counted = known;
+    Kept kept = {~0ull, 0};
 #pragma unroll 1
     for (int i = 0; i < 2; ++i) {
         if (!(i ? by_weight : by_count)) continue;
-        const u32 lowest = threshold(sh, row, rank, i, k, share, counted);
+        kept = threshold(sh, row, rank, i, k, share, counted);
         counted = false;
+        if (i == 0 && by_weight)
 #pragma unroll UNROLL
-        for (int j = 0; j < EACH; ++j)
-            if (image(sh.row[j * T + tid]) < lowest) sh.row[j * T + tid] = none;
+            for (int j = 0; j < EACH; ++j)
+                if (image(sh.row[j * T + tid]) < kept.lowest) sh.row[j * T + tid] = none;
     }
+    const float lowest = kept.lowest ? logit_of(kept.lowest) : none;
+    auto weight = [&](int j) -> u64 {
+        const float x = sh.row[j * T + tid];
+        return row.weight(x >= lowest ? row.depth(x) : infinity());
+    };
 
     // The first token at which the running sum of weights exceeds the target.
-    u64 own = 0, total = 0;
+    u64 own = kept.own, total = 0;
+    if (own == ~0ull) {
+        own = 0;
 #pragma unroll UNROLL
-    for (int j = 0; j < EACH; ++j) own += row.weight(row.depth(sh.row[j * T + tid]));
-    const Sums sums = block_up_to(own, 0, sh.sums + 4);
+        for (int j = 0; j < EACH; ++j) own += weight(j);
+    }
+    const Sums sums = block_up_to<false>(own, 0, sh.sums + 4);
     u64 before = sums.a - own;
     if (tid < CLUSTER) push64(&sh.total_of[rank], tid, sums.all_a);
     cluster_meets();
@@ -431,7 +515,7 @@ extern "C" __global__ void __launch_bounds__(T, 1024 / T) sample(const __grid_co
         int chosen = 0;
 #pragma unroll UNROLL
         for (int j = 0; j < EACH; ++j) {
-            before += row.weight(row.depth(sh.row[j * T + tid]));
+            before += weight(j);
             chosen += before <= target;
         }
         p.out[s] = begin + chosen;

@@ -61,7 +61,7 @@ class ClusterSampler:
         Args:
             logits: [S, V] f32, contiguous, finished: what changes them has run.
             rows, positions, inputs, out: as in `ostinato.sampling.sample`.
-            largest: [N] f32, the largest logits of parts of the row, any cut, where it is known and there is one row.
+            largest: [S, N] f32, contiguous: the largest logits of parts of each row, any cut, where it is known.
         """
         seqs, vocab = logits.shape
         kernels = self._kernels.get(vocab)
@@ -71,11 +71,11 @@ class ClusterSampler:
             return False
         cluster = max(kernels) if seqs <= FEW_SEQS else min(kernels)
         by_row = (inputs.temperature, inputs.min_p, inputs.top_p, inputs.top_k, inputs.seed)
-        if seqs > 1 or (largest is not None and len(largest) > THREADS):
+        if largest is not None and largest.shape[1] > THREADS:
             largest = None
         kernel, pointers = kernels[cluster], [logits, rows, positions, *by_row, out, largest]
         POINTERS[kernel.handle] = len(pointers)
-        numbers = struct.pack("<ii", inputs.seed.stride(0), 0 if largest is None else len(largest))
+        numbers = struct.pack("<ii", inputs.seed.stride(0), 0 if largest is None else largest.shape[1])
         kernel.launch(addresses(pointers) + numbers, seqs * cluster)
         return True
 
@@ -90,7 +90,7 @@ class ClusterSampler:
                     SOURCE, "sample",
                     {"VOCAB": vocab, "CLUSTER": cluster, "THREADS": THREADS, "EACH": each},
                     device=self._device, grid=cluster, block=THREADS, cluster=cluster,
-                    shared_bytes=4 * each * THREADS + 24 * THREADS + 10240,
+                    shared_bytes=4 * each * THREADS + 24 * THREADS + 16384,
                 )  # fmt: skip
             except KernelError as error:
                 logger.info("tokens are drawn by the Triton kernels: %s", error)

@@ -22,7 +22,7 @@ from triton import cdiv, next_power_of_2
 from ...errors import KernelError
 from ...inputs import FLAG_PENALTIES, POST_CYCLE, Batch, StaticInputs, StepState
 from ...types import SamplerVariant
-from .. import AttentionShape, Linear, NextNorm, Scratch, Stack, StepView, VersionLine, squares_words
+from .. import AttentionShape, Linear, NextNorm, Peaks, Scratch, Stack, StepView, VersionLine, squares_words
 from ..cuda import chain
 from ..cuda.attention import DecodeAttention
 from ..cuda.fused import MOST_TOKENS, FusedDecode, unsupported
@@ -251,6 +251,8 @@ class TritonOps:
 
         `rows`: other than the most that the problem's versions serve.
         """
+        from .sampling import greedy, scratch_words
+
         device, rows, dtype = self._device, rows or problem.rows, problem.dtype
 
         def make(*size: int, dtype: torch.dtype = dtype) -> torch.Tensor:
@@ -259,7 +261,11 @@ class TritonOps:
         x, norm = make(rows, problem.depth), make(problem.depth)
         out = make(rows, problem.columns, dtype=torch.float32 if problem.op == "norm_head" else dtype)
         normed, wide = torch.empty_like(x), make(rows, 2 * problem.columns) if problem.gate else None
-        index = torch.arange(rows, dtype=torch.int32, device=device) if problem.op == "norm_head" else None
+        index: torch.Tensor | None = None
+        if problem.op == "norm_head":
+            index = torch.arange(rows, dtype=torch.int32, device=device)
+            tokens = torch.empty_like(index)
+            workspace = torch.empty(scratch_words(rows, problem.columns), dtype=torch.int32, device=device)
         # Norms are begun by the product in front, where a version can use that.
         stream = problem.depth if problem.has_norm else problem.columns
         then = NextNorm(
@@ -274,6 +280,14 @@ class TritonOps:
             elif problem.op == "norm_gate_up":
                 assert wide is not None
                 self._norm_gate_up(version, x, norm, 1e-5, linear, normed, wide, out, then)
+            elif index is not None:  # what a greedy step does
+                if version.kind is Kind.TILE:
+                    self._best_token(
+                        version, x, index, norm, 1e-5, linear, index, normed, workspace, tokens, then
+                    )
+                    return
+                self._norm_linear(version, x, index, norm, 1e-5, linear, normed, out, then)
+                greedy(out, index, out=tokens, scratch=workspace, pdl=self._pdl)
             else:
                 self._norm_linear(version, x, index, norm, 1e-5, linear, normed, out, then)
 
@@ -413,7 +427,7 @@ class TritonOps:
             self._rows.run(stack, view, caches, scratch, greedy=greedy)
             return None
         assert self._fused is not None
-        return self._fused.run(stack, view, caches, scratch, greedy=greedy)
+        return self._fused.run(stack, view, caches, scratch, greedy=greedy)[None]
 
     def embed(self, ids: torch.Tensor, table: torch.Tensor, out: torch.Tensor) -> None:
         tokens, width = out.shape
@@ -529,9 +543,38 @@ class TritonOps:
         last: torch.Tensor,
         logits: torch.Tensor,
         begun: NextNorm | None = None,
+        workspace: torch.Tensor | None = None,
+    ) -> torch.Tensor | None:
+        version, seqs = self._table("norm_head", linear, len(last_index), x.dtype), len(last_index)
+        if version.kind is not Kind.TILE or workspace is None:
+            self._norm_linear(version, x, last_index, norm, eps, linear, last, logits, begun)
+            return None
+        peaks = self._peaks(version, workspace, linear, seqs)
+        self._tile(
+            Product.WIDE, version, x, last_index, norm, eps, linear, last, logits, begun, Peaks(peaks.values)
+        )
+        return peaks.values
+
+    def picks(self, linear: Linear, seqs: int) -> bool:
+        dtype = linear.weight.dtype  # of the activations, where nothing is quantised
+        return linear.scale is None and self._table("norm_head", linear, seqs, dtype).kind is Kind.TILE
+
+    def best_token(
+        self,
+        x: torch.Tensor,
+        last_index: torch.Tensor,
+        norm: torch.Tensor,
+        eps: float,
+        linear: Linear,
+        *,
+        rows: torch.Tensor,
+        last: torch.Tensor,
+        workspace: torch.Tensor,
+        out: torch.Tensor,
+        begun: NextNorm | None = None,
     ) -> None:
-        version = self._table("norm_head", linear, len(last_index), x.dtype)
-        self._norm_linear(version, x, last_index, norm, eps, linear, last, logits, begun)
+        version = self._table("norm_head", linear, len(rows), x.dtype)
+        self._best_token(version, x, last_index, norm, eps, linear, rows, last, workspace, out, begun)
 
     def sample(
         self,
@@ -627,17 +670,46 @@ class TritonOps:
         eps: float,
         linear: Linear,
         normed: torch.Tensor,
-        out: torch.Tensor,
+        out: torch.Tensor | None,
         begun: NextNorm | None,
+        peaks: Peaks | None = None,
     ) -> None:
         assert self._products is not None
         if begun is None:
             self._rms_norm(x, index, norm, eps, normed)
-            self._products.run(kind, version, normed, linear, out)
+            self._products.run(kind, version, normed, linear, out, peaks=peaks)
         else:
             self._products.run(
-                kind, version, begun.scaled, linear, out, squares=begun.squares, sums=begun.sums, eps=eps
-            )
+                kind, version, begun.scaled, linear, out,
+                squares=begun.squares, sums=begun.sums, eps=eps, peaks=peaks,
+            )  # fmt: skip
+
+    def _best_token(
+        self,
+        version: Version,
+        x: torch.Tensor,
+        index: torch.Tensor,
+        norm: torch.Tensor,
+        eps: float,
+        linear: Linear,
+        rows: torch.Tensor,
+        normed: torch.Tensor,
+        workspace: torch.Tensor,
+        out: torch.Tensor,
+        begun: NextNorm | None,
+    ) -> None:
+        from .sampling import pick
+
+        peaks = self._peaks(version, workspace, linear, len(rows))
+        self._tile(Product.BEST, version, x, index, norm, eps, linear, normed, None, begun, peaks)
+        assert peaks.tokens is not None
+        pick(peaks.values, peaks.tokens, rows, parts=peaks.values.shape[1], out=out, pdl=self._pdl)
+
+    def _peaks(self, version: Version, workspace: torch.Tensor, linear: Linear, seqs: int) -> Peaks:
+        from .sampling import peaks_in
+
+        assert self._products is not None
+        return peaks_in(workspace, seqs, self._products.blocks(version, seqs, linear.out_features))
 
     def _linear_add(
         self,

@@ -44,6 +44,7 @@ import triton.language as tl
 from ...inputs import FLAG_BIAS, FLAG_LOGPROBS, FLAG_MASK, FLAG_PENALTIES, StaticInputs, StepState
 from ...sampling import MAX_INVERSE_TEMPERATURE, MAX_VOCAB, WEIGHT_BITS
 from ...types import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_IDS, SamplerVariant
+from .. import Peaks
 
 if TYPE_CHECKING:
     from ..cuda.sample import ClusterSampler
@@ -189,7 +190,7 @@ def sample(
     Allocates nothing and never waits for the device. `scratch`: at least
     `scratch_words(S, V, variant)` words, i32 or f32, contiguous, at a multiple of 16 bytes.
     `pdl`: launch dependently (compute capability 9.0 and later). `draw`: does all from the count to the draw
-    in one kernel, where it can. `largest`: of one sequence, the largest logits of parts of its row (f32, any cut).
+    in one kernel, where it can. `largest`: f32 [S, N], the largest logits of parts of each row, any cut.
 
     Raises:
         ValueError: a tensor has another type or shape, or scratch is too small.
@@ -207,16 +208,12 @@ def sample(
         raise ValueError(f"scratch must have {need} 32-bit words, got {scratch.numel()} of {scratch.dtype}")
     if num_seqs == 0:
         return
+    if variant is SamplerVariant.GREEDY:
+        greedy(logits, rows, out=out, scratch=scratch, pdl=pdl)
+        return
     t = _views(scratch, num_seqs, vocab, variant)
-    block, chunks = _cut(num_seqs, vocab)
-    launch = _launch(pdl)
-    cut: dict[str, Any] = {
-        "V": vocab,
-        "BLOCK": block,
-        "CHUNKS": chunks,
-        "CHUNKS_PADDED": triton.next_power_of_2(chunks),
-        "num_warps": 4 if block <= 1024 else 8,
-    } | launch
+    cut, launch = _chunked(num_seqs, vocab, pdl), _launch(pdl)
+    chunks = cut["CHUNKS"]
     grid = (num_seqs, chunks)
 
     if variant is SamplerVariant.FULL:
@@ -254,13 +251,6 @@ def sample(
             **cut,
         )
 
-    partials = (t["chunk_max"], t["chunk_best"])
-    if variant is SamplerVariant.GREEDY:
-        _chunk_best[grid](logits, rows, *partials, *partials, CLEAR=0, **cut)
-        _argmax_partials[(num_seqs,)](
-            *partials, rows, out, BLOCKS=chunks, BLOCKS_PADDED=cut["CHUNKS_PADDED"], num_warps=4, **launch
-        )
-        return
     if variant is SamplerVariant.FULL:
         largest = None  # of logits before they were edited
     if draw is None or not draw.run(logits, rows, positions, inputs, out=out, largest=largest):
@@ -285,6 +275,47 @@ def sample(
             TOP_PADDED=triton.next_power_of_2(chunks * MAX_LOGPROBS),
             **(cut | {"num_warps": 8}),
         )
+
+
+def greedy(
+    logits: torch.Tensor, rows: torch.Tensor, *, out: torch.Tensor, scratch: torch.Tensor, pdl: bool = False
+) -> None:
+    """The best tokens: `sample` where that is all."""
+    num_seqs, vocab = logits.shape
+    t, cut = _views(scratch, num_seqs, vocab, SamplerVariant.GREEDY), _chunked(num_seqs, vocab, pdl)
+    partials = (t["chunk_max"], t["chunk_best"])
+    _chunk_best[num_seqs, cut["CHUNKS"]](logits, rows, *partials, *partials, CLEAR=0, **cut)
+    pick(*partials, rows, parts=cut["CHUNKS"], out=out, pdl=pdl)
+
+
+def peaks_in(workspace: torch.Tensor, num_seqs: int, parts: int) -> Peaks:
+    """Room for the peaks of S rows, at the beginning of a workspace of `scratch_words`.
+
+    A part has 64 logits at least, or is a row's only one, so the chunks that `sample` makes of as many rows, or its copy
+    of the logits, need more.
+    """
+    words = workspace.view(torch.int32)
+    values, tokens = words[: 2 * num_seqs * parts].view(2, num_seqs, parts)
+    return Peaks(values.view(torch.float32), tokens)
+
+
+def pick(
+    values: torch.Tensor,
+    tokens: torch.Tensor,
+    rows: torch.Tensor,
+    *,
+    parts: int,
+    out: torch.Tensor,
+    pdl: bool = False,
+) -> None:
+    """out[s] = the first best token of what is known of its parts, 0 for padding.
+
+    values f32 and tokens i32: [S, parts], contiguous.
+    """
+    _argmax_partials[(len(rows),)](
+        values, tokens, rows, out,
+        BLOCKS=parts, BLOCKS_PADDED=triton.next_power_of_2(parts), num_warps=4, **_launch(pdl),
+    )  # fmt: skip
 
 
 def _draw_by_kernels(
@@ -329,6 +360,18 @@ def _draw_by_kernels(
         num_warps=8,
         **best,
     )
+
+
+def _chunked(num_seqs: int, vocab: int, pdl: bool) -> dict[str, Any]:
+    """Options of launches with a program for each chunk of a row."""
+    block, chunks = _cut(num_seqs, vocab)
+    return {
+        "V": vocab,
+        "BLOCK": block,
+        "CHUNKS": chunks,
+        "CHUNKS_PADDED": triton.next_power_of_2(chunks),
+        "num_warps": 4 if block <= 1024 else 8,
+    } | _launch(pdl)
 
 
 def _launch(pdl: bool) -> dict[str, Any]:
