@@ -680,16 +680,9 @@ class TritonOps:
             self._products.run(kind, version, normed, linear, out, peaks=peaks)
         else:
             self._products.run(
-                kind,
-                version,
-                begun.scaled,
-                linear,
-                out,
-                squares=begun.squares,
-                sums=begun.sums,
-                eps=eps,
-                peaks=peaks,
-            )
+                kind, version, begun.scaled, linear, out,
+                squares=begun.squares, sums=begun.sums, eps=eps, peaks=peaks,
+            )  # fmt: skip
 
     def _best_token(
         self,
