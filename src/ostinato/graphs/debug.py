@@ -39,21 +39,12 @@ class DebugOps:
         """Never: what is to be looked at is each op by itself."""
         return False
 
-<<<<<<< HEAD
-    def picks(self, *args: Any) -> bool:
-        """Never: logits are to be looked at, too."""
-        return False
-
-    def chain(self, *args: Any) -> None:
-        """Nothing: each product by itself."""
-=======
     def chain(self, *args: Any) -> None:
         """Nothing, for the same reason."""
 
     def picks(self, *args: Any) -> bool:
         """Never: logits are to be looked at, too."""
         return False
->>>>>>> block
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._inner, name)
