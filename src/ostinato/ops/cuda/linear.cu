@@ -30,6 +30,7 @@
 
 #include "common.cuh"
 #include "ring.cuh"
+#include "tiles.cuh"
 
 enum { STORE, ADD, ACT, WIDE, BEST };
 constexpr int ROWS = 64 * MW;               // of weights in a tile
@@ -55,7 +56,6 @@ __device__ __forceinline__ int place(int split, int token, int row) {
     return (split * PAIRED / 2 + token / 2) * APART + row / 16 * 36 + row % 8 * 4 + row / 8 % 2 * 2 + token % 2;
 }
 
-struct __align__(64) Map { u64 words[16]; };
 struct Params {
     const u16 *weight, *x;      // as in the maps
     void *out;                  // [rows, n] bfloat16, float32 for WIDE; ADD: the residual stream
@@ -72,86 +72,6 @@ struct Params {
     Map weight_map, x_map;
 };
 
-__device__ __forceinline__ u64 policy(bool first) {
-    u64 p;
-    if (first) asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(p));
-    else asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(p));
-    return p;
-}
-__device__ __forceinline__ void copy2(u32 to, const Map *map, int a, int b, u32 bar, u64 hint) {
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint"
-        " [%0], [%1, {%3, %4}], [%2], %5;"
-        ::"r"(to), "l"(map), "r"(bar), "r"(a), "r"(b), "l"(hint) : "memory");
-}
-// To the same place in all blocks of `mask`, whose barriers count it too.
-__device__ __forceinline__ void copy2(u32 to, const Map *map, int a, int b, u32 bar, u64 hint, u16 mask) {
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint"
-        " [%0], [%1, {%3, %4}], [%2], %6, %5;"
-        ::"r"(to), "l"(map), "r"(bar), "r"(a), "r"(b), "l"(hint), "h"(mask) : "memory");
-}
-__device__ __forceinline__ void copy4(u32 to, const Map *map, int a, int d, u32 bar, u64 hint) {
-    asm volatile(
-        "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint"
-        " [%0], [%1, {%3, %4, %4, %5}], [%2], %6;"
-        ::"r"(to), "l"(map), "r"(bar), "r"(a), "r"(0), "r"(d), "l"(hint) : "memory");
-}
-
-// Shared-memory operand of a warp-group product: rows of 128 bytes, swizzled, eight rows a kilobyte.
-__device__ __forceinline__ u64 operand(u32 at) {
-    return (u64)(at >> 4 & 0x3fff) | (u64)1 << 16 | (u64)64 << 32 | (u64)1 << 62;
-}
-#define F4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
-#define F16(i) F4(i), F4(i + 4), F4(i + 8), F4(i + 12)
-// d (+)= A B^T over 16 inner indices; `more`: added to what d holds.
-__device__ __forceinline__ void multiply(float *d, u64 a, u64 b, u32 more) {
-    if (TOK == 8)
-        asm volatile(
-            "{\n.reg .pred p;\nsetp.ne.b32 p, %6, 0;\n"
-            "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%0,%1,%2,%3}, %4, %5, p, 1, 1, 0, 0;\n}"
-            : F4(0) : "l"(a), "l"(b), "r"(more));
-    if (TOK == 16)
-        asm volatile(
-            "{\n.reg .pred p;\nsetp.ne.b32 p, %10, 0;\n"
-            "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {%0,%1,%2,%3,%4,%5,%6,%7}, %8, %9, p, 1, 1, 0, 0;\n}"
-            : F4(0), F4(4) : "l"(a), "l"(b), "r"(more));
-    if (TOK == 32)
-        asm volatile(
-            "{\n.reg .pred p;\nsetp.ne.b32 p, %18, 0;\n"
-            "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15},"
-            " %16, %17, p, 1, 1, 0, 0;\n}"
-            : F16(0) : "l"(a), "l"(b), "r"(more));
-    if (TOK == 64)
-        asm volatile(
-            "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
-            "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
-            "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, %32, %33, p, 1, 1, 0, 0;\n}"
-            : F16(0), F16(16) : "l"(a), "l"(b), "r"(more));
-    if (TOK == 128)
-        asm volatile(
-            "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
-            "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
-            "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,"
-            "%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, %64, %65, p, 1, 1, 0, 0;\n}"
-            : F16(0), F16(16), F16(32), F16(48) : "l"(a), "l"(b), "r"(more));
-}
-__device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int PENDING>
-__device__ __forceinline__ void await_products(float *d) {
-#pragma unroll
-    for (int i = 0; i < TOK / 2; ++i) asm volatile("" : "+f"(d[i])::"memory");
-    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
-#pragma unroll
-    for (int i = 0; i < TOK / 2; ++i) asm volatile("" : "+f"(d[i])::"memory");
-}
-
-__device__ __forceinline__ u32 there(u32 at, int block) {
-    u32 r;
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(r) : "r"(at), "r"(block));
-    return r;
-}
 // Sends numbers to another block of the cluster, which waits for their bytes.
 __device__ __forceinline__ void send4(u32 to, u32 bar, int block, const float *v) {
     asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];"
@@ -160,18 +80,6 @@ __device__ __forceinline__ void send4(u32 to, u32 bar, int block, const float *v
 }
 __device__ __forceinline__ void store4(u32 to, const float *v) {
     asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to), "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]) : "memory");
-}
-__device__ __forceinline__ void arrive_there(u32 bar) {
-    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(bar) : "memory");
-}
-__device__ __forceinline__ void meet() {
-    asm volatile("barrier.cluster.arrive.relaxed;\nbarrier.cluster.wait.acquire;" ::: "memory");
-}
-__device__ __forceinline__ bool come(u32 bar) {
-    u32 yes;
-    asm volatile("{\n.reg .pred p;\nmbarrier.test_wait.parity.shared::cta.b64 p, [%1], 0;\nselp.u32 %0, 1, 0, p;\n}"
-                 : "=r"(yes) : "r"(bar) : "memory");
-    return yes;
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, TOK * MW > 128 ? 1 : 2) linear(const __grid_constant__ Params p) {
@@ -221,7 +129,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, TOK * MW > 128 ? 1 : 2) li
             int at = turned(tile);
             for (int n = 0; n < count; ++n, ++i) {
                 if (i >= STAGES) mbar_wait(w_empty + stage * 8, parity);
-                else while (!gone && clock64() - last < PACE) gone = come(go);
+                else while (!gone && clock64() - last < PACE) gone = come(go, 0);
                 if ((i >= STAGES || gone) && i >= FLIGHT) {
                     const int before = stage - FLIGHT;
                     mbar_wait(w_full + (before < 0 ? before + STAGES : before) * 8, before < 0 ? parity : parity ^ 1);
@@ -328,9 +236,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, TOK * MW > 128 ? 1 : 2) li
             begin_products();
 #pragma unroll
             for (int k = 0; k < KA * 4; ++k)
-                multiply(d, a + (k / 4 * W_BYTES + k % 4 * 32) / 16, b + (k / 4 * X_BYTES + k % 4 * 32) / 16, n || k);
+                multiply<TOK>(d, a + (k / 4 * W_BYTES + k % 4 * 32) / 16, b + (k / 4 * X_BYTES + k % 4 * 32) / 16, n || k);
             commit_products();
-            await_products<0>(d);
+            await_products<TOK, 0>(d);
             // Tiles of x are free when all that share them have read them. Nobody waits for the last ones.
             if (lane == 0) mbar_arrive(w_empty + w * 8);
             if (lane < SHARE && i + X_STAGES < stages) {
@@ -341,7 +249,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, TOK * MW > 128 ? 1 : 2) li
             if (++w == STAGES) { w = 0; w_parity ^= 1; }
             if (++x == X_STAGES) { x = 0; x_parity ^= 1; }
         }
-        await_products<0>(d);
+        await_products<TOK, 0>(d);
         if (from == start) mbar_wait(normed, 0);
         if (GATHERED) break;
         const u32 pair = (u32)(from - start) / step * 2;

@@ -485,6 +485,7 @@ class Store:
             "../cuda/attention.py",
             "../cuda/common.cuh",
             "../cuda/ring.cuh",
+            "../cuda/tiles.cuh",
         )
         sources = b"".join((Path(__file__).parent / name).read_bytes() for name in names)
         return cls(
