@@ -1,15 +1,16 @@
-"""Tokens come home from a GPU: a step posts them to the place that its number says, eagerly and on a graph."""
+"""What travels between host and GPU: tokens that a step posts where its number says, eagerly and on a graph; what the host changes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from ostinato.graphs.results import ResultRing
-from ostinato.inputs import BufferShapes, StepBuffers
+from ostinato.inputs import BufferShapes, StepBuffers, _Staging
 from ostinato.types import GraphKey, Route, SamplerVariant, StepKind
 
 pytestmark = pytest.mark.gpu
@@ -91,3 +92,25 @@ def test_what_nobody_waits_for_leaves_results_alone(stream: Any) -> None:
     second = ring.send(batch)
     assert first.result().tokens == [3] * 5
     assert second.result().tokens == [5] * 5
+
+
+def test_what_the_host_changes_lands_in_its_place(stream: Any) -> None:
+    """Words and penalty counts at random places: one launch against tensors indexed on the CPU, again and again."""
+    from ostinato.ops.cuda.edit import Editor
+
+    g = np.random.default_rng(torch.seed() % 2**32)
+    words, counts = torch.zeros(5000, dtype=torch.int32), torch.zeros(3001, dtype=torch.int16)
+    on_gpu = words.cuda(), counts.cuda()
+    device = torch.device("cuda", torch.cuda.current_device())
+    editor = Editor.on(device)
+    assert editor is not None
+    slot, plain = _Staging(device, editor), _Staging(torch.device("cpu"))
+    for size in (1, 255, 256, 257, 2500):
+        changes = []
+        for tensor, most in ((words, 2**31), (counts, 2**15)):
+            index = g.permutation(len(tensor))[:size]
+            changes.append((index, g.integers(-most, most, len(index)).astype(np.int32)))
+        for staging, targets in ((slot, on_gpu), (plain, (words, counts))):
+            staging.apply([(t, *change) for t, change in zip(targets, changes, strict=True)])
+    for found, expected in zip(on_gpu, (words, counts), strict=True):
+        assert torch.equal(found.cpu(), expected)
