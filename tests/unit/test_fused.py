@@ -8,6 +8,7 @@ import importlib
 import logging
 import re
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -520,6 +521,43 @@ def test_a_compiler_that_fails_or_is_not_there_is_a_kernel_error(
         build(HID=64)
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
     with pytest.raises(KernelError, match="cuda"):
+        build(HID=64)
+
+
+def test_programs_are_compiled_apart(cuda: Cuda) -> None:
+    """Several at once, each once, and only what this thread asks for of the sources that are named."""
+    both, elsewhere = threading.Barrier(2), []
+    compile_one = cuda._compile
+
+    def together(*args: Any) -> tuple[int]:
+        both.wait(10)  # breaks where one is compiled after the other
+        return compile_one(*args)
+
+    nvrtc = sys.modules["cuda.bindings"].nvrtc
+    nvrtc.nvrtcCompileProgram = together
+    with program.compile_apart([fused.SOURCE], threads=2):
+        for width in (64, 128, 64):
+            with pytest.raises(KernelError, match="decode: it is being compiled"):
+                build(HID=width)
+    assert (cuda.compiled, cuda.loaded) == (2, 0)
+    nvrtc.nvrtcCompileProgram = compile_one
+    assert build(HID=64) != build(HID=128)
+    assert (cuda.compiled, cuda.loaded) == (2, 2)
+    with program.compile_apart([rows.SOURCE], threads=2):
+        build(HID=256)
+    with program.compile_apart([fused.SOURCE], threads=2):
+        other = threading.Thread(target=lambda: elsewhere.append(build(HID=512)))
+        other.start()
+        other.join()
+    assert len(elsewhere) == 1
+    assert cuda.loaded == 4
+
+
+def test_what_does_not_compile_apart_says_so_when_it_is_used(cuda: Cuda) -> None:
+    cuda.log = b"the ring does not fit"
+    with program.compile_apart([fused.SOURCE], threads=1), pytest.raises(KernelError, match="being compiled"):
+        build(HID=64)
+    with pytest.raises(KernelError, match="does not compile for sm_90a"):
         build(HID=64)
 
 

@@ -28,9 +28,10 @@ from test_triton_ops import DECODE, SMOLLM, Seq, _interpreter_loops, make_world 
 
 from ostinato.models.quantize import FP8, Quantizer
 from ostinato.ops import AttentionShape, Linear
+from ostinato.ops.cuda import program
 from ostinato.ops.triton import TritonOps, tune
 from ostinato.ops.triton.decode import Workspace, multiply
-from ostinato.ops.triton.tune import LIBRARY, Kind, Problem, Store, Table, Timing, Version
+from ostinato.ops.triton.tune import CHAIN, LIBRARY, TILES, Kind, Problem, Store, Table, Timing, Version
 from ostinato.types import StepKind
 
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu covers this on a GPU")
@@ -356,10 +357,13 @@ def test_measuring_leaves_out_what_cannot_run(monkeypatch: pytest.MonkeyPatch) -
     first, second, third = (t.problem for t in timings()[:3])
     linears = [Linear(torch.zeros(1))] * 5
     launched: list[Version] = []
+    apart: list[bool] = []
+    """Whether CUDA C++ was compiled by others, launch by launch"""
 
     def launcher(problem: Problem) -> Callable[[Version, Linear], None]:
         def launch(version: Version, linear: Linear) -> None:
             launched.append(version)
+            apart.append(program._apart is not None and {TILES, CHAIN} == set(program._apart.sources))
             if problem is first and version == tune.default(first):
                 raise RuntimeError("out of shared memory")
 
@@ -378,6 +382,8 @@ def test_measuring_leaves_out_what_cannot_run(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     found = tune.measure({first: linears, second: linears, third: linears}, launcher, seconds=10)
     assert tune.default(first) in launched
+    candidates = sum(len(tune.candidates(problem)) for problem in (first, second, third))
+    assert apart == [True] * candidates + [False] * (len(apart) - candidates)
     assert found[0].problem is first
     assert found[0].best == tune.candidates(first)[-1]
     assert not {LIBRARY, tune.default(first)} & set(found[0].times)

@@ -10,7 +10,10 @@ import logging
 import os
 import re
 import struct
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,7 @@ logger = logging.getLogger(__name__)
 POINTERS: dict[int, int] = {}
 """How many pointers, 8 bytes each, a launched kernel's parameter begins with, by function handle."""
 
+_MOST_THREADS = 16
 _INCLUDE = re.compile(r'#include "(\w+\.cuh)"')
 
 
@@ -121,8 +125,10 @@ def build(
 
     Raises:
         KernelError: it does not compile or load; the compiler's log is in the message. Or there is no
-            compiler, or no driver.
+            compiler, or no driver. Or others compile it, see `compile_apart`.
     """
+    if _apart is not None and _apart.takes(source, macros, device):
+        raise KernelError(f"CUDA kernel {name}: it is being compiled")
     try:
         with torch.cuda.device(device):
             module = _module(source, tuple(sorted(macros.items())), device)
@@ -144,6 +150,49 @@ def _module(source: Path, macros: tuple[tuple[str, int], ...], device: torch.dev
     binary = compile_cubin(source_text(source), source.name, dict(macros), arch(device))
     torch.cuda.current_stream()  # there is a context
     return _check(driver.cuModuleLoadData(binary), f"loading {source.name}")
+
+
+@dataclass
+class _Apart:
+    """Programs that are compiled by threads of their own."""
+
+    sources: Collection[Path]
+    pool: ThreadPoolExecutor
+    owner: int = field(default_factory=threading.get_ident)
+    begun: set[tuple[Path, tuple[tuple[str, int], ...]]] = field(default_factory=set)
+
+    def takes(self, source: Path, macros: Mapping[str, int], device: torch.device) -> bool:
+        """Whether a program is among them; what cannot be compiled says so at its next use."""
+        if source not in self.sources or threading.get_ident() != self.owner:
+            return False
+        key = source, tuple(sorted(macros.items()))
+        if key not in self.begun:
+            self.begun.add(key)
+            self.pool.submit(compile_cubin, source_text(source), source.name, dict(macros), arch(device))
+        return True
+
+
+_apart: _Apart | None = None
+
+
+@contextlib.contextmanager
+def compile_apart(sources: Collection[Path], threads: int | None = None) -> Iterator[None]:
+    """Kernels of these sources that this thread asks for in the block are compiled, several at a time, and not to be had.
+
+    `build` raises KernelError for them. When the block ends the cache on disk has all that compile.
+
+    Args:
+        sources: as `build` is given them.
+        threads: at most; None: one for each core, up to 16. The compiler works outside the interpreter's lock.
+    """
+    global _apart
+    count = threads or min(os.cpu_count() or 1, _MOST_THREADS)
+    with ThreadPoolExecutor(count, "compile") as pool:
+        _apart = _Apart(sources, pool)
+        try:
+            yield
+        finally:
+            _apart = None
 
 
 def addresses(tensors: Sequence[torch.Tensor | None]) -> bytes:

@@ -25,6 +25,9 @@ from triton import cdiv, next_power_of_2
 
 from ...paths import cache_dir
 from .. import Linear, VersionLine
+from ..cuda.chain import SOURCE as CHAIN
+from ..cuda.linear import SOURCE as TILES
+from ..cuda.program import compile_apart
 from .compile import compile_ahead
 
 logger = logging.getLogger(__name__)
@@ -394,7 +397,7 @@ def measure(
     """
     compiling = time.perf_counter()
     launchers = {problem: launcher(problem) for problem in work}
-    with compile_ahead():
+    with compile_ahead(), compile_apart([TILES, CHAIN]):
         for problem, linears in work.items():
             for version in candidates(problem, tiles):
                 _try(launchers[problem], version, linears[0])
