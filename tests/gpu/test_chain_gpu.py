@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import pytest
 import torch
 
@@ -14,6 +12,7 @@ from ostinato.ops.cuda import chain
 from ostinato.ops.cuda.linear import Products
 from ostinato.ops.triton import TritonOps
 from ostinato.ops.triton.tune import Table
+from tests.stack import Model
 
 pytestmark = pytest.mark.gpu
 CUDA, BF16, EPS = torch.device("cuda", 0), torch.bfloat16, 1e-5
@@ -23,19 +22,6 @@ SHAPES = {  # hidden, attention, intermediate
     "llama-3.1-8b": (4096, AttentionShape(32, 8, 128), 14336),
 }
 COUNTS = (33, 40, 64, 65, 100, 128)
-
-
-@dataclass(frozen=True)
-class Model:
-    """Three layers."""
-
-    embedding: torch.Tensor
-    layers: tuple[LayerWeights, ...]
-    final_norm: torch.Tensor
-    head: Linear
-    rope: torch.Tensor
-    attention: AttentionShape
-    norm_eps: float = EPS
 
 
 @pytest.fixture(

@@ -6,7 +6,7 @@ import re
 import shutil
 import struct
 import subprocess
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +23,7 @@ from ostinato.ops.cuda.chain import CLUSTER, ROWS, TUNING, Chain, Sizes, layout,
 from ostinato.ops.cuda.program import POINTERS
 from ostinato.ops.triton import tune
 from ostinato.ops.triton.tune import Kind, Problem, Table
+from tests.stack import Model
 
 GPU, BF16 = torch.device("cuda", 0), torch.bfloat16
 MODELS = {
@@ -32,17 +33,6 @@ MODELS = {
 }
 CLUSTERS = (26, 30, 32, 33)
 """Of four blocks: what GPUs with some multiprocessors less have room for, an H200, and more"""
-
-
-@dataclass(frozen=True)
-class Model:
-    embedding: torch.Tensor
-    layers: tuple[LayerWeights, ...]
-    final_norm: torch.Tensor
-    head: Linear
-    rope: torch.Tensor
-    attention: AttentionShape
-    norm_eps: float = 1e-5
 
 
 def model(sizes: Sizes = MODELS["llama-3.2-1b"], layers: int = 2, dtype: torch.dtype = BF16) -> Model:

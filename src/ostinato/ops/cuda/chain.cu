@@ -87,15 +87,6 @@ struct Params {
 };
 
 __device__ __forceinline__ void prepare(const Map *map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
-// Sends numbers to another block of the cluster, which waits for their bytes.
-__device__ __forceinline__ void send4(u32 to, u32 bar, float a, float b, float c, float d) {
-    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];"
-                 ::"r"(to), "r"(__float_as_uint(a)), "r"(__float_as_uint(b)), "r"(__float_as_uint(c)), "r"(__float_as_uint(d)), "r"(bar) : "memory");
-}
-__device__ __forceinline__ void send2(u32 to, u32 bar, float a, float b) {
-    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];"
-                 ::"r"(to), "r"(__float_as_uint(a)), "r"(__float_as_uint(b)), "r"(bar) : "memory");
-}
 __device__ __forceinline__ void arrive_often(u32 bar) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "n"(CLUSTER) : "memory");
 }
@@ -120,11 +111,6 @@ __device__ __forceinline__ u32 this_launch(const u32 *words) {
     return v + 1;
 }
 __device__ __forceinline__ void others_wrote() { asm volatile("fence.proxy.async;" ::: "memory"); }
-__device__ __forceinline__ float ldcg(const float *p) {
-    float v;
-    asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(p));
-    return v;
-}
 
 template <int N> struct Turn {
     int at = 0;

@@ -124,11 +124,6 @@ struct Params {
     float eps, scale;
 };
 
-__device__ __forceinline__ float ldcg(const float *p) {
-    float v;
-    asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(p));
-    return v;
-}
 struct Pair { u64 a, b; };
 __device__ __forceinline__ Pair ld_pair(const u64 *p) {
     Pair v;

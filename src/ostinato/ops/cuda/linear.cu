@@ -74,9 +74,7 @@ struct Params {
 
 // Sends numbers to another block of the cluster, which waits for their bytes.
 __device__ __forceinline__ void send4(u32 to, u32 bar, int block, const float *v) {
-    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];"
-                 ::"r"(there(to, block)), "r"(__float_as_uint(v[0])), "r"(__float_as_uint(v[1])), "r"(__float_as_uint(v[2])),
-                 "r"(__float_as_uint(v[3])), "r"(there(bar, block)) : "memory");
+    send4(there(to, block), there(bar, block), v[0], v[1], v[2], v[3]);
 }
 __device__ __forceinline__ void store4(u32 to, const float *v) {
     asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to), "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]) : "memory");

@@ -152,6 +152,11 @@ def _module(source: Path, macros: tuple[tuple[str, int], ...], device: torch.dev
     return _check(driver.cuModuleLoadData(binary), f"loading {source.name}")
 
 
+def compiler_threads() -> int:
+    """One for each core, up to 16."""
+    return min(os.cpu_count() or 1, _MOST_THREADS)
+
+
 @dataclass
 class _Apart:
     """Programs that are compiled by threads of their own."""
@@ -186,8 +191,7 @@ def compile_apart(sources: Collection[Path], threads: int | None = None) -> Iter
         threads: at most; None: one for each core, up to 16. The compiler works outside the interpreter's lock.
     """
     global _apart
-    count = threads or min(os.cpu_count() or 1, _MOST_THREADS)
-    with ThreadPoolExecutor(count, "compile") as pool:
+    with ThreadPoolExecutor(threads or compiler_threads(), "compile") as pool:
         _apart = _Apart(sources, pool)
         try:
             yield

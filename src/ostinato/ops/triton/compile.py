@@ -9,7 +9,6 @@ nothing of which kernels there are: whatever is launched inside the block is com
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,9 +16,9 @@ from concurrent.futures import ThreadPoolExecutor
 import triton
 from triton.runtime.jit import JITFunction
 
-__all__ = ["compile_ahead", "open_cache"]
+from ..cuda.program import compiler_threads
 
-_MOST_THREADS = 16
+__all__ = ["compile_ahead", "open_cache"]
 
 
 def open_cache() -> None:
@@ -55,10 +54,12 @@ def compile_ahead(threads: int | None = None) -> Iterator[None]:
         here = threading.get_ident() == owner
         return launch(self, *args, grid=grid, warmup=warmup or here, **kwargs)
 
-    count = threads or min(os.cpu_count() or 1, _MOST_THREADS)
     JITFunction.run = compile_only
     try:
-        with ThreadPoolExecutor(count) as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
+        with (
+            ThreadPoolExecutor(threads or compiler_threads()) as pool,
+            triton.AsyncCompileMode(pool, ignore_errors=True),
+        ):
             yield
     finally:
         JITFunction.run = launch
