@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -79,6 +80,9 @@ class FakeBackend:
         self.replays += 1
         if self.corrupt is not None:
             self.corrupt(graph)
+
+    def launcher(self, graph: FakeGraph) -> Callable[[], object]:
+        return partial(self.replay, graph)
 
     def destroy(self, graph: FakeGraph) -> None:
         assert not graph.destroyed, "destroyed twice"

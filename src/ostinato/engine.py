@@ -27,7 +27,7 @@ from .graphs.keys import KeyBook
 from .graphs.plan import CudaGraphMode, Plan, default_prefill_seqs, default_token_sizes
 from .graphs.profile import Profile
 from .graphs.results import Pending, ResultRing
-from .graphs.runner import Arena, EagerRunner, Runner, StepProgram
+from .graphs.runner import Again, Arena, EagerRunner, Runner, StepProgram
 from .inputs import BufferShapes, StepBuffers
 from .kv_blocks import BlockAllocator
 from .kv_cache import KVCache
@@ -45,6 +45,7 @@ from .types import (
     SamplerVariant,
     SamplingParams,
     Schedule,
+    SteadyRows,
     StepKind,
     TokenGrammar,
 )
@@ -119,6 +120,8 @@ class Engine:
         self.outputs = OutputAssembler(plan)
         self.device_context, self._profile = context, profile
         self._inflight: deque[tuple[Schedule, Pending]] = deque()
+        self._again: Again | None = None
+        """What launches the last step once more."""
         self._seeds = random.Random(config.seed)
         self._counter = 0
         self._dead: BaseException | None = None
@@ -131,34 +134,51 @@ class Engine:
         Returns:
             Outputs of requests that got a token or ended, as their `output_kind` asks.
         """
-        return self._step(self.outputs.make)
+        return self._step(outputs=True)
 
     def advance(self) -> list[Request]:
         """`step` for who reads the requests themselves: those that got a token or ended.
 
         Whoever uses this passes the ended ones to `outputs.make`, which forgets them.
         """
-        return self._step(list)
+        return self._step(outputs=False)
 
-    def _step(self, deliver: Callable[[Iterable[Request]], list[T]]) -> list[T]:
+    def _step(self, *, outputs: bool) -> list[Any]:
         if self._dead is not None:
             self._check_alive()
-        inflight, runner = self._inflight, self.runner
+        inflight, again = self._inflight, self._again
         try:
-            with self.device_context():
-                runner.poll()
-                schedule = self.scheduler.schedule()
-                if schedule is not None:
-                    route = self.plan.route(schedule)
-                    batch = self.buffers.write(schedule, route)
-                    inflight.append((schedule, runner.run(batch)))
-                if len(inflight) >= self.config.pipeline_depth or (schedule is None and inflight):
-                    launched, pending = inflight.popleft()
-                    return deliver(self.scheduler.commit(launched, pending.result()))
+            if (
+                again is not None
+                and again.record.trusted
+                and again.ring.counted
+                and (schedule := self.scheduler.repeat()) is not None
+            ):
+                inflight.append((schedule, again.launch()))
+            else:
+                with self.device_context():
+                    schedule = self._launch()
+            if len(inflight) < self.config.pipeline_depth and (schedule is not None or not inflight):
                 return []
+            launched, pending = inflight.popleft()
+            changed = self.scheduler.commit(launched, pending.result())
+            if not outputs:
+                return list(changed)
+            return [] if changed is self.outputs.silent else self.outputs.make(changed)
         except BaseException as error:
             self._abandon(error)
             raise
+
+    def _launch(self) -> Schedule | None:
+        """Launch whatever comes next; None if there is nothing to launch before a commit."""
+        runner = self.runner
+        runner.poll()
+        schedule = self.scheduler.schedule()
+        if schedule is not None:
+            batch = self.buffers.write(schedule, self.plan.route(schedule))
+            self._inflight.append((schedule, runner.run(batch)))
+            self._again = runner.again(batch) if isinstance(schedule.rows, SteadyRows) else None
+        return schedule
 
     @property
     def program(self) -> StepProgram:

@@ -51,7 +51,7 @@ class OutputAssembler:
         self._request_ids: set[str] = set()
         self._token_text: Callable[[int], str | None] = lambda token: None
         self._failed: list[RequestOutput] = []
-        self._silent: Iterable[Request] = ()
+        self.silent: Iterable[Request] = ()
         """Requests of which nobody wants to hear, for as long as they run."""
 
     def __contains__(self, prompt_id: str) -> bool:
@@ -97,14 +97,14 @@ class OutputAssembler:
         Args:
             changed: a tuple that comes again says that none of them has ended meanwhile.
         """
-        if changed is self._silent:
+        if changed is self.silent:
             return []
         prompts, running = self._prompts, RequestStatus.RUNNING
         # A step of many rows changes little for those that want one output, at the end.
         wanted = [r.prompt_id for r in changed if r.status is not running or not prompts[r.prompt_id].quiet]
         if not wanted:
             if isinstance(changed, tuple):
-                self._silent = changed
+                self.silent = changed
             return []
         outputs = []
         now: float | None = None
@@ -144,7 +144,7 @@ class OutputAssembler:
         return failed
 
     def _forget(self, prompt_id: str) -> _Prompt:
-        entry, self._silent = self._prompts[prompt_id], ()
+        entry, self.silent = self._prompts[prompt_id], ()
         self._request_ids.difference_update(r.request_id for r in entry.requests)
         del self._prompts[prompt_id]  # last: an interrupt in between leaves nothing that nobody knows
         return entry

@@ -11,7 +11,8 @@ of prompts that run already, then new ones, up to the token budget. One exceptio
 that shares uncomputed prompt blocks with a running one is passed over until they are
 committed, so that a shared prompt is computed once; it keeps its place.
 
-Decode steps that only repeat the one before take a short way: see `_Steady`.
+Decode steps that only repeat the one before take a short way: see `_Steady`. Where there is nothing to look at
+at all, `repeat` gives out the same schedule again.
 """
 
 from __future__ import annotations
@@ -124,10 +125,11 @@ class _Steady:
     __slots__ = (
         "_settled",
         "append",
-        "committed",
+        "column",
         "entries",
+        "first_step",
         "launch_events",
-        "launched",
+        "launch_until",
         "look_from",
         "members",
         "num_blocks",
@@ -135,14 +137,16 @@ class _Steady:
         "pick",
         "requests",
         "result_events",
+        "schedule",
         "stop_ids",
         "variant",
         "with_logprobs",
         "with_sink",
     )
 
-    def __init__(self, entries: Sequence[_Entry]) -> None:
-        """By device row."""
+    def __init__(self, entries: Sequence[_Entry], first_step: int) -> None:
+        """Of entries by device row; the first step's number."""
+        self.first_step = first_step
         requests = tuple(entry.request for entry in entries)
         rows = tuple(request.row for request in requests)
         self.entries, self.requests = entries, requests
@@ -158,14 +162,18 @@ class _Steady:
         self.outputs = [r.output_token_ids for r in requests]
         self.append = self.outputs[0].append if len(requests) == 1 else None
         """Where the token of the only member goes."""
+        self.column = rows[0]
+        """Where it comes from."""
         self.stop_ids = frozenset().union(*(r.stop_token_ids for r in requests))
         self.variant = SamplerVariant(max(entry.variant for entry in entries))
         self.num_blocks: Sequence[int] = [len(r.blocks) for r in requests]
         self.pick: Callable[[Sequence[int]], Sequence[int]]
         """Tokens of the members from those of all columns."""
         self.pick = itemgetter(*rows) if len(rows) > 1 else itemgetter(slice(rows[0], rows[0] + 1))
-        self.launched = self.committed = 0
-        """Steps since the beginning."""
+        self.schedule: Schedule | None = None
+        """Of the steps that only repeat the last one."""
+        self.launch_until = 0
+        """Steps that may be launched, since the beginning, before anything has to be looked at."""
         self._settled = (0, 0)
         starts = self.members.starts
         self.launch_events = [
@@ -189,14 +197,16 @@ class _Steady:
         always = self.with_sink or self.with_logprobs
         self.look_from = 0 if always else self.result_events[0][0] if self.result_events else _NEVER
 
-    def settle(self) -> None:
-        """Write what was counted into the requests."""
-        launched, committed = self.launched - self._settled[0], self.committed - self._settled[1]
+    def settle(self) -> int:
+        """Write what was counted into the requests; the steps that were launched since the last time."""
+        counted = (self.members.launched, self.members.committed)
+        launched, committed = counted[0] - self._settled[0], counted[1] - self._settled[1]
         if launched or committed:
-            for request in self.members.requests:
+            for request in self.requests:
                 request.num_computed += launched
                 request.num_launched += launched - committed
-            self._settled = (self.launched, self.committed)
+            self._settled = counted
+        return launched
 
 
 class Scheduler:
@@ -225,15 +235,12 @@ class Scheduler:
         self.config = config
         self.allocator = allocator
         self.pad_seqs = pad_seqs
-        self.num_steps = 0
         self.num_preemptions = 0
         self.num_compactions = 0
         self.num_host_dependency = 0
         """Times a row was held back because its next mask depends on an unknown token."""
         self.num_block_stalls = 0
         """Times a running row was held back because no block was free for it."""
-        self.step_tokens: Counter[int] = Counter()
-        """How many steps had how many tokens."""
         self.delayed_steps: Counter[Delay] = Counter()
         """Steps that running requests had to sit out, by reason, whether others ran in them or nobody."""
         self.num_passed_over = 0
@@ -243,6 +250,9 @@ class Scheduler:
         self.prefix_cache_hits = 0
         """Tokens of admitted requests that were found."""
         self._num_arrived = 0
+        self._num_steps = 0
+        self._step_tokens: Counter[int] = Counter()
+        self._max_lag = config.max_lag
         self._entries: dict[str, _Entry] = {}  # every unfinished request
         self._running: list[_Entry] = []  # by arrival
         # A heap by arrival. Finished entries are skipped when they come up; no entry stands twice.
@@ -273,6 +283,18 @@ class Scheduler:
     def num_waiting(self) -> int:
         """Not running and not finished; preempted and passed-over requests are among them."""
         return len(self._entries) - len(self._running)
+
+    @property
+    def num_steps(self) -> int:
+        """Steps launched."""
+        self._settle()
+        return self._num_steps
+
+    @property
+    def step_tokens(self) -> Counter[int]:
+        """How many steps had how many tokens."""
+        self._settle()
+        return self._step_tokens
 
     @property
     def num_in_flight(self) -> int:
@@ -316,7 +338,7 @@ class Scheduler:
             )
         self._num_arrived += 1
         self._entries[request.request_id] = entry
-        heapq.heappush(self._waiting, (entry.arrival, entry))
+        self._queue(entry)
 
     def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> Request | None:
         """End a request in whatever state it is; None if it is not known or has ended."""
@@ -377,9 +399,27 @@ class Scheduler:
 
     # --- making a step -----------------------------------------------------------------
 
+    def repeat(self) -> Schedule | None:
+        """The last schedule again, counted as launched, if the next step has the same rows and no news for the device.
+
+        Of the same object: its number and its offset are those of the step that it was made for.
+        """
+        steady = self._steady
+        if steady is None:
+            return None
+        members = steady.members
+        launched = members.launched
+        if launched >= steady.launch_until or len(self._inflight) > self._max_lag:
+            return None
+        members.launched = launched + 1
+        schedule = steady.schedule
+        assert schedule is not None
+        self._inflight.append(schedule)
+        return schedule
+
     def schedule(self) -> Schedule | None:
         """The next step, counted as launched; None if nothing can be launched before a commit."""
-        if len(self._inflight) > self.config.max_lag:
+        if len(self._inflight) > self._max_lag:
             return None
         steady = self._schedule_steady() if self._steady is not None or self._repeatable else None
         if steady is not None:
@@ -419,12 +459,9 @@ class Scheduler:
                 self._repeatable = rows
         leaves = tuple(sorted(self._stale_rows))
         self._stale_rows.clear()
-        schedule = Schedule(self.num_steps, kind, tuple(rows), leaves, moves, SamplerVariant(variant))
-        return self._launch(schedule, schedule.num_tokens)
-
-    def _launch(self, schedule: Schedule, num_tokens: int) -> Schedule:
-        self.num_steps += 1
-        self.step_tokens[num_tokens] += 1
+        schedule = Schedule(self._num_steps, kind, tuple(rows), leaves, moves, SamplerVariant(variant))
+        self._num_steps += 1
+        self._step_tokens[schedule.num_tokens] += 1
         self._inflight.append(schedule)
         return schedule
 
@@ -436,20 +473,26 @@ class Scheduler:
             self._repeatable = ()
             if any(entry.host_dependent for entry in entries):
                 return None
-            group = self._steady = _Steady(entries)
+            group = self._steady = _Steady(entries, self._num_steps)
         if self._waiting and self._may_admit():
             return None
-        offset, num_blocks = group.launched, group.num_blocks
+        members, num_blocks = group.members, group.num_blocks
+        offset = members.launched
         grown: Mapping[int, tuple[int, ...]] = _NOTHING
         if group.launch_events[0][0] <= offset:
             found = self._grow_steady(group, offset)
             if found is None:
                 return None
             grown = found
-        group.launched = offset + 1
-        rows = SteadyRows(group.members, offset, num_blocks, grown)
-        schedule = Schedule(self.num_steps, StepKind.DECODE, rows, (), (), group.variant)
-        return self._launch(schedule, len(group.entries))
+        members.launched = offset + 1
+        rows = SteadyRows(members, offset, num_blocks, grown)
+        schedule = Schedule(group.first_step + offset, StepKind.DECODE, rows, (), (), group.variant)
+        group.launch_until = group.launch_events[0][0]
+        group.schedule = schedule
+        if grown:  # that is not said again
+            group.schedule = schedule._replace(rows=SteadyRows(members, offset, group.num_blocks, _NOTHING))
+        self._inflight.append(schedule)
+        return schedule
 
     def _may_admit(self) -> bool:
         """Whether somebody waits who might start now."""
@@ -484,9 +527,21 @@ class Scheduler:
         self._delayed.add(why)
 
     def _settle(self) -> None:
-        """Bring the requests' counters up to date."""
+        """Bring all counters up to date."""
+        steady = self._steady
+        if steady is not None and (launched := steady.settle()):
+            self._num_steps += launched
+            self._step_tokens[len(steady.requests)] += launched
+
+    def _queue(self, entry: _Entry) -> None:
+        """Have a request wait, at its place."""
+        heapq.heappush(self._waiting, (entry.arrival, entry))
+        self._look_again()
+
+    def _look_again(self) -> None:
+        """Somebody may start now: the next step is no repetition until that was looked at."""
         if self._steady is not None:
-            self._steady.settle()
+            self._steady.launch_until = 0
 
     def _disturb(self) -> None:
         """The next step is not a repetition."""
@@ -710,7 +765,7 @@ class Scheduler:
         request.epoch += 1
         request.num_preemptions += 1
         self.num_preemptions += 1
-        heapq.heappush(self._waiting, (entry.arrival, entry))
+        self._queue(entry)
 
     def _vacate(self, entry: _Entry) -> None:
         """Give back the row, the blocks and the marks of a running request."""
@@ -735,7 +790,7 @@ class Scheduler:
             if self._computing[block_hash] == 0:
                 del self._computing[block_hash]
             for entry in self._passed_over.pop(block_hash, ()):
-                heapq.heappush(self._waiting, (entry.arrival, entry))
+                self._queue(entry)
 
     # --- taking a result ---------------------------------------------------------------
 
@@ -752,15 +807,27 @@ class Scheduler:
                 f"step {schedule.step} is not the oldest one in flight; commit in order of launch"
             )
         inflight.popleft()
-        if group is not None:
-            rows = schedule.rows
-            if isinstance(rows, SteadyRows) and rows.members is group.members:
-                return self._commit_steady(group, schedule, result)
-            group.settle()
+        if group is not None and schedule is group.schedule and group.append is not None:
+            members = group.members
+            done = members.committed + 1
+            token = result.tokens[group.column]
+            if token >= 0 and done < group.look_from and token not in group.stop_ids:
+                members.committed = done  # one row, and nothing but a token
+                group.append(token)
+                return group.requests
+        rows = schedule.rows
+        if isinstance(rows, SteadyRows):
+            members = rows.members
+            offset = members.committed
+            members.committed = offset + 1
+            if group is not None and members is group.members:
+                return self._commit_steady(group, offset + 1, result)
+            rows = rows.at(offset)
+        self._settle()
         by_row = schedule.kind is StepKind.DECODE
         entries, tokens = self._entries, result.tokens
         changed = []
-        for column, row in enumerate(schedule.rows):
+        for column, row in enumerate(rows):
             request = row.request
             if request.epoch != row.epoch or request.status is RequestStatus.FINISHED:
                 continue  # launched before it was preempted or ended
@@ -777,7 +844,7 @@ class Scheduler:
                 continue
             token = tokens[column]
             if token < 0:
-                raise self._no_token(schedule, column, request)
+                raise self._no_token(schedule.step, column, request)
             request.output_token_ids.append(token)
             request.num_launched -= 1
             changed.append(request)
@@ -786,24 +853,19 @@ class Scheduler:
             self._take(entry, token, end)
         return changed
 
-    def _commit_steady(self, group: _Steady, schedule: Schedule, result: StepResult) -> Sequence[Request]:
+    def _commit_steady(self, group: _Steady, done: int, result: StepResult) -> Sequence[Request]:
         """The same for a step of rows that all still run: row by row only where a row needs something.
 
         Returns:
             The same tuple after every step of the group in which no request ended.
         """
-        tokens, append = group.pick(result.tokens), group.append
-        lowest = min(tokens) if append is None else tokens[0]
-        if lowest < 0:
+        tokens = group.pick(result.tokens)
+        if min(tokens) < 0:
             place = next(i for i, token in enumerate(tokens) if token < 0)
-            raise self._no_token(schedule, group.members.rows[place], group.requests[place])
-        group.committed = done = group.committed + 1
-        if append is None:  # the fastest loop there is over two lists
-            deque(map(list.append, group.outputs, tokens), maxlen=0)
-            stops = not group.stop_ids.isdisjoint(tokens)
-        else:
-            append(lowest)
-            stops = lowest in group.stop_ids
+            step = group.first_step + done - 1
+            raise self._no_token(step, group.members.rows[place], group.requests[place])
+        deque(map(list.append, group.outputs, tokens), maxlen=0)  # the fastest loop there is over two lists
+        stops = not group.stop_ids.isdisjoint(tokens)
         if stops or done >= group.look_from:
             self._look_at(group, tokens, result, done, stops)
             if self._steady is not group:
@@ -858,9 +920,9 @@ class Scheduler:
             self._finish(entry, FinishReason.LENGTH)
 
     @staticmethod
-    def _no_token(schedule: Schedule, column: int, request: Request) -> RuntimeError:
+    def _no_token(step: int, column: int, request: Request) -> RuntimeError:
         return RuntimeError(
-            f"step {schedule.step}, column {column}: no token for live request {request.request_id!r}; "
+            f"step {step}, column {column}: no token for live request {request.request_id!r}; "
             f"the device stopped it and the host did not"
         )
 
@@ -879,6 +941,8 @@ class Scheduler:
         request = entry.request
         if request.status is RequestStatus.RUNNING:
             self._vacate(entry)
+        else:  # it may have kept others waiting
+            self._look_again()
         request.status = RequestStatus.FINISHED
         request.finish_reason = reason
         del self._entries[request.request_id]  # last: an interrupt in between loses no request

@@ -2,7 +2,7 @@
 
 `SamplingParams` (user) -> `Request` (engine) -> `Schedule` (scheduler) -> `Route` (plan)
 -> `Batch` (inputs) -> `Pending` (runner) -> `RequestOutput`. `Batch` and `Pending` hold
-tensors and live in `inputs.py` and `graphs/runner.py`. All but `Request` are frozen.
+tensors and live in `inputs.py` and `graphs/results.py`. All but `Request` and the counts of `Members` are frozen.
 """
 
 from __future__ import annotations
@@ -535,9 +535,13 @@ class ScheduledRow(NamedTuple):
     """The request's epoch at launch."""
 
 
-@dataclass(frozen=True, eq=False, slots=True)
+@dataclass(eq=False, slots=True)
 class Members:
-    """Requests that decode together, step after step; steps of equal rows share one object."""
+    """Requests that decode together, step after step; steps of equal rows share one object.
+
+    What a step does alike for all of them is counted here, once: the scheduler counts, and whoever keeps
+    figures of his own brings them up to date from these when somebody asks.
+    """
 
     requests: tuple[Request, ...]
     rows: tuple[int, ...]
@@ -547,6 +551,10 @@ class Members:
     """Position of each one's first token."""
     logprobs: bool
     """One of them wants logprobs."""
+    launched: int = 0
+    """Steps that were launched."""
+    committed: int = 0
+    """Steps whose tokens were taken."""
 
 
 class SteadyRows(Sequence[ScheduledRow]):
@@ -587,6 +595,10 @@ class SteadyRows(Sequence[ScheduledRow]):
         if isinstance(index, slice):
             return tuple(self.row(i) for i in range(*index.indices(len(self))))
         return self.row(range(len(self))[index])
+
+    def at(self, offset: int) -> SteadyRows:
+        """The rows of a later step that gave nobody a block."""
+        return SteadyRows(self.members, offset, self._num_blocks, {})
 
     def row(self, place: int) -> ScheduledRow:
         """The row of the member at that place."""
@@ -742,7 +754,7 @@ class Route:
     """The key's graph is to be captured after this step, which runs eagerly."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class StepResult:
     """What a step produced, on the host. Column of a row: its device row for a decode step,
     its place in `Schedule.rows` otherwise."""

@@ -230,6 +230,7 @@ def _host_times(llm: LLM, body: Callable[[], object], steps: int) -> dict[str, A
     Wraps the engine's parts for the time of one request: launching is a round of the main loop
     less waiting and committing.
     """
+    from ..graphs.results import Pending
     from ..types import StepKind
 
     engine = llm.engine
@@ -238,54 +239,56 @@ def _host_times(llm: LLM, body: Callable[[], object], steps: int) -> dict[str, A
     spent: dict[str, float] = defaultdict(float)
     rounds: list[tuple[float, float, float]] = []
     marks: list[Any] = []
-    decodes = 0
+    first: int | None = None
+    launched = 0  # decode steps
 
     def mark() -> None:
         if backend is not None:
             marks.append(backend.mark())
 
     def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
+        def call(*args: Any) -> Any:
             begin = time.perf_counter()
             try:
-                return function(*args, **kwargs)
+                return function(*args)
             finally:
                 spent[name] += time.perf_counter() - begin
 
         return call
 
-    launch, round_ = runner.run, engine.step
+    launch, round_, scheduler = runner.run, engine.step, engine.scheduler
 
     def run(batch: Any) -> Any:
-        nonlocal decodes
-        decode = batch.key.kind is StepKind.DECODE
-        if decode and decodes == 0:
+        """Of the first decode step: all that come later are some, and may only repeat the one before."""
+        nonlocal first
+        if first is None and batch.key.kind is StepKind.DECODE:
+            first = scheduler.num_steps
             mark()
-        decodes += decode
-        pending = launch(batch)
-        if decode and decodes == steps:
-            mark()
-        pending.result = timed("wait", pending.result)
-        return pending
+        return launch(batch)
 
     def step() -> Any:
-        before, spent["wait"], spent["commit"] = decodes, 0.0, 0.0
+        nonlocal launched
+        spent["wait"] = spent["commit"] = 0.0
         begin = time.perf_counter()
         outputs = round_()
         whole = time.perf_counter() - begin
-        if decodes > before:
+        before, launched = launched, 0 if first is None else scheduler.num_steps - first + 1
+        if launched > before:
             rounds.append((whole - spent["wait"] - spent["commit"], spent["commit"], spent["wait"]))
+            if launched == steps:
+                mark()
         return outputs
 
     with (
         _replaced(runner, "run", run),
         _replaced(engine, "step", step),
-        _replaced(engine.scheduler, "commit", timed("commit", engine.scheduler.commit)),
+        _replaced(Pending, "result", timed("wait", Pending.result)),
+        _replaced(scheduler, "commit", timed("commit", scheduler.commit)),
         _replaced(engine.outputs, "make", timed("commit", engine.outputs.make)),
     ):
         body()
     steady = rounds[_EDGE:-_EDGE]
-    launched, committed, waited = (statistics.median(column) * 1e6 for column in zip(*steady, strict=True))
+    launch_us, commit_us, wait_us = (statistics.median(column) * 1e6 for column in zip(*steady, strict=True))
     device = None
     if len(marks) == 2:
         assert backend is not None
@@ -293,21 +296,25 @@ def _host_times(llm: LLM, body: Callable[[], object], steps: int) -> dict[str, A
         device = backend.microseconds(*marks) / steps
     # On a CPU a launch is the computation itself.
     return {
-        "launch_us": launched if engine.config.device.type == "cuda" else None,
-        "commit_us": committed,
-        "wait_us": waited,
+        "launch_us": launch_us if engine.config.device.type == "cuda" else None,
+        "commit_us": commit_us,
+        "wait_us": wait_us,
         "device_step_us": device,
     }
 
 
 @contextlib.contextmanager
 def _replaced(owner: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
-    """A method of one object, replaced for a while."""
+    """A method of one object or class, replaced for a while."""
+    own = vars(owner).get(name)
     setattr(owner, name, function)
     try:
         yield
     finally:
-        delattr(owner, name)
+        if own is None:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, own)
 
 
 # --- for people -------------------------------------------------------------------------------

@@ -31,6 +31,10 @@ class GraphBackend(Protocol):
 
     def replay(self, graph: Any) -> None: ...
 
+    def launcher(self, graph: Any) -> Callable[[], object]:
+        """What replays a graph on the stream that is current now, whichever is current then."""
+        ...
+
     def destroy(self, graph: Any) -> None:
         """Free the executable. Only after its last replay has passed."""
         ...

@@ -172,6 +172,19 @@ class GraphCache(Generic[K]):
         self.backend.replay(graph.handle)
         graph.record.replays += 1
 
+    def quiet(self, key: K) -> _Graph | None:
+        """A key's graph if steps can replay it again and again, with nothing to be done in between."""
+        graph = self._graphs.get(key)
+        if (
+            graph is None
+            or not graph.record.trusted
+            or self._trial is not None
+            or self._to_try
+            or self._dying
+        ):
+            return None
+        return None if self._just_captured else graph
+
     def graph(self, key: K) -> Any:
         """The backend's handle of a captured key, for inspection; None if there is none."""
         found = self._graphs.get(key)

@@ -97,6 +97,23 @@ class TorchBackend:
         elif profiler._is_profiler_enabled or not self._launch(direct):
             graph.replay()
 
+    def launcher(self, graph: Any) -> Callable[[], object]:
+        stream = torch.cuda.current_stream()
+
+        def through_torch() -> None:
+            with torch.cuda.stream(stream):
+                graph.replay()
+
+        if graph.direct is None:
+            return through_torch
+        launch = self._launch.bound(graph.direct, stream.cuda_stream)
+
+        def directly() -> None:
+            if profiler._is_profiler_enabled or launch()[0]:
+                through_torch()
+
+        return directly
+
     def _first_replay(self, graph: Any) -> None:
         """Replay, and find out whether the driver may be asked directly from now on."""
         generator = torch.cuda.default_generators[self._device]

@@ -7,6 +7,8 @@ first call this is has no context yet, which torch makes; whatever else is wrong
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,27 +20,30 @@ class Event:
     def __init__(self, stream: torch.cuda.Stream) -> None:
         self._torch, self._stream = torch.cuda.Event(), stream
         self._torch.record(stream)  # makes it
-        self._record: Any = None
+        self.mark: Callable[[], tuple[Any]] = _refuse
+        """`record` by the driver; other than (0,): it refused, and `record` has to be asked."""
         with contextlib.suppress(ImportError):
             from cuda.bindings import driver
 
-            self._record = driver.cuEventRecord
-            self._handles = driver.CUevent(self._torch.cuda_event), driver.CUstream(stream.cuda_stream)
+            event, raw = driver.CUevent(self._torch.cuda_event), driver.CUstream(stream.cuda_stream)
+            self.mark = partial(driver.cuEventRecord, event, raw)
+        self.wait: Callable[[], object] = self._torch.synchronize
+        """Until the device has got there; without the interpreter's lock."""
+        self.synchronize = self.wait  # as torch calls it
 
     def record(self) -> None:
         """Mark what the stream was given so far."""
-        if self._record is None or self._record(*self._handles)[0]:
+        if self.mark()[0]:
             self._torch.record(self._stream)
 
     def on(self, raw_stream: int) -> bool:
         """Whether it is a point in this stream."""
         return bool(self._stream.cuda_stream == raw_stream)
 
-    def wait(self) -> None:
-        """Until the device has got there; without the interpreter's lock."""
-        self._torch.synchronize()
 
-    synchronize = wait  # as torch calls it
+def _refuse() -> tuple[int]:
+    """There are no bindings."""
+    return (1,)
 
 
 class GraphLauncher:
@@ -55,6 +60,10 @@ class GraphLauncher:
     def handle(self, graph: Any) -> Any:
         """The driver's, of one of torch's instantiated graphs."""
         return self._driver.CUgraphExec(int(graph.raw_cuda_graph_exec()))
+
+    def bound(self, handle: Any, raw: int) -> Callable[[], tuple[Any]]:
+        """The launch of one graph on one stream; other than (0,): the driver refused."""
+        return partial(self._launch, handle, self._driver.CUstream(raw))
 
     def __call__(self, handle: Any) -> bool:
         """Whether the driver took it."""

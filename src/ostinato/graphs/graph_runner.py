@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -17,7 +18,7 @@ from .cache import GraphCache
 from .inspect import AddressBook
 from .keys import KeyBook, KeyState
 from .results import Pending, ResultRing
-from .runner import EagerRunner, StepProgram
+from .runner import Again, EagerRunner, StepProgram
 from .scratch import ScratchChecker, observe_step
 from .verify import Observation, Trial, run_both
 
@@ -76,7 +77,6 @@ class GraphRunner:
             book=book,
         )
         self.addresses = addresses
-        self.num_replays = 0
         self.num_live_checks = 0
         self._program, self._buffers, self._verify_every = program, buffers, config.cudagraph_verify_every
         self._live: _LiveCheck | None = None
@@ -87,12 +87,16 @@ class GraphRunner:
     def program(self) -> StepProgram:
         return self._program
 
+    @property
+    def num_replays(self) -> int:
+        """Replays of live steps."""
+        return sum(record.replays for record in self.cache.book.records())
+
     def run(self, batch: Batch) -> Pending:
         route, cache = batch.route, self.cache
         if route.reason is None:
             ring = self.eager.ring
             ring.begin()
-            self.num_replays += 1
             if self._verify_every and self._check_is_due():
                 self._replay_both_ways(batch)
             else:
@@ -104,6 +108,16 @@ class GraphRunner:
                 cache.capture(route.key, rows=self._real_rows(batch))
         cache.idle()
         return pending
+
+    def again(self, batch: Batch) -> Again | None:
+        if batch.route.reason is not None or batch.logprobs or self._verify_every:
+            return None
+        graph = self.cache.quiet(batch.route.key)
+        if graph is None:
+            return None
+        launch = self.backend.launcher(graph.handle)
+        ring = self.eager.ring
+        return Again(graph.record, ring, partial(ring.again, launch, batch, graph.record))
 
     def _check_is_due(self) -> bool:
         self._since_check += 1

@@ -54,7 +54,7 @@ _REASONS = {
 }
 
 
-@dataclass
+@dataclass(slots=True)
 class KeyRecord(Generic[K]):
     """One key's life. Times are microseconds unless the name says ms."""
 
@@ -149,6 +149,13 @@ class KeyBook(Generic[K]):
             record.state, record.note = KeyState.EVICTED, "the budget has no room for it"
             wanted = False
         return _REASONS[record.state], wanted
+
+    def served_again(self, record: KeyRecord[K], steps: int, rows: int, padded_rows: int) -> None:
+        """That many more steps like its last one were sent to a key's graph."""
+        record.hits += steps
+        record.served += steps
+        record.rows += steps * rows
+        record.padded_rows += steps * padded_rows
 
     def predict(self, nodes: int) -> int:
         """Bytes that an executable of that many nodes will take, going by those measured."""

@@ -10,8 +10,8 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import Enum
-from typing import NamedTuple
 
 from ..errors import FallbackError
 from ..types import (
@@ -100,18 +100,29 @@ class Plan:
             token_multiple: larger steps with prompts are padded to a multiple of this.
             fail_on_fallback: raise on a step that will never have a graph.
         """
-        self.mode, self.book = mode, book
+        self.mode, self._book = mode, book
         self.capture_sizes = tuple(capture_sizes)
         self.token_sizes, self.prefill_seqs = tuple(token_sizes), tuple(prefill_seqs)
         self.fail_on_fallback = fail_on_fallback
-        self.num_graph_steps = 0
-        """Steps that ran on a graph."""
+        self._num_graph_steps = 0
         self.eager_steps: Counter[Reason] = Counter()
         """Steps that ran eagerly, by reason."""
         self._pad, self._token_multiple = pad, token_multiple
         self._routes: dict[GraphKey, Route] = {}  # on graphs: made once, as most steps take one of them
-        self._last: _Way | None = None
+        self._way: _Way | None = None
         self._decode_keys: dict[tuple[int, int], tuple[GraphKey, Reason | None]] = {}
+
+    @property
+    def book(self) -> KeyBook[GraphKey]:
+        """What is known of each key, up to date."""
+        self._settle()
+        return self._book
+
+    @property
+    def num_graph_steps(self) -> int:
+        """Steps that ran on a graph."""
+        self._settle()
+        return self._num_graph_steps
 
     @property
     def graph_steps(self) -> Counter[GraphKey]:
@@ -163,20 +174,23 @@ class Plan:
             FallbackError: there is no graph and `fail_on_fallback` is set. Steps that run
                 eagerly only until their key is captured and checked do not raise.
         """
-        last, rows = self._last, schedule.rows
-        if last is not None and isinstance(rows, SteadyRows) and rows.members is last.members:
-            reason, capture = self.book.hit_record(last.record, last.rows, last.padded_rows)
+        way, rows = self._way, schedule.rows
+        if way is not None and isinstance(rows, SteadyRows) and rows.members is way.members:
+            self._settle(but=1)
+            way.counted += 1
+            reason, capture = self._book.hit_record(way.record, way.rows, way.padded_rows)
             if reason is None:
-                self.num_graph_steps += 1
-                return last.route
-            key = last.record.key
+                self._num_graph_steps += 1
+                return way.route
+            key = way.record.key
         else:
+            self._settle()
             key, reason = self._key(schedule)
             capture = False
             if reason is None:
-                reason, capture = self.book.hit(key, len(rows), key.num_seqs)
+                reason, capture = self._book.hit(key, len(rows), key.num_seqs)
             if reason is None:
-                self.num_graph_steps += 1
+                self._num_graph_steps += 1
                 return self._on_graph(key, rows)
         if self.fail_on_fallback and reason not in _PASSING:
             raise FallbackError(
@@ -186,13 +200,22 @@ class Plan:
         self.eager_steps[reason] += 1
         return Route(key, reason, capture)
 
+    def _settle(self, but: int = 0) -> None:
+        """Count the steps that only repeated the last one, which nobody asks a route for; not the last `but`."""
+        way = self._way
+        if way is not None and (steps := way.members.launched - way.counted - but):
+            way.counted += steps
+            self._num_graph_steps += steps
+            self._book.served_again(way.record, steps, way.rows, way.padded_rows)
+
     def _on_graph(self, key: GraphKey, rows: Sequence[ScheduledRow]) -> Route:
         """The route of a key whose graph serves."""
         route = self._routes.get(key)
         if route is None:
             route = self._routes[key] = Route(key, None)
         if isinstance(rows, SteadyRows):
-            self._last = _Way(rows.members, self.book[key], route, len(rows), key.num_seqs)
+            members = rows.members
+            self._way = _Way(members, self._book[key], route, len(rows), key.num_seqs, members.launched)
         return route
 
     def _key(self, schedule: Schedule) -> tuple[GraphKey, Reason | None]:
@@ -226,7 +249,8 @@ class Plan:
         return key, Reason.OVER_MAX if over else None
 
 
-class _Way(NamedTuple):
+@dataclass(slots=True)
+class _Way:
     """Where a steady step went: the next one of the same members has the same key."""
 
     members: Members
@@ -234,6 +258,8 @@ class _Way(NamedTuple):
     route: Route
     rows: int
     padded_rows: int
+    counted: int
+    """Steps of the members, up to the last that the counters know of."""
 
 
 def _at_least(sizes: Sequence[int], count: int) -> int | None:

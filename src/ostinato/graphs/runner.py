@@ -6,7 +6,7 @@ advance. A runner decides how it is launched, and brings its tokens back through
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,6 +19,7 @@ from ..kv_cache import KVCache
 from ..models.decoder import Decoder
 from ..ops import AttentionShape, OpSet, Scratch, squares_words
 from ..types import GraphKey, Logprob, SamplerVariant, StepKind, TokenLogprobs
+from .keys import KeyRecord
 from .results import Pending, ResultRing
 
 
@@ -186,6 +187,17 @@ def _candidates(values: list[float], ids: list[int], rank: int) -> TokenLogprobs
     return result
 
 
+@dataclass(frozen=True, slots=True)
+class Again:
+    """What launches a batch once more, for as long as that is all there is to do for a step."""
+
+    record: KeyRecord[GraphKey]
+    """Of the graph that is replayed, while it is trusted."""
+    ring: ResultRing
+    """Where the results come from, while it is `counted`."""
+    launch: Callable[[], Pending]
+
+
 class Runner(Protocol):
     """Executes batches in the order they come."""
 
@@ -196,6 +208,10 @@ class Runner(Protocol):
 
     def run(self, batch: Batch) -> Pending:
         """Launch a step; does not wait for it."""
+        ...
+
+    def again(self, batch: Batch) -> Again | None:
+        """How to launch a batch that was launched last once more; None if it takes a `poll` and a `run`."""
         ...
 
     def poll(self) -> None:
@@ -238,6 +254,9 @@ class EagerRunner:
         self._program(batch)
         return self.deliver(batch)
 
+    def again(self, batch: Batch) -> None:
+        return None
+
     def poll(self) -> None:
         pass
 
@@ -248,7 +267,7 @@ class EagerRunner:
         pass
 
     def forget(self) -> None:
-        self.ring.pause()
+        self.ring.forget()
 
     def release(self) -> int:
         return 0

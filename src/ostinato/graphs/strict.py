@@ -59,6 +59,9 @@ class StrictRunner:
         self.check_results(batch, idle, before)
         return self.eager.deliver(batch)
 
+    def again(self, batch: Batch) -> None:
+        return None
+
     def poll(self) -> None:
         pass
 
