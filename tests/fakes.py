@@ -82,7 +82,7 @@ class FakeBackend:
             self.corrupt(graph)
 
     def launcher(self, graph: FakeGraph) -> Callable[[], object]:
-        return partial(self.replay, graph)
+        return torch.inference_mode()(partial(self.replay, graph))  # as the engine's context does
 
     def destroy(self, graph: FakeGraph) -> None:
         assert not graph.destroyed, "destroyed twice"

@@ -16,6 +16,7 @@ from ostinato import LLM, SamplingParams
 from ostinato.errors import CaptureError, GraphError, MismatchError
 from ostinato.graphs.keys import KeyState
 from ostinato.graphs.profile import Profile
+from ostinato.graphs.results import ResultRing
 from ostinato.graphs.scratch import ScratchChecker
 from ostinato.kv_cache import GUARD_BLOCK
 from ostinato.models.decoder import Decoder
@@ -78,6 +79,104 @@ def test_graphs_trials_and_live_checks_change_no_token(
     assert llm.engine.runner.num_live_checks > 10
     assert llm.engine.plan.graph_steps.total() > llm.engine.plan.eager_steps.total()
     llm.engine.scheduler.check()
+
+
+def counters(llm: LLM) -> list[Any]:
+    """Everything that an engine counts about steps."""
+    engine = llm.engine
+    records = {
+        r.key: (r.hits, r.served, r.replays, r.rows, r.padded_rows) for r in engine.plan.book.records()
+    }
+    steps = (engine.plan.num_graph_steps, engine.scheduler.num_steps, engine.runner.num_replays)
+    return [records, engine.plan.graph_steps, engine.plan.eager_steps, steps, engine.scheduler.step_tokens]
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_steps_that_repeat_the_one_before_count_and_answer_like_all(
+    tiny: Tiny, wanted: list[list[int]], depth: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the short way of the main loop and without it: the same tokens, and no counter differs."""
+    repeats = 0
+    again = ResultRing.again
+
+    def counting(*args: Any) -> Any:
+        nonlocal repeats
+        repeats += 1
+        return again(*args)
+
+    monkeypatch.setattr(ResultRing, "again", counting)
+    engines = []
+    for short in (True, False):
+        llm = fake_engine(tiny("llama3")[0], FakeBackend(), pipeline_depth=depth)
+        if not short:
+            monkeypatch.setattr(llm.engine.runner, "again", lambda batch: None)
+        assert traffic(llm) == [wanted] * 4
+        params = SamplingParams(temperature=0.0, max_tokens=100, ignore_eos=True)
+        answers = [list(llm.stream([5, 6, 7], params)) for _ in range(2)]
+        shown = [[(o.outputs[0].token_ids, o.metrics.graph_steps) for o in a if o.metrics] for a in answers]
+        engines.append((counters(llm), shown))
+        assert (repeats > 150) == short
+        assert int(llm.engine.buffers.state.number) == llm.engine.scheduler.num_steps
+        repeats = 0
+    assert engines[0] == engines[1]
+
+
+def quarantine(llm: LLM) -> None:
+    cache = llm.engine.runner.cache  # type: ignore[attr-defined]
+    for record in llm.engine.plan.book.captured:
+        cache.quarantine(record.key, "test")
+
+
+def borrow(llm: LLM) -> None:
+    runner: Any = llm.engine.runner
+    with llm.engine.device_context():
+        for record in llm.engine.plan.book.captured:
+            runner.on_scratch_rows(record.key, 1, lambda: None)
+
+
+def pause(llm: LLM) -> None:
+    runner: Any = llm.engine.runner
+    with llm.engine.device_context():
+        runner.eager.ring.pause()
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize(
+    ("disturb", "eager"),
+    [(quarantine, True), (lambda llm: llm.engine.release_graphs(), True), (borrow, False), (pause, False)],
+    ids=["quarantine", "release", "borrow", "pause"],
+)
+def test_what_comes_between_two_repetitions(
+    tiny: Tiny, disturb: Callable[[LLM], object], eager: bool, depth: int
+) -> None:
+    llm = fake_engine(tiny("llama3")[0], FakeBackend(), pipeline_depth=depth)
+    params = SamplingParams(temperature=0.0, max_tokens=60, ignore_eos=True)
+    for _ in range(3):
+        expected = list(llm.stream([5, 6, 7], params))[-1].outputs[0].token_ids
+    engine = llm.engine
+    assert engine._again is not None
+    before = sum(engine.plan.eager_steps.values())
+    stream = llm.stream([5, 6, 7], params)
+    outputs = [next(stream) for _ in range(23)]
+    disturb(llm)
+    assert [*outputs, *stream][-1].outputs[0].token_ids == expected
+    assert (sum(engine.plan.eager_steps.values()) > before) == eager
+    engine.scheduler.check()
+
+
+def test_a_replay_that_fails_in_a_repetition_ends_the_call_and_not_the_engine(tiny: Tiny) -> None:
+    backend = FakeBackend()
+    llm = fake_engine(tiny("llama3")[0], backend)
+    params = SamplingParams(temperature=0.0, max_tokens=60, ignore_eos=True)
+    expected = [list(llm.stream([5, 6, 7], params)) for _ in range(3)][-1][-1].outputs[0].token_ids
+    stream = llm.stream([5, 6, 7], params)
+    for _ in range(23):
+        next(stream)
+    backend.fail["replay"] = RuntimeError("injected")
+    with pytest.raises(RuntimeError, match="injected"):
+        list(stream)
+    backend.fail.clear()
+    assert list(llm.stream([5, 6, 7], params))[-1].outputs[0].token_ids == expected
 
 
 def test_a_live_check_of_a_mixed_step_counts_penalties_once(tiny: Tiny) -> None:

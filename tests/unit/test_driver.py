@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -47,7 +48,8 @@ def test_an_event_is_recorded_by_the_driver(monkeypatch: pytest.MonkeyPatch) -> 
     event = calls.Event(STREAM)
     assert device.asked == ["torch"], "which made it"
     event.record()
-    assert device.asked[1:] == [("cuEventRecord", ("CUevent", 0xE), ("CUstream", 0x51))]
+    assert event.mark() == (0,)
+    assert device.asked[1:] == [("cuEventRecord", ("CUevent", 0xE), ("CUstream", 0x51))] * 2
 
 
 def test_an_event_that_the_driver_refuses_is_recorded_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,3 +145,27 @@ def test_under_the_profiler_torch_replays(monkeypatch: pytest.MonkeyPatch) -> No
     assert (graph.replays, len(device.asked)) == (2, 0)
     backend.replay(graph)
     assert (graph.replays, len(device.asked)) == (2, 1)
+
+
+def test_a_launcher_keeps_its_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever stream is current when it is used, and though torch is not asked."""
+    backend, graph, device = backend_over(monkeypatch)
+    streams: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: STREAM)
+    monkeypatch.setattr(
+        torch.cuda, "stream", lambda stream: streams.append(stream) or contextlib.nullcontext()
+    )
+    backend.launcher(graph)()
+    assert (graph.replays, device.asked, streams) == (1, [], [STREAM]), "it was never replayed"
+    backend.replay(graph)
+    launch = backend.launcher(graph)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0x52))
+    launch()
+    launched = [("cuGraphLaunch", ("CUgraphExec", 0x9), ("CUstream", 0x51))]
+    assert (graph.replays, device.asked, len(streams)) == (2, launched, 1)
+    with profiler.profile():
+        launch()
+    assert (graph.replays, device.asked, len(streams)) == (3, launched, 2)
+    device.status = 201
+    launch()
+    assert (graph.replays, device.asked, streams) == (4, launched * 2, [STREAM] * 3)

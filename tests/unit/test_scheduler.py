@@ -310,23 +310,33 @@ class Engine:
         self.requests: list[Request] = []
         self.schedules = []
         self.first_sampled: dict[str, int] = {}
-        self.chunk_tokens = 0
+        self.chunk_tokens = self.num_repeats = 0
 
     def add(self, request):
         self.scheduler.add(request)
         self.requests.append(request)
 
+    def next(self):
+        """What the scheduler gives out, and what that says: a repetition says what its step would have."""
+        again = self.scheduler.repeat()
+        if again is None:
+            schedule = self.scheduler.schedule()
+            return schedule, schedule
+        self.num_repeats += 1
+        rows = again.rows.at(again.rows.members.launched - 1)
+        return again, again._replace(step=len(self.schedules), rows=rows)
+
     def launch(self):
         """One schedule on the device, or None."""
         if not self.world.watched:
-            schedule = self.scheduler.schedule()
+            given, schedule = self.next()
             if schedule is not None:
-                self.inflight.append((schedule, self.device.run(schedule)))
+                self.inflight.append((given, schedule, self.device.run(schedule)))
                 self.schedules.append(schedule)
             return schedule
         before = {r.request_id: (r.num_tokens, r.num_launched) for r in self.requests if not r.finished}
         preemptions, running = self.scheduler.num_preemptions, self.scheduler.running
-        schedule = self.scheduler.schedule()
+        given, schedule = self.next()
         self.scheduler.check()
         for request in self.requests:
             if request.status is not RequestStatus.RUNNING:
@@ -341,7 +351,7 @@ class Engine:
         lost = [self.requests.index(r) for r in running if r.status is RequestStatus.WAITING]
         kept = [self.requests.index(r) for r in running if r.status is RequestStatus.RUNNING]
         assert not lost or min(lost) > max(kept), "preempted an earlier request than one that goes on"
-        self.inflight.append((schedule, self.device.run(schedule)))
+        self.inflight.append((given, schedule, self.device.run(schedule)))
         on_device = {row: (state.request, state.epoch) for row, state in self.device.rows.items()}
         assert on_device == {r.row: (r, r.epoch) for r in self.scheduler.running}, "device rows differ"
         self.schedules.append(schedule)
@@ -413,9 +423,9 @@ class Engine:
         )
 
     def commit(self):
-        schedule, result = self.inflight.pop(0)
+        given, schedule, result = self.inflight.pop(0)
         if not self.world.watched:
-            changed = self.scheduler.commit(schedule, result)
+            changed = self.scheduler.commit(given, result)
             # Whoever gets the same tuple again may take it that all of them still run.
             assert not (isinstance(changed, tuple) and any(r.finished for r in changed))
             return
@@ -424,7 +434,7 @@ class Engine:
             for r in schedule.rows
             if r.samples and not r.request.finished and r.epoch == r.request.epoch
         ]
-        changed = self.scheduler.commit(schedule, result)
+        changed = self.scheduler.commit(given, result)
         assert [r.request_id for r in changed] == live
         assert not (isinstance(changed, tuple) and any(r.finished for r in changed))
         self.scheduler.check()
@@ -652,20 +662,28 @@ def test_many_random_scenarios(block):
 @pytest.mark.parametrize("block", range(4))
 def test_the_short_way_of_steady_steps_makes_the_same_schedules(block, monkeypatch):
     """With the short way and without it, looked at after every call and never: row by row the same."""
-    steady = 0
+    steady = repeated = 0
     for seed in range(block * 150, block * 150 + 150):
         world, specs, lags = random_scenario(random.Random(seed))
         watched = play(world, specs, lags)
         unwatched = play(replace(world, watched=False), specs, lags)
         with monkeypatch.context() as patched:
             patched.setattr(Scheduler, "_schedule_steady", lambda self: None)
+            patched.setattr(Scheduler, "repeat", lambda self: None)
             plain = play(world, specs, lags)
-        schedules = [[s.to_json() for s in e.schedules] for e in (watched, unwatched, plain)]
+        engines = watched, unwatched, plain
+        schedules = [[s.to_json() for s in e.schedules] for e in engines]
         assert schedules[0] == schedules[1]
         assert schedules[0] == schedules[2]
         assert not any(isinstance(s.rows, SteadyRows) for s in plain.schedules)
+        assert (
+            len({(e.scheduler.num_steps, tuple(sorted(e.scheduler.step_tokens.items()))) for e in engines})
+            == 1
+        )
         steady += sum(isinstance(s.rows, SteadyRows) for s in unwatched.schedules)
-    assert steady > 1000
+        repeated += unwatched.num_repeats
+        assert watched.num_repeats == unwatched.num_repeats
+    assert steady > repeated > 300
 
 
 # --- examples ---------------------------------------------------------------------------
@@ -1047,7 +1065,7 @@ def test_reset_ends_everything_and_leaves_a_working_scheduler(lag):
     schedule = engine.scheduler.schedule()
     assert (schedule.rows[0].row, schedule.leaves) == (0, (1, 2))
     engine.device.rows = {row: Row(requests[0], 0) for row in schedule.leaves}
-    engine.inflight.append((schedule, engine.device.run(schedule)))
+    engine.inflight.append((schedule, schedule, engine.device.run(schedule)))
     engine.schedules = [None] * (schedule.step + 1)
     engine.finish()
     assert engine.requests[-1].output_token_ids == run_alone(spec.request("x")).output_token_ids
