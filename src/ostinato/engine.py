@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -57,8 +57,6 @@ if TYPE_CHECKING:
     from .tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 _CPU_CACHE_BYTES = 1 << 30
 """KV cache on a CPU, unless asked otherwise."""
@@ -153,7 +151,7 @@ class Engine:
                 and again.record.trusted
                 and again.ring.counted
                 and (schedule := self.scheduler.repeat()) is not None
-            ):
+            ):  # the device does what it did last; `_launch` would find that out in five times as long
                 inflight.append((schedule, again.launch()))
             else:
                 with self.device_context():

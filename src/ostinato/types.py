@@ -2,7 +2,8 @@
 
 `SamplingParams` (user) -> `Request` (engine) -> `Schedule` (scheduler) -> `Route` (plan)
 -> `Batch` (inputs) -> `Pending` (runner) -> `RequestOutput`. `Batch` and `Pending` hold
-tensors and live in `inputs.py` and `graphs/results.py`. All but `Request` and the counts of `Members` are frozen.
+tensors and live in `inputs.py` and `graphs/results.py`. Nobody changes
+them but `Request` and the counts of `Members`, which the scheduler does.
 """
 
 from __future__ import annotations

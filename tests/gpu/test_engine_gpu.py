@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from ostinato import LLM, SamplingParams
 from ostinato.errors import CaptureError
+from ostinato.graphs.results import ResultRing
 from ostinato.types import StepKind
 
 pytestmark = pytest.mark.gpu
@@ -58,11 +60,10 @@ def traced(
             steps.append((str(batch.key), kept))
         return pending
 
-    runner.run = recording  # type: ignore[method-assign]
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "run", recording)
+        patch.setattr(runner, "again", lambda batch: None)  # each step goes through `run`
         outputs = llm.generate(prompts, params, use_tqdm=False)
-    finally:
-        runner.run = run  # type: ignore[method-assign]
     torch.cuda.synchronize()
     return [o.outputs[0].token_ids for o in outputs], steps
 
@@ -127,6 +128,8 @@ def assert_equal_bit_for_bit(pair: tuple[LLM, LLM], batch: int, sampler: str) ->
         # the sampler with everything overwrites its logits, on both sides alike
         assert torch.equal(a, b), f"{key}: logits differ by {(a - b).abs().max().item()}"
     assert on_graph == by_hand
+    outputs = graph.generate(prompts, SAMPLERS[sampler], use_tqdm=False)
+    assert [o.outputs[0].token_ids for o in outputs] == by_hand, "steps that only repeat the one before"
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -174,6 +177,36 @@ def test_threads_that_never_used_the_gpu_get_the_same(pair: Any) -> None:
     for _ in range(2):
         with ThreadPoolExecutor(1) as pool:
             assert pool.submit(tokens).result() == wanted
+
+
+def test_steps_that_repeat_the_one_before_in_any_thread_and_under_the_profiler(pair: Any) -> None:
+    """Without the engine's stream being current, and from a thread that has not used the GPU before."""
+    graph, _ = pair
+    engine, params = graph.engine, SamplingParams(temperature=0.0, max_tokens=90, ignore_eos=True)
+    wanted = [list(graph.stream([5, 6, 7], params))[-1].outputs[0].token_ids for _ in range(3)][-1]
+    again, repeats = ResultRing.again, []
+
+    def counting(*args: Any) -> Any:
+        repeats.append(args)
+        return again(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ResultRing, "again", counting)
+        engine.add_request([5, 6, 7], params)
+        outputs = [output for _ in range(30) for output in engine.step()]
+        assert len(repeats) > 10
+        with ThreadPoolExecutor(1) as pool:
+            outputs += pool.submit(lambda: [output for _ in range(20) for output in engine.step()]).result()
+        assert len(repeats) > 25
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            for _ in range(8):
+                outputs += engine.step()
+            torch.cuda.synchronize()
+        assert sum(e.device_time for e in profiler.events()) > 0, "the profiler saw no kernel"
+        while engine.has_unfinished:
+            outputs += engine.step()
+    assert len(repeats) > 70
+    assert outputs[-1].outputs[0].token_ids == wanted
 
 
 def test_every_key_was_checked_and_none_differed(pair: Any) -> None:

@@ -305,12 +305,11 @@ def at_decode_step(
                 found.append(what(batch))
         return pending
 
-    runner.run = observing
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "run", observing)
+        patch.setattr(runner, "again", lambda batch: None)  # each step goes through `run`
         prompts = [[(7 * i + n) % 1000 for i in range(n)] for n in lengths]
         llm.generate(prompts, SamplingParams(max_tokens=24, ignore_eos=True, **values), use_tqdm=False)
-    finally:
-        runner.run = run
     (result,) = found
     return result
 

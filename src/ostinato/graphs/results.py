@@ -25,7 +25,7 @@ NO_LOGPROBS: Mapping[int, tuple[Logprob, TokenLogprobs]] = {}
 class Pending:
     """A step's tokens on their way to the host, and the memory where they arrive: pinned where there is a GPU.
 
-    Every step takes the next one; each serves again once it was read.
+    Steps take turns; each serves again once it was read.
     """
 
     __slots__ = (
@@ -38,7 +38,6 @@ class Pending:
         "arrived",
         "batch",
         "mark",
-        "next",
         "number",
     )
 
@@ -48,8 +47,6 @@ class Pending:
         def like(t: torch.Tensor) -> torch.Tensor:
             return torch.zeros(t.shape, dtype=t.dtype, pin_memory=pin)
 
-        self.next: Pending = self
-        """Of the step behind."""
         self.number = 0
         """Of the step that it is for."""
         self.batch: Batch | None = None
@@ -120,14 +117,10 @@ class ResultRing:
             stream: where all steps run; None on a CPU.
         """
         places = len(buffers.state.posted) - 1
-        self._slots = [Pending(buffers, 1 + place, stream) for place in range(places)]
-        for slot, behind in zip(self._slots, self._slots[1:] + self._slots[:1], strict=True):
-            slot.next = behind
-        self._top = places * POST_CYCLE
-        """The highest number; 1 follows."""
-        self._last = self._slots[-1]
-        """Of the last step that was sent."""
-        self._last.number = self._top
+        self._slots = [Pending(buffers, 1 + (place - 1) % places, stream) for place in range(places)]
+        """By number modulo how many they are."""
+        self._top, self._last = places * POST_CYCLE, 0
+        """The highest number, which 1 follows, and that of the last step that was sent."""
         self._number = buffers.state.number
         self.counted = False
         """The device's number is the last step's."""
@@ -138,7 +131,7 @@ class ResultRing:
     def begin(self) -> None:
         """Whatever is launched next and then sent is a step."""
         if not self.counted:  # the first one, or the one before failed on the way
-            self._number.fill_(self._last.number)
+            self._number.fill_(self._last or self._top)
         self.counted = False
 
     def pause(self) -> None:
@@ -158,15 +151,15 @@ class ResultRing:
         Raises:
             StrictError: more are in flight than the ring has slots for.
         """
-        last = self._last
-        slot = last.next
+        number, slots = self._last % self._top + 1, self._slots
+        slot = slots[number % len(slots)]
         if slot.batch is not None:
             raise StrictError(_TOO_DEEP)
-        slot.number, slot.batch = last.number % self._top + 1, batch
+        slot.number, slot.batch = number, batch
         slot.bring(batch, prompt)
         if slot.arrived is not None:
             slot.arrived.record()
-        self._last, self.counted = slot, True
+        self._last, self.counted = number, True
         return slot
 
     def again(self, launch: Callable[[], object], batch: Batch, record: KeyRecord[Any]) -> Pending:
@@ -180,17 +173,17 @@ class ResultRing:
         Raises:
             StrictError: more are in flight than the ring has slots for.
         """
-        last = self._last
-        slot = last.next
+        number, slots = self._last % self._top + 1, self._slots
+        slot = slots[number % len(slots)]
         if slot.batch is not None:
             raise StrictError(_TOO_DEEP)
         self.counted = False
         launch()
         record.replays += 1
-        slot.number, slot.batch = last.number % self._top + 1, batch
+        slot.number, slot.batch = number, batch
         if slot.mark()[0] and slot.arrived is not None:
             slot.arrived.record()
-        self._last, self.counted = slot, True
+        self._last, self.counted = number, True
         return slot
 
 
