@@ -124,8 +124,10 @@ class _Steady:
 
     __slots__ = (
         "_settled",
+        "alone",
         "append",
         "column",
+        "committed",
         "entries",
         "first_step",
         "launch_events",
@@ -160,10 +162,8 @@ class _Steady:
             bool(self.with_logprobs),
         )
         self.outputs = [r.output_token_ids for r in requests]
-        self.append = self.outputs[0].append if len(requests) == 1 else None
-        """Where the token of the only member goes."""
-        self.column = rows[0]
-        """Where it comes from."""
+        self.append, self.column = self.outputs[0].append, rows[0]
+        """Where the first member's token goes, and where it comes from."""
         self.stop_ids = frozenset().union(*(r.stop_token_ids for r in requests))
         self.variant = SamplerVariant(max(entry.variant for entry in entries))
         self.num_blocks: Sequence[int] = [len(r.blocks) for r in requests]
@@ -172,6 +172,10 @@ class _Steady:
         self.pick = itemgetter(*rows) if len(rows) > 1 else itemgetter(slice(rows[0], rows[0] + 1))
         self.schedule: Schedule | None = None
         """Of the steps that only repeat the last one."""
+        self.alone: Schedule | None = None
+        """The same if there is one member."""
+        self.committed = 0
+        """Steps whose tokens were taken; `settle` tells the members."""
         self.launch_until = 0
         """Steps that may be launched, since the beginning, before anything has to be looked at."""
         self._settled = (0, 0)
@@ -199,7 +203,8 @@ class _Steady:
 
     def settle(self) -> int:
         """Write what was counted into the requests; the steps that were launched since the last time."""
-        counted = (self.members.launched, self.members.committed)
+        counted = (self.members.launched, self.committed)
+        self.members.committed = self.committed
         launched, committed = counted[0] - self._settled[0], counted[1] - self._settled[1]
         if launched or committed:
             for request in self.requests:
@@ -487,11 +492,13 @@ class Scheduler:
         members.launched = offset + 1
         rows = SteadyRows(members, offset, num_blocks, grown)
         schedule = Schedule(group.first_step + offset, StepKind.DECODE, rows, (), (), group.variant)
+        self._inflight.append(schedule)
         group.launch_until = group.launch_events[0][0]
         group.schedule = schedule
         if grown:  # that is not said again
             group.schedule = schedule._replace(rows=SteadyRows(members, offset, group.num_blocks, _NOTHING))
-        self._inflight.append(schedule)
+        if len(group.requests) == 1:
+            group.alone = group.schedule
         return schedule
 
     def _may_admit(self) -> bool:
@@ -802,27 +809,27 @@ class Scheduler:
                 must not be used.
         """
         inflight, group = self._inflight, self._steady
-        if not inflight or inflight[0] is not schedule:
+        oldest = inflight.popleft() if inflight else None
+        if oldest is not schedule:
+            if oldest is not None:
+                inflight.appendleft(oldest)
             raise RuntimeError(
                 f"step {schedule.step} is not the oldest one in flight; commit in order of launch"
             )
-        inflight.popleft()
-        if group is not None and schedule is group.schedule and group.append is not None:
-            members = group.members
-            done = members.committed + 1
-            token = result.tokens[group.column]
+        if group is not None and schedule is group.alone:
+            token, done = result.tokens[group.column], group.committed + 1
             if token >= 0 and done < group.look_from and token not in group.stop_ids:
-                members.committed = done  # one row, and nothing but a token
+                group.committed = done  # one row, and nothing but a token
                 group.append(token)
                 return group.requests
         rows = schedule.rows
         if isinstance(rows, SteadyRows):
             members = rows.members
-            offset = members.committed
-            members.committed = offset + 1
             if group is not None and members is group.members:
-                return self._commit_steady(group, offset + 1, result)
-            rows = rows.at(offset)
+                group.committed = done = group.committed + 1
+                return self._commit_steady(group, done, result)
+            rows = rows.at(members.committed)
+            members.committed += 1
         self._settle()
         by_row = schedule.kind is StepKind.DECODE
         entries, tokens = self._entries, result.tokens

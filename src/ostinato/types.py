@@ -555,7 +555,7 @@ class Members:
     launched: int = 0
     """Steps that were launched."""
     committed: int = 0
-    """Steps whose tokens were taken."""
+    """Steps whose tokens were taken, when the scheduler last brought its counters up to date."""
 
 
 class SteadyRows(Sequence[ScheduledRow]):

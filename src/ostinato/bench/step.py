@@ -306,7 +306,8 @@ def _host_times(llm: LLM, body: Callable[[], object], steps: int) -> dict[str, A
 @contextlib.contextmanager
 def _replaced(owner: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
     """A method of one object or class, replaced for a while."""
-    own = vars(owner).get(name)
+    # Not of an instance, whose attributes would be slower once somebody has looked into its dictionary.
+    own = vars(owner).get(name) if isinstance(owner, type) else None
     setattr(owner, name, function)
     try:
         yield
