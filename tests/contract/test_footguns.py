@@ -136,7 +136,7 @@ def test_scratch_means_nothing_between_steps(llm: LLM, monkeypatch: pytest.Monke
     """An op that reads what an earlier step left behind gets NaN instead."""
     run(llm, 1)
     program = llm.engine.runner.program
-    monkeypatch.setattr(program.ops, "embed", lambda ids, table, out: None)
+    monkeypatch.setattr(program.ops, "embed", lambda ids, table, out, then: None)
     run(llm, 1)
     assert torch.isnan(program.arena.view(1, 1).logits).all(), (
         "the step ran on the residuals of an earlier one"

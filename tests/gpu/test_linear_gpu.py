@@ -134,7 +134,11 @@ def test_the_best_token_is_that_of_the_logits(products: Products, vocab: int, hi
         x[:, 0], x[0, 0] = -1, 1
         x[rows // 2] = 0
         x[rows // 3] = torch.nan
-        for columns in (64, 128):
+        some = torch.randint(vocab, (64,), device=CUDA)
+        some = some[some != vocab // 3]
+        numbers = torch.arange(rows, device=CUDA) != rows // 3
+        expected = (x.double() @ weight[some].double().T)[numbers]
+        for columns in (64, 128, 256)[: 3 if rows <= 64 else 2]:
             bucket = next(n for n in (16, 32, 64, 128) if rows <= n)
             version = Version(Kind.TILE, False, bucket, columns, 64, share=2)
             parts = products.blocks(version, rows, vocab)
@@ -147,6 +151,7 @@ def test_the_best_token_is_that_of_the_logits(products: Products, vocab: int, hi
             products.run(Product.WIDE, version, x, head, logits, peaks=again)
             products.run(Product.BEST, version, x, head, None, peaks=peaks)
             assert torch.equal(peaks.values, again.values)
+            torch.testing.assert_close(logits[numbers][:, some].double(), expected, rtol=1e-3, atol=1e-3)
             plain = logits.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
             assert torch.equal(again.values.amax(1), plain.amax(1))
             index = torch.arange(rows, dtype=torch.int32, device=CUDA)

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ pytest.importorskip("triton")
 sys.path.append(str(Path(__file__).parents[1] / "unit"))
 from test_triton_ops import ABSURD, EPS, Seq, World, alone, make_world, standard
 
-from ostinato.ops import AttentionShape, Linear, OpSet, Scratch, StepView
+from ostinato.ops import AttentionShape, Linear, NextNorm, OpSet, Scratch, StepView
 from ostinato.ops.reference import ReferenceOps
 from ostinato.ops.triton import TritonOps
 from ostinato.types import SamplerVariant, StepKind
@@ -114,6 +116,41 @@ def test_prepare_and_advance(seed: int, kind: StepKind) -> None:
             assert torch.equal(getattr(ours.scratch, field.name).cpu(), expected), field.name
     for name, expected in theirs.buffers.tensors().items():
         assert torch.equal(ours.buffers.tensors()[name].cpu(), expected), name
+
+
+@pytest.mark.parametrize("pad_seqs", [0, 90])
+def test_prepare_may_embed(seed: int, pad_seqs: int) -> None:
+    """In one kernel what `prepare`, `embed` and half a norm are: where tiles read the stream next."""
+    seqs = random_step(seed, StepKind.DECODE)
+    ours, theirs = (
+        standard(
+            seed, LLAMA, StepKind.DECODE, seqs=seqs, pad_seqs=pad_seqs, device="cuda", dtype=torch.bfloat16, hidden=576
+        )
+        for _ in range(2)
+    )  # fmt: skip
+    table, weight = (torch.randn(n, device="cuda").bfloat16() for n in ((7, 576), (576,)))
+    ours.buffers.state.last_token.clamp_(max=6)
+    theirs.buffers.state.last_token.clamp_(max=6)
+    stack: Any = SimpleNamespace(layers=[SimpleNamespace(input_norm=weight)], embedding=table)
+    ops = TritonOps()
+    if ops._products is None:
+        pytest.skip("needs Hopper")
+    for room in (ours.scratch.x, ours.scratch.normed, ours.scratch.squares):
+        room.fill_(float("nan"))
+    view, plain = ops.prepare(ours.batch, ours.scratch, stack), ops.prepare(theirs.batch, theirs.scratch)
+    assert plain.begun is None
+    for name in ("ids", "positions", "slots", "seq_lens", "last_index"):
+        assert torch.equal(getattr(view, name), getattr(plain, name)), name
+    assert torch.equal(ours.buffers.state.number, theirs.buffers.state.number)
+    s, x = theirs.scratch, table[plain.ids.long()]
+    apart = ops.embed(plain.ids, table, s.x, NextNorm(weight, s.normed, s.squares))
+    words = x.numel() // 64
+    for begun, out in ((view.begun, ours.scratch.x), (apart, s.x)):
+        assert begun is not None
+        assert torch.equal(out, x)
+        assert torch.equal(begun.scaled, (x.float() * weight.float()).bfloat16())
+        sums = x.float().square().view(len(x), -1, 64).sum(2).T
+        torch.testing.assert_close(begun.squares[:words].view(-1, len(x)), sums)
 
 
 @dataclass(frozen=True)

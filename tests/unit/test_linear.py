@@ -204,8 +204,27 @@ def test_the_best_of_each_block_has_a_place(made: list[FakeKernel]) -> None:
         pointers = struct.unpack("<10Q", params[:80])
         assert pointers[8:] == (peaks.values.data_ptr(), 0 if tokens is None else tokens.data_ptr())
         assert (pointers[2] == 0) == (kernel is best), "the best alone is no row of logits"
+    assert best.macros["LINES"] * parts * 4 >= n > best.macros["LINES"] * parts * 4 - parts * 4, "four each"
     few = products.blocks(Version(Kind.TILE, False, 16, 64, 64), 2, 320)
     assert few == 5, "a small vocabulary has fewer tiles"
+
+
+@pytest.mark.parametrize("rows", [16, 32, 64, 128])
+def test_blocks_of_a_large_head_have_as_many_tiles(made: list[FakeKernel], rows: int) -> None:
+    """All of them but the last, which may have rows to spare."""
+    products = Products(GPU)
+    for problem in problems(rows):
+        if problem.op != "norm_head":
+            continue
+        for v in (v for v in tune.candidates(problem, tiles=True) if v.kind is Kind.TILE):
+            tile = tile_of(Product.BEST, rows, v.columns // 64, v.splits, v.share, v.depth)
+            assert tile is not None
+            lines, tiles, grid = products._cut(Product.BEST, tile, problem.columns)
+            rounds = -(-tiles // grid)
+            assert lines <= v.columns
+            assert (tiles - 1) * lines < problem.columns <= tiles * lines
+            assert rounds == 1 or grid * rounds - tiles < 16, "the last round is nearly full"
+            assert rounds == -(-problem.columns // (v.columns * grid)), "no round more than with whole tiles"
 
 
 def test_rows_choose_the_narrowest_tile(made: list[FakeKernel]) -> None:

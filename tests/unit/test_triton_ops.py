@@ -14,6 +14,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ if not torch.cuda.is_available():
 pytest.importorskip("triton")
 
 from ostinato.inputs import FLAG_PENALTIES, Batch, BufferShapes, StepBuffers
-from ostinato.ops import AttentionShape, Linear, OpSet, Peaks, Scratch, StepView, squares_words
+from ostinato.ops import AttentionShape, Linear, NextNorm, OpSet, Peaks, Scratch, StepView, squares_words
 from ostinato.ops.cuda.linear import Product
 from ostinato.ops.reference import ReferenceOps, rms_norm
 from ostinato.ops.triton import TritonOps, pointwise
@@ -392,6 +393,56 @@ def test_embed(seed: int) -> None:
     assert torch.equal(out, table[ids.long()])
 
 
+def check_begun(begun: NextNorm, out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> None:
+    """The stream and its norm in two halves are those of x, and nothing else was written."""
+    tokens = len(x)
+    assert torch.equal(out[:tokens], x)
+    scaled = x.float() * weight.float()  # the interpreter cuts off what does not fit
+    torch.testing.assert_close(begun.scaled[:tokens].float(), scaled, rtol=2**-7, atol=0)
+    sums, words = x.float().square().view(tokens, -1, 64).sum(2).T, x.numel() // 64
+    torch.testing.assert_close(begun.squares[:words].view(-1, tokens), sums)
+    assert out[tokens:].isnan().all()
+    assert begun.scaled[tokens:].isnan().all()
+    assert begun.squares[words:].isnan().all()
+
+
+@pytest.mark.parametrize(("tokens", "hidden"), [(7, 576), (1, 64), (33, 2048)])
+def test_embed_may_begin_the_first_norm(seed: int, tokens: int, hidden: int) -> None:
+    torch.manual_seed(seed)
+    table, weight = torch.randn(50, hidden).bfloat16(), torch.randn(hidden).bfloat16()
+    ids = torch.randint(50, (tokens,), dtype=torch.int32)
+    out, scaled = (torch.full((tokens + 1, hidden), float("nan")).bfloat16() for _ in range(2))
+    then = NextNorm(weight, scaled, torch.full((hidden // 64 * tokens + 1,), float("nan")))
+    ops: Any = TritonOps()
+    assert ops.embed(ids, table, out[:tokens], then) is None
+    ops._products = object()
+    assert ops.embed(ids, table, out[:tokens], then) is then
+    check_begun(then, out, table[ids.long()], weight)
+
+
+@pytest.mark.parametrize("pad_seqs", [0, 2])
+def test_prepare_may_embed(seed: int, pad_seqs: int) -> None:
+    """The view is that of `prepare` alone; the stream is that of its ids."""
+    ours, theirs = (
+        standard(seed, SMOLLM, StepKind.DECODE, pad_seqs=pad_seqs, hidden=192, dtype=torch.bfloat16)
+        for _ in range(2)
+    )
+    weight = torch.randn(192).bfloat16()
+    table = torch.randn(1 + int(ours.buffers.state.last_token.max().clamp(max=300)), 192).bfloat16()
+    stack: Any = SimpleNamespace(layers=[SimpleNamespace(input_norm=weight)], embedding=table)
+    ops: Any = TritonOps()
+    assert ops.prepare(theirs.batch, theirs.scratch, stack).begun is None
+    ops._products = object()
+    s = ours.scratch
+    for room in (s.x, s.normed, s.squares):
+        room.fill_(float("nan"))
+    view, expected = ops.prepare(ours.batch, s, stack), theirs.scratch
+    for name in ("ids", "positions", "slots", "seq_lens", "last_index"):
+        assert torch.equal(getattr(view, name), getattr(expected, name)), name
+    assert torch.equal(ours.buffers.state.number, theirs.buffers.state.number)
+    check_begun(view.begun, s.x, table[view.ids.long()], weight)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("hidden", [576, 97])
 def test_linear_ops(seed: int, hidden: int, dtype: torch.dtype) -> None:
@@ -557,7 +608,8 @@ def test_launches_compile_for_a_gpu(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.split() == [
-        "add_bias", "advance", "attention", "embed", "matmul_float32", "prepare_decode", "prepare_mixed",
+        "add_bias", "advance", "attention", "begin_decode", "embed", "embed_norm", "matmul_float32", "prepare_decode",
+        "prepare_mixed",
         "rms_norm", "rope_kv_write", "silu_mul", "stream", "varlen",
     ]  # fmt: skip
 
@@ -609,6 +661,12 @@ def compile_launches() -> None:
         ops.norm_gate_up(s.x, norm, EPS, Linear(up), normed=s.normed, gate_up=s.gate_up, out=s.act)
         ops.norm_head(s.x, s.last_index, norm, EPS, Linear(head), last=s.last, logits=s.logits)
         ops._wide_product(s.last, head, s.logits)
+    world = standard(0, SMOLLM, StepKind.DECODE, dtype=torch.bfloat16, hidden=576)
+    s, table = world.scratch, torch.zeros(9, 576, dtype=torch.bfloat16)
+    stack: Any = SimpleNamespace(layers=[SimpleNamespace(input_norm=table[0])], embedding=table)
+    tiled: Any = ops
+    tiled._products = object()
+    ops.embed(s.ids, table, s.x, ops.prepare(world.batch, s, stack).begun)
     sys.stdout.write("\n".join(sorted(set(seen.values()))))
 
 

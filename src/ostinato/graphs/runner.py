@@ -114,8 +114,9 @@ class StepProgram:
     def __call__(self, batch: Batch) -> None:
         """Run a batch. Results land in `batch.state`; on a GPU nothing is allocated or awaited."""
         ops, scratch = self.ops, self.arena.view(batch.num_tokens, batch.num_seqs)
-        view, greedy = ops.prepare(batch, scratch), not self.keeps_logits(batch.key)
-        if self.fuses(batch.key):
+        fuses, greedy = self.fuses(batch.key), not self.keeps_logits(batch.key)
+        view = ops.prepare(batch, scratch, None if fuses else self.model)
+        if fuses:
             caches = [self.cache.layer(index) for index in range(len(self.model.layers))]
             largest = ops.fused(self.model, view, caches, scratch, greedy=greedy)
         else:

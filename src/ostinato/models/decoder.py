@@ -80,8 +80,8 @@ class Decoder:
         """
         spec, s = self.spec, scratch
         eps = spec.norm_eps
-        ops.embed(view.ids, self.embedding, s.x)
-        begun: NextNorm | None = None
+        then = NextNorm(self.layers[0].input_norm, s.normed, s.squares)
+        begun = view.begun or ops.embed(view.ids, self.embedding, s.x, then)
         chained = False
         for index, layer in enumerate(self.layers):
             if not chained:

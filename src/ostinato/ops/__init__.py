@@ -11,7 +11,7 @@ T: padded tokens of the step. S: padded sequences. R: rows of the device buffers
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -135,6 +135,8 @@ class StepView:
     """[R, max_blocks_per_seq] int32, by device row."""
     decode: bool
     """One token for each sequence: T == S, query_start is 0, 1, 2, ..."""
+    begun: NextNorm | None = field(default=None, kw_only=True)
+    """The first norm, where `prepare` has embedded the tokens and begun it"""
 
 
 @dataclass(frozen=True)
@@ -275,8 +277,11 @@ class OpSet(Protocol):
         """4-byte words of workspace that sampling needs."""
         ...
 
-    def prepare(self, batch: Batch, scratch: Scratch) -> StepView:
-        """Work out ids, positions, slots and lengths from the static buffers, and the step's number."""
+    def prepare(self, batch: Batch, scratch: Scratch, stack: Stack | None = None) -> StepView:
+        """Work out ids, positions, slots and lengths from the static buffers, and the step's number.
+
+        With a `stack` it may embed the tokens too, and begin the first layer's norm: then the view has it.
+        """
         ...
 
     def fuses(self, stack: Stack, seqs: int) -> bool:
@@ -303,8 +308,13 @@ class OpSet(Protocol):
         """
         ...
 
-    def embed(self, ids: torch.Tensor, table: torch.Tensor, out: torch.Tensor) -> None:
-        """out[t] = table[ids[t]]; table [vocab, hidden], out [T, hidden]."""
+    def embed(
+        self, ids: torch.Tensor, table: torch.Tensor, out: torch.Tensor, then: NextNorm | None = None
+    ) -> NextNorm | None:
+        """out[t] = table[ids[t]]; table [vocab, hidden], out [T, hidden].
+
+        Returns `then` if it has been begun, for the op that needs this norm.
+        """
         ...
 
     def norm_linear(

@@ -66,7 +66,7 @@ class ReferenceOps:
     def sampler_words(self, max_seqs: int, vocab_size: int) -> int:
         return 0
 
-    def prepare(self, batch: Batch, scratch: Scratch) -> ReferenceView:
+    def prepare(self, batch: Batch, scratch: Scratch, stack: Stack | None = None) -> ReferenceView:
         static, state = batch.static, batch.state
         (number,) = state.number.tolist()
         if number:
@@ -159,7 +159,9 @@ class ReferenceOps:
     ) -> torch.Tensor | None:
         raise NotImplementedError("no step is fused in plain torch")
 
-    def embed(self, ids: torch.Tensor, table: torch.Tensor, out: torch.Tensor) -> None:
+    def embed(
+        self, ids: torch.Tensor, table: torch.Tensor, out: torch.Tensor, then: NextNorm | None = None
+    ) -> None:
         torch.index_select(table, 0, ids, out=out)
 
     def norm_linear(

@@ -15,7 +15,8 @@
 // shared memory, and it adds them in order.
 //
 // All blocks read x, with 64 rows as many bytes as of weights. So SHARE neighbouring tiles
-// are in a cluster, and each of their blocks copies a part of x into the memory of all (multicast).
+// are in a cluster, and each of their blocks copies a part of x into the memory of all (multicast). With
+// LAG a warp copies x for its own block, past the queue of tensor copies.
 //
 // RMS norm in two halves: whoever writes the residual stream x also writes x times the next norm's weight
 // (`y`) and each token's sum of squares over its 64 columns; the product with y is multiplied by
@@ -25,16 +26,19 @@
 // beside the logits, where somebody asks.
 //
 // Macros: KIND (0 store, 1 add to the residual, 2 gate and up with SiLU, 3 float32, 4 the best of it), TOK (8, 16, 32, 64, 128: rows of x
-// at most), MW (warp groups: 64 rows of weights each), SPLIT, SHARE (a cluster is their product), KA (64 inner indices each,
-// of a stage), STAGES (of weights), X_STAGES (of x), FLIGHT, LEAD, PACE (cycles a stage), ROTATE (stages from tile to tile).
+// at most), MW (warp groups: 64 rows of weights each), LINES (rows of weights in a tile: fewer, where that shares them out evenly),
+// SPLIT, SHARE (a cluster is their product), KA (64 inner indices each, of a stage), STAGES (of weights), X_STAGES (of x), LAG (stages
+// that are asked for before the first of them is said to be there; 0: tensor copies), FLIGHT, LEAD, PACE (cycles a stage), ROTATE
+// (stages from tile to tile).
 
 #include "common.cuh"
 #include "ring.cuh"
 #include "tiles.cuh"
 
 enum { STORE, ADD, ACT, WIDE, BEST };
-constexpr int ROWS = 64 * MW;               // of weights in a tile
-constexpr int W_BYTES = ROWS * 128;         // of 64 inner indices
+constexpr int ROWS = 64 * MW;               // of weights in a tile, at most
+constexpr int COPIED = LINES * 128;         // bytes of 64 inner indices of a tile
+constexpr int W_BYTES = ROWS * 128;         // the same in a ring; what stands in rows that a tile lacks does not matter
 constexpr int X_BYTES = TOK * 128;
 constexpr int CONSUMERS = MW * 128;         // threads; then a warp that copies weights, one for x, and those for the norm's factors
 constexpr int NORMERS = TOK < 64 ? 1 : 2;
@@ -48,7 +52,12 @@ constexpr int CLUSTER = SPLIT * SHARE;
 static_assert(TOK % SPLIT == 0, "tokens are shared out evenly");
 static_assert(SHARE == 1 || SLICE % 8 == 0, "swizzled by eight rows");
 static_assert(GATHERED || SPLIT == 1, "gate and up, and the head, have tiles enough");
+static_assert(LINES == ROWS || (HEAD && LINES < ROWS), "whole tiles where sums or pairs are by 64 rows");
+static_assert(!LAG || (SHARE == 1 && LAG < X_STAGES && LAG <= 3), "a tile of x for one block");
 
+// Eight tokens or more are finished by the threads that hold a part of them, each the same numbers of its warp's tile.
+constexpr bool STRAIGHT = GATHERED && OWN % 8 == 0;
+constexpr int EIGHTS = STRAIGHT ? OWN / 8 : 1;
 constexpr int PAIRED = OWN > 1 ? OWN : 2;       // tokens that a block is sent; a neighbour's where it finishes a single one
 // Where a number of a tile's parts lies: the four that a thread holds side by side, two tokens of rows r and r + 8.
 constexpr int APART = ROWS * 2 + ROWS / 4;      // floats from two tokens to the next two
@@ -76,11 +85,10 @@ struct Params {
 __device__ __forceinline__ void send4(u32 to, u32 bar, int block, const float *v) {
     send4(there(to, block), there(bar, block), v[0], v[1], v[2], v[3]);
 }
-__device__ __forceinline__ void store4(u32 to, const float *v) {
-    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to), "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]) : "memory");
-}
+// All but so many groups of copies that this thread has asked for are there.
+template <int LEFT> __device__ __forceinline__ void copies_left() { asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory"); }
 
-extern "C" __global__ void __launch_bounds__(THREADS, TOK * MW > 128 ? 1 : 2) linear(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(THREADS, MW > 2 || TOK * MW > 128 ? 1 : 2) linear(const __grid_constant__ Params p) {
     extern __shared__ __align__(1024) unsigned char memory[];
     __shared__ __align__(8) u64 bars[2 * STAGES + 2 * X_STAGES + 3];
     __shared__ float factors[TOK];
@@ -98,6 +106,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, TOK * MW > 128 ? 1 : 2) li
     // index of all of them would meet in few channels of memory.
     auto turned = [&](int tile) { return tile / SHARE * ROTATE % count; };
     if (stages <= LEAD) asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+    if (lane == 0 && (warp == CONSUMERS / 32 || warp == CONSUMERS / 32 + 1))
+        asm volatile("prefetch.tensormap [%0];" ::"l"(warp == CONSUMERS / 32 ? &p.weight_map : &p.x_map) : "memory");
     if (tid == 0) {
         for (int i = 0; i < STAGES; ++i) {
             mbar_init(w_full + i * 8, 1);
@@ -111,7 +121,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, TOK * MW > 128 ? 1 : 2) li
         mbar_init(normed, NORMERS);
         mbar_init(sent, 1);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-        if (GATHERED) mbar_expect(sent, SPLIT * PAIRED * ROWS * 4);
+        if (STRAIGHT && SPLIT > 1) mbar_expect(sent, (SPLIT - 1) * EIGHTS * CONSUMERS * 16);
+        if (GATHERED && !STRAIGHT) mbar_expect(sent, SPLIT * PAIRED * ROWS * 4);
     }
     __syncwarp();
     if (CLUSTER > 1) meet();
@@ -135,17 +146,56 @@ extern "C" __global__ void __launch_bounds__(THREADS, TOK * MW > 128 ? 1 : 2) li
                 last = clock64();
                 const u32 bar = w_full + stage * 8, to = w_ring + stage * KA * W_BYTES;
                 const int inner = (begin + at) * KA * 64;
-                mbar_expect(bar, KA * W_BYTES);
+                mbar_expect(bar, KA * COPIED);
 #pragma unroll
                 for (int a = 0; a < KA; ++a) {
                     if (KIND == ACT) copy4(to + a * W_BYTES, &p.weight_map, inner + a * 64, (tile + share) * (ROWS / 16), bar, hint);
-                    else copy2(to + a * W_BYTES, &p.weight_map, inner + a * 64, (tile + share) * ROWS, bar, hint);
+                    else copy2(to + a * W_BYTES, &p.weight_map, inner + a * 64, (tile + share) * LINES, bar, hint);
                 }
                 if (i == stages - LEAD) asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
                 if (++at == count) at = 0;
                 if (++stage == STAGES) { stage = 0; parity ^= 1; }
             }
         }
+        return;
+    }
+    if (LAG && warp == CONSUMERS / 32 + 1) {
+        asm volatile("griddepcontrol.wait;" ::: "memory");
+        if (lane == 0) mbar_arrive(go);
+        const int piece = lane % 8;     // of 16 bytes
+        int tile = start, n = 0, at = turned(tile), stage = 0, parity = 1, told = 0;
+        auto tell = [&]() {
+            asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+            __syncwarp();
+            if (lane == 0) mbar_arrive(x_full + told * 8);
+            if (++told == X_STAGES) told = 0;
+        };
+        for (int i = 0; i < stages; ++i) {
+            if (i >= X_STAGES) mbar_wait(x_empty + stage * 8, parity);
+            const int inner = (begin + at) * KA * 64 + piece * 8;
+#pragma unroll
+            for (int a = 0; a < KA; ++a) {
+                const u32 bytes = inner + a * 64 < p.k ? 16 : 0;
+                const u16 *from = p.x + (bytes ? inner + a * 64 : 0);
+                const u32 to = x_ring + (stage * KA + a) * X_BYTES;
+#pragma unroll 8
+                for (int c = lane / 8; c < TOK; c += 4)
+                    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to + c * 128 + (piece ^ c % 8) * 16),
+                                 "l"(from + (long long)min(c, p.rows - 1) * p.k), "r"(bytes) : "memory");
+            }
+            asm volatile("cp.async.commit_group;" ::: "memory");
+            if (i >= LAG) {
+                copies_left<LAG>();
+                tell();
+            }
+            if (++at == count) at = 0;
+            if (++n == count) { n = 0; at = turned(tile += step); }
+            if (++stage == X_STAGES) { stage = 0; parity ^= 1; }
+        }
+        // What is left of them, in order.
+        if (LAG > 2 && stages > 2) { copies_left<2>(); tell(); }
+        if (LAG > 1 && stages > 1) { copies_left<1>(); tell(); }
+        if (stages > 0) { copies_left<0>(); tell(); }
         return;
     }
     if (warp == CONSUMERS / 32 + 1) {
@@ -198,20 +248,35 @@ extern "C" __global__ void __launch_bounds__(THREADS, TOK * MW > 128 ? 1 : 2) li
     }
 
     const int group = warp >> 2, g = lane >> 2, t = lane & 3;
-    // Parts: what of the results is this warp's, and what they are added to.
-    constexpr int MOST = (OWN * MW + MW * 4 - 1) / (MW * 4);    // (token, 64 columns) pairs of a warp
-    const int half = warp % MW, column = (first * MW + half) * 64 + lane * 2;
-    u32 old[MOST] = {}, bias = 0, gain = 0;
-    if (GATHERED) {
+    // What is added to the results. STRAIGHT: of a thread's two rows of the tile, or, as it lies in memory, two columns of a
+    // token. Else of a warp's token and 64 columns.
+    const int row = first * ROWS + warp * 16 + g;
+    u32 before[EIGHTS * 2] = {};
+    float biases[2] = {}, gains[2] = {};
+    auto pair_at = [&](int eight, int h) -> long long {     // in the output, or -1
+        const int c = split * OWN + eight * 8 + g, n = first * ROWS + warp * 16 + h * 8 + t * 2;
+        return c < p.rows && n < p.n ? (long long)c * p.n + n : -1;
+    };
+    const int half = warp % MW, own = warp / MW, column = (first * MW + half) * 64 + lane * 2;
+    u32 old = 0, bias = 0, gain = 0;
+    if (STRAIGHT) {
+        asm volatile("griddepcontrol.wait;" ::: "memory");
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            const bool inside = row + h * 8 < p.n;
+            if (p.bias && inside) biases[h] = lo(p.bias[row + h * 8]);
+            if (KIND == ADD && p.gain && inside) gains[h] = lo(p.gain[row + h * 8]);
+#pragma unroll
+            for (int e = 0; e < EIGHTS; ++e)
+                if (KIND == ADD && pair_at(e, h) >= 0) before[e * 2 + h] = *(const u32 *)((const u16 *)p.out + pair_at(e, h));
+        }
+    } else if (GATHERED) {
         asm volatile("griddepcontrol.wait;" ::: "memory");
         if (column < p.n) {
+            const int c = split * OWN + own;
             if (p.bias) bias = *(const u32 *)(p.bias + column);
             if (KIND == ADD && p.gain) gain = *(const u32 *)(p.gain + column);
-#pragma unroll
-            for (int i = 0; i < MOST; ++i) {
-                const int own = warp / MW + i * 4, c = split * OWN + own;
-                if (KIND == ADD && own < OWN && c < p.rows) old[i] = *(const u32 *)((const u16 *)p.out + (long long)c * p.n + column);
-            }
+            if (KIND == ADD && own < OWN && c < p.rows) old = *(const u32 *)((const u16 *)p.out + (long long)c * p.n + column);
         }
     }
     float d[TOK / 2];
@@ -256,7 +321,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, TOK * MW > 128 ? 1 : 2) li
             float r[2];
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
-                const int c = j * 8 + 2 * t + i, n = tile * ROWS + warp * 16 + g;
+                const int c = j * 8 + 2 * t + i, n = tile * LINES + warp * 16 + g;
+                const bool inside = n < p.n && warp * 16 + g < LINES, inside8 = n + 8 < p.n && warp * 16 + g + 8 < LINES;
                 const float v = d[j * 4 + i] * factors[c], u = d[j * 4 + 2 + i] * factors[c];
                 if (KIND == ACT) {
                     const float gate = rounded(v);
@@ -264,8 +330,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, TOK * MW > 128 ? 1 : 2) li
                 } else {
                     if (KIND == WIDE && c < p.rows) {
                         float *row = (float *)p.out + (long long)c * p.n;
-                        if (n < p.n) row[n] = v;
-                        if (n + 8 < p.n) row[n + 8] = u;
+                        if (inside) row[n] = v;
+                        if (inside8) row[n + 8] = u;
                     }
                     // NaN is larger than nothing; of equals the first stays.
                     auto keep = [&](float x, bool inside, u32 number) {
@@ -273,8 +339,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, TOK * MW > 128 ? 1 : 2) li
                         top[j * 2 + i] = x;
                         if (KIND == BEST) which[j] = __byte_perm(which[j], number, i ? 0x5410 : 0x3254);
                     };
-                    keep(v, n < p.n, pair);
-                    keep(u, n + 8 < p.n, pair + 1);
+                    keep(v, inside, pair);
+                    keep(u, inside8, pair + 1);
                 }
             }
             if (KIND == ACT) {      // two outputs of a token for each thread, instead of one of two tokens
@@ -297,7 +363,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, TOK * MW > 128 ? 1 : 2) li
             tops[to] = top[j];
             if (KIND == BEST) {
                 const u32 number = which[j / 2] >> j % 2 * 16 & 0xffff;
-                places[to] = number == 0xffff ? NOWHERE : ((int)(number / 2) * step + first) * ROWS + warp * 16 + g + number % 2 * 8;
+                places[to] = number == 0xffff ? NOWHERE : ((int)(number / 2) * step + first) * LINES + warp * 16 + g + number % 2 * 8;
             }
         }
         asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory");
@@ -318,48 +384,117 @@ extern "C" __global__ void __launch_bounds__(THREADS, TOK * MW > 128 ? 1 : 2) li
             const int lowest = __reduce_min_sync(~0u, order == most ? at : NOWHERE);
             if (order != most || at != lowest) continue;
             p.best[(long long)c * gridDim.x + blockIdx.x] = largest;
-            if (KIND == BEST) p.best_at[(long long)c * gridDim.x + blockIdx.x] = at == NOWHERE ? first * ROWS : at;
+            if (KIND == BEST) p.best_at[(long long)c * gridDim.x + blockIdx.x] = at == NOWHERE ? first * LINES : at;
         }
     }
     if (!GATHERED) return;
+    if (STRAIGHT) {
+        float mine[EIGHTS * 4];
+        // Parts lie as their threads hold them, in order of their blocks without the owner.
+        auto slot = [&](int from, int owner, int eight) { return ((from - (from > owner)) * EIGHTS + eight) * CONSUMERS + tid; };
+#pragma unroll
+        for (int j = 0; j < TOK / 8; ++j)
+            if (j / EIGHTS == split)
+#pragma unroll
+                for (int q = 0; q < 4; ++q) mine[j % EIGHTS * 4 + q] = d[j * 4 + q];
+            else send4(parts + slot(split, j / EIGHTS, j % EIGHTS) * 16, sent, j / EIGHTS + share * SPLIT, d + j * 4);
+        if (SPLIT > 1) {
+            mbar_wait(sent, 0);
+            const float4 *from = (const float4 *)__cvta_shared_to_generic(parts);
+            float4 part[EIGHTS][SPLIT];
+#pragma unroll
+            for (int e = 0; e < EIGHTS; ++e)
+#pragma unroll
+                for (int s = 0; s < SPLIT; ++s)
+                    part[e][s] = s == split ? *(float4 *)(mine + e * 4) : from[slot(s, split, e)];
+#pragma unroll
+            for (int e = 0; e < EIGHTS; ++e) {
+                float4 sum = {};
+#pragma unroll
+                for (int s = 0; s < SPLIT; ++s) {
+                    sum.x += part[e][s].x; sum.y += part[e][s].y;
+                    sum.z += part[e][s].z; sum.w += part[e][s].w;
+                }
+                *(float4 *)(mine + e * 4) = sum;
+            }
+        }
+        float squares[EIGHTS * 2];
+#pragma unroll
+        for (int e = 0; e < EIGHTS; ++e) {
+            const int c = split * OWN + e * 8 + 2 * t;
+            squares[e * 2] = squares[e * 2 + 1] = 0.f;
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                float a = mine[e * 4 + h * 2] * factors[c] + biases[h], b = mine[e * 4 + h * 2 + 1] * factors[c + 1] + biases[h];
+                if (KIND == ADD) {
+                    const u32 turned = transpose(before[e * 2 + h]);
+                    a += lo(turned); b += hi(turned);
+                }
+                const u32 both = pack(a, b);
+                const long long to = pair_at(e, h);
+                const u32 across = transpose(both);
+                if (to >= 0) *(u32 *)((u16 *)p.out + to) = across;
+                if (KIND == ADD && p.gain) {
+                    a = lo(both); b = hi(both);
+                    const u32 scaled = transpose(pack(a * gains[h], b * gains[h]));
+                    if (to >= 0) *(u32 *)(p.y + to) = scaled;
+                    squares[e * 2] += a * a;
+                    squares[e * 2 + 1] += b * b;
+                }
+            }
+        }
+        if (KIND != ADD || !p.gain) return;
+#pragma unroll
+        for (int s = 4; s < 32; s <<= 1)
+#pragma unroll
+            for (int i = 0; i < EIGHTS * 2; ++i) squares[i] += __shfl_xor_sync(~0u, squares[i], s);
+        // Where a warp's own rows of weights were: nobody else reads there.
+        auto squared = [&](int warp) { return (float *)(memory + (w_ring - shared_at(memory)) + warp * 2048); };
+        if (g == 0)
+#pragma unroll
+            for (int i = 0; i < EIGHTS * 2; ++i) squared(warp)[i / 2 * 8 + 2 * t + i % 2] = squares[i];
+        asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory");
+        for (int i = tid; i < MW * OWN; i += CONSUMERS) {
+            const int c = split * OWN + i % OWN, h = i / OWN;
+            float sum = 0.f;
+#pragma unroll
+            for (int w = 0; w < 4; ++w) sum += squared(h * 4 + w)[i % OWN];
+            if (c < p.rows && (first * MW + h) * 64 < p.n) p.next_squares[(first * MW + h) * p.rows + c] = sum;
+        }
+        return;
+    }
+    // Fewer: a warp has a token's 64 columns.
 #pragma unroll
     for (int j = 0; j < TOK / 8; ++j) {
         const int c = j * 8 + 2 * t;
 #pragma unroll
-        for (int o = 0; o < PAIRED / OWN; ++o) {
-            const int owner = c / OWN + o;
-            if (SPLIT == 1) store4(parts + place(0, c, warp * 16 + g) * 4, d + j * 4);   // maybe no cluster was launched
-            else send4(parts + place(split, c % PAIRED, warp * 16 + g) * 4, sent, owner + share * SPLIT, d + j * 4);
-        }
+        for (int o = 0; o < PAIRED / OWN; ++o)
+            send4(parts + place(split, c % PAIRED, warp * 16 + g) * 4, sent, c / OWN + o + share * SPLIT, d + j * 4);
     }
-    if (SPLIT == 1) asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory");
-    else mbar_wait(sent, 0);
+    mbar_wait(sent, 0);
+    const int c = split * OWN + own;
+    if (own >= OWN || c >= p.rows) return;
+    float a = 0.f, b = 0.f;
+    if (column < p.n) {
+        const float *from = (const float *)__cvta_shared_to_generic(parts);
 #pragma unroll
-    for (int i = 0; i < MOST; ++i) {
-        const int own = warp / MW + i * 4, c = split * OWN + own;
-        if (own >= OWN || c >= p.rows) continue;
-        float a = 0.f, b = 0.f;
-        if (column < p.n) {
-            const float *from = (const float *)__cvta_shared_to_generic(parts);
-#pragma unroll
-            for (int s = 0; s < SPLIT; ++s) {
-                a += from[place(s, c % PAIRED, half * 64 + lane * 2)];
-                b += from[place(s, c % PAIRED, half * 64 + lane * 2 + 1)];
-            }
-            const float factor = factors[c];
-            a = a * factor + lo(bias);
-            b = b * factor + hi(bias);
-            if (KIND == ADD) { a += lo(old[i]); b += hi(old[i]); }
-            const u32 both = pack(a, b);
-            *(u32 *)((u16 *)p.out + (long long)c * p.n + column) = both;
-            a = lo(both); b = hi(both);
-            if (KIND == ADD && p.gain) *(u32 *)(p.y + (long long)c * p.n + column) = pack(a * lo(gain), b * hi(gain));
+        for (int s = 0; s < SPLIT; ++s) {
+            a += from[place(s, c % PAIRED, half * 64 + lane * 2)];
+            b += from[place(s, c % PAIRED, half * 64 + lane * 2 + 1)];
         }
-        if (KIND == ADD && p.gain) {
-            float squares = a * a + b * b;
+        const float factor = factors[c];
+        a = a * factor + lo(bias);
+        b = b * factor + hi(bias);
+        if (KIND == ADD) { a += lo(old); b += hi(old); }
+        const u32 both = pack(a, b);
+        *(u32 *)((u16 *)p.out + (long long)c * p.n + column) = both;
+        a = lo(both); b = hi(both);
+        if (KIND == ADD && p.gain) *(u32 *)(p.y + (long long)c * p.n + column) = pack(a * lo(gain), b * hi(gain));
+    }
+    if (KIND == ADD && p.gain) {
+        float squares = a * a + b * b;
 #pragma unroll
-            for (int s = 16; s; s >>= 1) squares += __shfl_xor_sync(~0u, squares, s);
-            if (lane == 0 && (first * MW + half) * 64 < p.n) p.next_squares[(first * MW + half) * p.rows + c] = squares;
-        }
+        for (int s = 16; s; s >>= 1) squares += __shfl_xor_sync(~0u, squares, s);
+        if (lane == 0 && (first * MW + half) * 64 < p.n) p.next_squares[(first * MW + half) * p.rows + c] = squares;
     }
 }

@@ -28,9 +28,9 @@ ROWS = (8, 16, 32, 64, 128)
 SHARED_BYTES = 111 << 10
 """Two blocks on a multiprocessor: the next product fills its ring while this one works."""
 FLIGHT_BYTES = 48 << 10
-"""Of weights, under way to a multiprocessor."""
-TUNING = {"PACE": 600, "ROTATE": 1}
-"""Of the stream of weights, see `linear.cu`."""
+"""Of weights, under way to a multiprocessor; of the head's, which nothing waits behind, twice as many."""
+LEAD_BYTES = 64 << 10
+"""Of a block's weights, not yet asked for, when a product that adds launches its successor."""
 AT_ONCE = 1 << 20
 """LEAD of a product whose successor is launched as early as can be."""
 
@@ -65,6 +65,8 @@ class Tile:
     stages: int
     """Of weights"""
     x_stages: int
+    lag: int
+    """Stages of x that a warp asks for before the first is there; 0: they are tensor copies"""
     parts_bytes: int
     """Of shared memory for parts of sums"""
     blocks: int
@@ -100,16 +102,21 @@ def tile_of(kind: Product, rows: int, groups: int, splits: int, share: int, dept
     if rows % splits or (splits > 1 and not gathered):
         return None
     # The head, and gate and up, have tiles for a whole multiprocessor, and take it.
-    blocks = 1 if gathered or (groups > 1 and (kind is Product.GATE or rows > 64)) else 2
+    blocks = 1 if gathered or groups > 2 or (groups > 1 and (kind is Product.GATE or rows > 64)) else 2
     shared = SHARED_BYTES if gathered else 2 * SHARED_BYTES // blocks
-    parts = splits * max(2, rows // splits) * groups * 72 * 4 if gathered else 0
-    x_stages = {8: 4, 16: 4, 32: 3, 64: 5, 128: 2}[rows] if gathered else 4 if rows < 32 else 3
-    tile = Tile(rows, groups, splits, min(share, rows // 8), depth, 0, x_stages, parts, blocks)
+    own = rows // splits  # tokens that a block finishes: eight or more as their threads hold them
+    parts = (splits - 1) * own * groups * 256 if own % 8 == 0 else splits * max(2, own) * groups * 72 * 4
+    parts = parts if gathered else 0
+    tall = not gathered and blocks == 1 and rows <= 64
+    x_stages = 5 if tall else {8: 4, 16: 4, 32: 3, 64: 5 if gathered else 3, 128: 3 if gathered else 4}[rows]
+    share = min(share, rows // 8)
+    lag = 2 if rows == 32 and share == 1 and kind not in HEADS else 0
+    tile = Tile(rows, groups, splits, share, depth, 0, x_stages, lag, parts, blocks)
     stages = min(16, (shared - 1024 - tile.shared_bytes) // tile.weight_bytes)
     return replace(tile, stages=stages) if stages >= 2 else None
 
 
-SIMPLE = Tile(8, 1, 1, 1, 64, 2, 2, 8 * 72 * 4, 1)
+SIMPLE = Tile(8, 1, 1, 1, 64, 2, 2, 0, 0, 1)
 
 
 class Products:
@@ -122,7 +129,7 @@ class Products:
             return None
         made = cls(device)
         try:
-            made._kernel(Product.STORE, SIMPLE)
+            made._kernel(Product.STORE, SIMPLE, 64, 1)
         except KernelError as error:
             logger.warning("products of small steps are left to other kernels: %s", str(error))
             return None
@@ -131,7 +138,7 @@ class Products:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._processors = torch.cuda.get_device_properties(device).multi_processor_count
-        self._kernels: dict[tuple[Product, Tile], Kernel] = {}
+        self._kernels: dict[tuple[Product, Tile, int, int], Kernel] = {}
         self._maps = Maps()
 
     def run(
@@ -168,10 +175,11 @@ class Products:
         (rows, k), weight = x.shape, linear.weight
         n = linear.out_features // (2 if kind is Product.GATE else 1)
         tile = _tile(kind, next(size for size in ROWS if rows <= size), version)
-        kernel = self._kernel(kind, tile)
-        (tiles, grid), chunks = self._cut(kind, tile, n), -(-k // tile.depth)
+        lines, tiles, grid = self._cut(kind, tile, n)
+        chunks = -(-k // tile.depth)
         if chunks < tile.splits:
             raise KernelError(f"{version}: {k} inputs are too few to be shared by {tile.splits} blocks")
+        kernel = self._kernel(kind, tile, lines, chunks // tile.splits)
         pointers = (
             weight,
             x,
@@ -185,35 +193,48 @@ class Products:
             "<5ifi20x", rows, n, k, tiles, chunks, eps, k // 64 if sums is None else sums
         )
         if kind is Product.GATE:
-            params += self._maps.pairs(weight, 64 * tile.groups)
+            params += self._maps.pairs(weight, lines)
         else:
-            params += self._maps.rows(weight, 64 * tile.groups)
+            params += self._maps.rows(weight, lines)
         params += self._maps.rows(x, tile.rows // tile.share)
         kernel.launch(params, grid)
 
     def blocks(self, version: Version, rows: int, n: int) -> int:
         """Parts of a row of n outputs in the two kinds for the head."""
         tile = _tile(Product.BEST, next(size for size in ROWS if rows <= size), version)
-        return self._cut(Product.BEST, tile, n)[1]
+        return self._cut(Product.BEST, tile, n)[2]
 
-    def _cut(self, kind: Product, tile: Tile, n: int) -> tuple[int, int]:
-        """Tiles, and blocks, for n outputs."""
-        tiles = -(-n // (tile.groups * (32 if kind is Product.GATE else 64)))
-        clusters = -(-tiles // tile.share)
+    def _cut(self, kind: Product, tile: Tile, n: int) -> tuple[int, int, int]:
+        """Rows of weights in a tile, tiles, and blocks, for n outputs."""
+        lines = 64 * tile.groups
+        most = self._processors * tile.blocks // tile.share * tile.share  # blocks that run at once
+        if kind in HEADS and n > lines * most:
+            # Lower tiles, so that all blocks have the same number of them: a last round of a few takes as long as any.
+            lines = -(-n // (-(-n // (lines * most)) * most))
+        tiles = -(-n // (lines // 2 if kind is Product.GATE else lines))
+        grid = -(-tiles // tile.share) * tile.share
         if kind is Product.GATE or kind in HEADS:  # a block goes from tile to tile
-            clusters = min(clusters, self._processors * tile.blocks // tile.share)
-        return tiles, clusters * tile.splits * tile.share
+            grid = min(grid, most)
+        return lines, tiles, grid * tile.splits
 
-    def _kernel(self, kind: Product, tile: Tile) -> Kernel:
-        found = self._kernels.get((kind, tile))
+    def _kernel(self, kind: Product, tile: Tile, lines: int, stages: int) -> Kernel:
+        """`stages`: of a block's tile."""
+        # A product that adds leaves the memory to itself for a while; others launch their successor at once.
+        lead = (
+            max(4, min(LEAD_BYTES // tile.weight_bytes, stages * 3 // 4)) if kind is Product.ADD else AT_ONCE
+        )
+        found = self._kernels.get((kind, tile, lines, lead))
         if found is None:
-            flight = round(FLIGHT_BYTES / tile.blocks / tile.weight_bytes)
+            tall_gate = kind is Product.GATE and tile.blocks == 1 and tile.rows == 64
+            flight = FLIGHT_BYTES * (2 if kind in HEADS else 4 / 3 if tall_gate else 1)
+            pace = 300 if tall_gate else 800 if kind is Product.GATE and tile.depth > 64 else 600
+            under_way = round(flight / tile.blocks / tile.weight_bytes)
             macros = {
                 "KIND": int(kind), "TOK": tile.rows, "MW": tile.groups, "SPLIT": tile.splits, "SHARE": tile.share,
-                "KA": tile.depth // 64, "STAGES": tile.stages, "X_STAGES": tile.x_stages, **TUNING,
-                "FLIGHT": max(1, min(flight, tile.stages - 1)), "LEAD": 4 if kind is Product.ADD else AT_ONCE,
+                "LINES": lines, "KA": tile.depth // 64, "STAGES": tile.stages, "X_STAGES": tile.x_stages, "LAG": tile.lag,
+                "FLIGHT": max(1, min(under_way, tile.stages - 1)), "LEAD": lead, "PACE": pace, "ROTATE": 1,
             }  # fmt: skip
-            found = self._kernels[kind, tile] = build(
+            found = self._kernels[kind, tile, lines, lead] = build(
                 SOURCE, "linear", macros, device=self._device, grid=1, block=tile.threads,
                 shared_bytes=tile.shared_bytes, cluster=tile.splits * tile.share,
             )  # fmt: skip

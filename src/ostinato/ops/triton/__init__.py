@@ -373,12 +373,25 @@ class TritonOps:
 
         return scratch_words(max_seqs, vocab_size)
 
-    def prepare(self, batch: Batch, scratch: Scratch) -> StepView:
+    def prepare(self, batch: Batch, scratch: Scratch, stack: Stack | None = None) -> StepView:
         # The one kernel of a step that is not launched early: what was written before the step is complete for all
         # others, also for what decode attention loads before it waits.
         static, state = batch.static, batch.state
         table, cycle = static.block_table, (len(state.posted) - 1) * POST_CYCLE
-        if batch.decode:
+        begun: NextNorm | None = None
+        if batch.decode and stack is not None and self._begins_norms(scratch.x):
+            begun = NextNorm(stack.layers[0].input_norm, scratch.normed, scratch.squares)
+            width = scratch.x.shape[1]
+            block = next_power_of_2(width)
+            pointwise.begin_decode[(batch.num_seqs,)](
+                batch.rows, static.enabled, state.active, state.last_token, state.position, table, state.number,
+                scratch.ids, scratch.positions, scratch.slots, scratch.seq_lens, scratch.last_index,
+                stack.embedding, begun.weight, scratch.x, begun.scaled, begun.squares,
+                batch.num_seqs,
+                TABLE_WIDTH=table.shape[1], BLOCK_SIZE=batch.block_size, CYCLE=cycle,
+                WIDTH=width, BLOCK=block, num_warps=4 if block <= 2048 else 8, PDL=self._pdl,
+            )  # fmt: skip
+        elif batch.decode:
             pointwise.prepare_decode[(cdiv(batch.num_seqs, ROWS_BLOCK),)](
                 batch.rows, static.enabled, state.active, state.last_token, state.position, table, state.number,
                 scratch.ids, scratch.positions, scratch.slots, scratch.seq_lens, scratch.last_index,
@@ -406,6 +419,7 @@ class TritonOps:
             rows=batch.rows,
             block_table=table,
             decode=batch.decode,
+            begun=begun,
         )
 
     def fuses(self, stack: Stack, seqs: int) -> bool:
@@ -429,10 +443,26 @@ class TritonOps:
         assert self._fused is not None
         return self._fused.run(stack, view, caches, scratch, greedy=greedy)[None]
 
-    def embed(self, ids: torch.Tensor, table: torch.Tensor, out: torch.Tensor) -> None:
+    def embed(
+        self, ids: torch.Tensor, table: torch.Tensor, out: torch.Tensor, then: NextNorm | None = None
+    ) -> NextNorm | None:
         tokens, width = out.shape
+        if then is not None and self._begins_norms(out):
+            block = next_power_of_2(width)
+            pointwise.embed_norm[(tokens,)](
+                ids, table, then.weight, out, then.scaled, then.squares, tokens,
+                WIDTH=width, BLOCK=block, num_warps=4 if block <= 2048 else 8, **self._launch,
+            )  # fmt: skip
+            return then
         grid = (tokens, cdiv(width, COLUMNS_BLOCK))
         pointwise.embed[grid](ids, table, out, WIDTH=width, BLOCK=COLUMNS_BLOCK, num_warps=4, **self._launch)
+        return None
+
+    def _begins_norms(self, x: torch.Tensor) -> bool:
+        """Whether tiles may read this stream next: nobody else wants its norm in two halves."""
+        tokens, width = x.shape
+        fits = tokens <= BUCKETS[-1] and x.dtype is torch.bfloat16 and width % 64 == 0
+        return self._products is not None and fits
 
     def norm_linear(
         self,

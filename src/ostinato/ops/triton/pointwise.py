@@ -112,6 +112,72 @@ def embed(ids, table, out, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.con
 
 
 @triton.jit
+def _embed_row(
+    t, token, table, gain, out, scaled, squares, num_tokens, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Row t of the stream, times the norm's weight, and its sums of squares over 64 columns."""
+    i = tl.arange(0, BLOCK)
+    value = tl.load(table + token.to(tl.int64) * WIDTH + i, mask=i < WIDTH, other=0.0)
+    to = t.to(tl.int64) * WIDTH + i
+    tl.store(out + to, value, mask=i < WIDTH)
+    value = value.to(tl.float32)
+    tl.store(scaled + to, (value * gain).to(scaled.dtype.element_ty), mask=i < WIDTH)
+    part = tl.arange(0, BLOCK // 64)
+    sums = tl.sum(tl.reshape(value * value, (BLOCK // 64, 64)), 1)
+    tl.store(squares + part * num_tokens + t, sums, mask=part < WIDTH // 64)
+
+
+@triton.jit(do_not_specialize=["num_seqs"])
+def begin_decode(
+    rows, enabled, active, last_token, position, block_table, number,
+    ids, positions, slots, seq_lens, last_index,
+    table, weight, out, scaled, squares,
+    num_seqs,
+    TABLE_WIDTH: tl.constexpr, BLOCK_SIZE: tl.constexpr, CYCLE: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """`prepare_decode` and `embed_norm` in one. Grid: (S)."""
+    enter(PDL)
+    _next_number(number, CYCLE)
+    s = tl.program_id(0)
+    i = tl.arange(0, BLOCK)
+    gain = tl.load(weight + i, mask=i < WIDTH, other=0.0).to(tl.float32)
+    row = tl.load(rows + s)
+    live = row >= 0
+    on = tl.load(enabled + row, mask=live, other=0)
+    awake = tl.load(active + row, mask=live, other=0)
+    at = tl.load(position + row, mask=live, other=0)
+    token = tl.load(last_token + row, mask=live, other=0)
+    live &= (on != 0) & (awake != 0)
+    token = tl.where(live, token, 0)
+    at = tl.where(live, at, 0)
+    entry = row.to(tl.int64) * TABLE_WIDTH + at // BLOCK_SIZE
+    block = tl.load(block_table + entry, mask=live, other=0)
+    tl.store(ids + s, token)
+    tl.store(positions + s, at)
+    tl.store(seq_lens + s, tl.where(live, at + 1, 0))
+    tl.store(last_index + s, s)
+    _embed_row(s, token, table, gain, out, scaled, squares, num_seqs, WIDTH, BLOCK)
+    tl.store(slots + s, tl.where(live, block * BLOCK_SIZE + at % BLOCK_SIZE, -1))
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def embed_norm(
+    ids, table, weight, out, scaled, squares, num_tokens,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """`embed`, and the first norm begun as `NextNorm` has it. Grid: (T). BLOCK >= WIDTH, a multiple of 64."""
+    if PDL:
+        gdc_launch_dependents()
+    t = tl.program_id(0)
+    i = tl.arange(0, BLOCK)
+    gain = tl.load(weight + i, mask=i < WIDTH, other=0.0).to(tl.float32)
+    if PDL:
+        gdc_wait()
+    _embed_row(t, tl.load(ids + t), table, gain, out, scaled, squares, num_tokens, WIDTH, BLOCK)
+
+
+@triton.jit
 def rms_norm(
     x,
     index,
@@ -239,9 +305,22 @@ def advance(
     PLACES: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Make sampled tokens the next inputs, and post them; see `OpSet.advance`. Grid: (S / BLOCK)."""
-    enter(PDL)
+    if PDL:
+        gdc_launch_dependents()
+    # What the host wrote for these rows, no step does: it is there before the token is.
     s = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = s < num_seqs
+    row = tl.load(rows + s, mask=inside, other=-1)
+    real = row >= 0
+    row = tl.where(real, row, 0)
+    j = tl.arange(0, STOP_IDS)[None, :]
+    counted = real[:, None] & (j < tl.load(num_stop_ids + row, mask=real, other=0)[:, None])
+    stop = tl.load(stop_ids + row[:, None] * STOP_IDS + j, mask=counted, other=0)
+    first = tl.load(min_position + row, mask=real, other=0)
+    last = tl.load(last_position + row, mask=real, other=0)
+    counts = (tl.load(flags + row, mask=real, other=0) & COUNT_FLAG) != 0
+    if PDL:
+        gdc_wait()
     at = tl.load(seq_lens + s, mask=inside, other=0)  # the new token stands right after the context
     live = at > 0
     if not DECODE:
@@ -253,19 +332,14 @@ def advance(
     tl.store(place + 1 + s, token, mask=inside)
     if tl.program_id(0) == 0:
         tl.store(place, n)
-    row = tl.load(rows + s, mask=live, other=0)
     tl.store(last_token + row, token, mask=live)
     tl.store(position + row, at, mask=live)
 
-    j = tl.arange(0, STOP_IDS)[None, :]
-    counted = live[:, None] & (j < tl.load(num_stop_ids + row, mask=live, other=0)[:, None])
-    stop = tl.load(stop_ids + row[:, None] * STOP_IDS + j, mask=counted, other=0)
-    hit = tl.max((counted & (stop == token[:, None])).to(tl.int32), 1) != 0
-    hit &= at >= tl.load(min_position + row, mask=live, other=0)
-    goes_on = (hit == 0) & (at < tl.load(last_position + row, mask=live, other=0))
+    hit = (tl.max((counted & (stop == token[:, None])).to(tl.int32), 1) != 0) & (at >= first)
+    goes_on = (hit == 0) & (at < last)
     tl.store(active + row, goes_on.to(tl.int32), mask=live)
 
-    counts = live & ((tl.load(flags + row, mask=live, other=0) & COUNT_FLAG) != 0)
+    counts &= live
     count = output_counts + row.to(tl.int64) * VOCAB + token
     often = tl.load(count, mask=counts, other=0).to(tl.int32) + 1
     tl.store(count, tl.minimum(often, 32767).to(tl.int16), mask=counts)

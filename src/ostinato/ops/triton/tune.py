@@ -173,9 +173,9 @@ def candidates(problem: Problem, tiles: bool = False) -> list[Version]:
             if problem.rows <= 64 and 1 < tile.splits * 2 <= min(8, stages):
                 found.append(replace(tile, columns=128, depth=64, splits=tile.splits * 2, share=1))
         elif problem.gate:
-            found.append(replace(tile, columns=128 if tile.columns == 64 else 64, depth=64))
+            found.append(replace(tile, columns=128 if tile.columns == 64 else 64, depth=64, share=2))
         else:
-            found.append(replace(tile, columns=64))
+            found.append(replace(tile, columns=64 if problem.rows > 64 else 384 - tile.columns))
     elif problem.rows == 1:
         best = _gemv_columns(problem)
         found += [
@@ -205,10 +205,10 @@ def _tile(problem: Problem) -> Version | None:
         return None
     rows = problem.rows
     if problem.op == "norm_head":
-        return Version(Kind.TILE, False, rows, 128, 64, share=2)
+        return Version(Kind.TILE, False, rows, 256 if rows in (32, 64) else 128, 64, share=2)
     depth = 128 if rows <= 16 or (rows == 32 and (problem.gate or problem.depth >= 4096)) else 64
     if problem.gate:
-        return Version(Kind.TILE, False, rows, 64 if rows <= 64 else 128, depth, share=2)
+        return Version(Kind.TILE, False, rows, 64 if rows < 64 else 128, depth, share=1 if rows == 32 else 2)
     blocks, splits, most = cdiv(problem.columns, 64), 1, MOST_TILES if rows <= 16 else MOST_TILES * 3 // 2
     while splits < 8 and blocks * splits * 2 <= most and problem.depth >= 4 * splits * depth:
         splits *= 2
