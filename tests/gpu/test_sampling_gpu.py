@@ -197,7 +197,7 @@ def test_full_equals_the_cpu(vocab: int) -> None:
 
 @pytest.mark.parametrize("name", FILTERS)
 def test_every_kind_of_row(name: str) -> None:
-    """Fresh random rows at a real vocabulary; fifty runs give one and the same tokens."""
+    """Fresh random rows at a real vocabulary; fifty runs, fewer rows and more give one and the same tokens."""
     vocab = 128256
     g = torch.Generator().manual_seed(torch.seed() % 2**31)
     print("initial seed", g.initial_seed())
@@ -211,6 +211,9 @@ def test_every_kind_of_row(name: str) -> None:
     tokens = device.tokens()
     assert_same_draws(tokens, expected, logits, rows, torch.arange(n), inputs)
     assert all(device.tokens() == tokens for _ in range(50))
+    for several in (torch.arange(8), torch.arange(3 * n) % n):  # rows are shared out in other ways
+        others = OnDevice(logits[several], rows[several], several, inputs, make_state(len(several), vocab), SAMPLE)  # fmt: skip
+        assert [others.tokens() for _ in range(3)] == [[tokens[s] for s in several.tolist()]] * 3
 
 
 def test_a_list_that_is_too_short() -> None:
@@ -252,7 +255,7 @@ def test_the_largest_logits_of_parts_change_nothing(vocab: int) -> None:
 
 @pytest.mark.parametrize("parts", [1, 132, 264, 513])
 def test_the_largest_logits_of_many_rows_change_nothing(parts: int) -> None:
-    """What the head's product knows; more parts than the sampler has threads are not looked at."""
+    """What the head's product knows: one part or more, also more than a block has threads."""
     logits, rows, positions, inputs, state = sample_case(33, 12800, 2.0)
     logits[6] = -torch.inf
     logits[7, ::3] = torch.nan

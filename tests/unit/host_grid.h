@@ -1,4 +1,4 @@
-// Enough of CUDA to run rows.cu on a CPU, all blocks at once: each thread is a fiber, and whoever waits lets the
+// Enough of CUDA to run rows.cu, and with host_cluster.h sample.cu, on a CPU, all blocks at once: each thread is a fiber, and whoever waits lets the
 // others run. Instructions that the source writes in assembler are written out here.
 #include <setjmp.h>
 #include <ucontext.h>
@@ -30,14 +30,17 @@ static float4 make_float4(float x, float y, float z, float w) { return {x, y, z,
 static uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
 
 struct Dim { u32 x; };
-constexpr int CONSUMERS = WARPS * 32, THREADS = CONSUMERS + 128, FIBERS = GRID * THREADS;
+#ifndef HOST_THREADS
+#define HOST_THREADS (WARPS * 32 + 128)
+#endif
+constexpr int CONSUMERS = WARPS * 32, FIBERS = GRID * HOST_THREADS;
 static int current, running;
 static u32 chance = 1;
 struct Fiber { jmp_buf at; ucontext_t first; bool begun, done; };
 static std::vector<Fiber> fibers(FIBERS);
 static ucontext_t home;
-#define threadIdx (Dim{(u32)(current % THREADS)})
-#define blockIdx (Dim{(u32)(current / THREADS)})
+#define threadIdx (Dim{(u32)(current % HOST_THREADS)})
+#define blockIdx (Dim{(u32)(current / HOST_THREADS)})
 
 static u32 chosen() { return (chance = chance * 1664525u + 1013904223u) >> 8; }
 static void yield() {
@@ -72,7 +75,7 @@ static void post(int n, const u32 *values) {
 static u32 of(int lane, int n) { return posted[current / 32][lane][n]; }
 static void leave_post() { warp_meeting[current / 32].wait(32); }
 static void __syncwarp() { warp_meeting[current / 32].wait(32); }
-static void __syncthreads() { block_meeting[blockIdx.x].wait(THREADS); }
+static void __syncthreads() { block_meeting[blockIdx.x].wait(HOST_THREADS); }
 static void consumers_meet() {
     if (threadIdx.x >= CONSUMERS) std::abort();
     consumers_meeting[blockIdx.x].wait(CONSUMERS);

@@ -48,7 +48,7 @@ def arguments(seqs: int, vocab: int) -> tuple[list[torch.Tensor], Any, torch.Ten
     return [torch.zeros(seqs, vocab), rows, rows.clone()], inputs, torch.empty_like(rows)
 
 
-@pytest.mark.parametrize(("seqs", "cluster"), [(1, 16), (8, 16), (9, 8), (256, 8)])
+@pytest.mark.parametrize(("seqs", "cluster"), [(1, 16), (8, 16), (9, 8), (32, 8), (33, 2), (256, 2)])
 def test_few_rows_get_the_larger_cluster(built: list[FakeKernel], seqs: int, cluster: int) -> None:
     (logits, rows, positions), inputs, out = arguments(seqs, 1000)
     assert ClusterSampler(CPU).run(logits, rows, positions, inputs, out=out)
@@ -67,20 +67,18 @@ def test_few_rows_get_the_larger_cluster(built: list[FakeKernel], seqs: int, clu
         inputs.seed,
         out,
     )
-    assert params == struct.pack("<10Q2i", *(t.data_ptr() for t in tensors), 0, 3, 0)
+    assert params == struct.pack("<10Q3i", *(t.data_ptr() for t in tensors), 0, 3, 0, seqs)
     assert POINTERS[kernel.handle] == 10, "what an audit reads as addresses"
 
 
-@pytest.mark.parametrize(("seqs", "parts", "used"), [(1, 132, 132), (1, 513, 0), (2, 264, 264)])
-def test_the_largest_logits_of_parts_are_passed_on(
-    built: list[FakeKernel], seqs: int, parts: int, used: int
-) -> None:
+@pytest.mark.parametrize(("seqs", "parts"), [(1, 132), (1, 513), (2, 264)])
+def test_the_largest_logits_of_parts_are_passed_on(built: list[FakeKernel], seqs: int, parts: int) -> None:
     (logits, rows, positions), inputs, out = arguments(seqs, 1000)
     largest = torch.zeros(seqs, parts)
     assert ClusterSampler(CPU).run(logits, rows, positions, inputs, out=out, largest=largest)
     (kernel,) = (k for k in built if k.launches)
-    pointer, _, count = struct.unpack("<Q2i", kernel.launches[0][0][-16:])
-    assert (pointer, count) == (largest.data_ptr() if used else 0, used)
+    pointer, _, count, _ = struct.unpack("<Q3i", kernel.launches[0][0][-20:])
+    assert (pointer, count) == (largest.data_ptr(), parts)
 
 
 @pytest.mark.parametrize("vocab", [1, 32, 49152, 50257, 128256, 151936, 262144, 262145, 524287])
@@ -88,12 +86,13 @@ def test_the_row_fits(built: list[FakeKernel], vocab: int) -> None:
     """The macros keep what `sample.cu` asserts, up to the largest vocabulary."""
     (logits, rows, positions), inputs, out = arguments(1, vocab)
     assert ClusterSampler(CPU).run(logits, rows, positions, inputs, out=out)
-    assert {k.macros["CLUSTER"] for k in built} == ({8, 16} if vocab <= 262144 else {16})
+    assert {k.macros["CLUSTER"] for k in built} == ({2, 8, 16} if vocab <= 262144 else {2, 16})
     for kernel in built:
         m, slice_ = kernel.macros, kernel.macros["THREADS"] * kernel.macros["EACH"]
         assert m["CLUSTER"] * slice_ >= vocab
         assert m["EACH"] % 4 == 0
-        assert slice_ < 2**16, "counts of a block, two in a word"
+        assert slice_ <= 2**19, "sums of a block in 32 bits"
+        assert not m["KEEP"] or m["EACH"] <= 64
         assert kernel.options["shared_bytes"] <= 227 * 1024
         assert kernel.options["block"] == m["THREADS"]
 
@@ -103,7 +102,7 @@ def test_kernels_are_built_once_for_a_vocabulary(built: list[FakeKernel]) -> Non
     for seqs in (1, 20, 3):
         (logits, rows, positions), inputs, out = arguments(seqs, 1000)
         assert sampler.run(logits, rows, positions, inputs, out=out)
-    assert len(built) == 2
+    assert len(built) == 3
 
 
 def test_without_a_compiler_others_draw(monkeypatch: pytest.MonkeyPatch) -> None:

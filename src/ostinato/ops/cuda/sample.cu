@@ -1,32 +1,35 @@
-// Temperature, top-k, top-p and min-p, and the draw, in one launch: a cluster of blocks for each row, which
-// keeps the row in shared memory. What the blocks find out they exchange through each other's shared memory.
+// Temperature, top-k, top-p and min-p, and the draw, in one launch: a cluster of blocks for each row. What
+// the blocks find out they exchange through each other's shared memory.
 //
-// Meaning, integers and random numbers are those of ostinato/sampling.py. A threshold is found by counting,
-// never by sorting. Tokens are ordered by a 64-bit key: the depth (m - x) / temperature in 2^-26ths, then
-// the logit itself from above. First 512 bins of a sixteenth of depth count tokens; that says in which one the k-th
-// lies, and bounds each bin's weight, so that two or three remain for top-p. Those are cut into 128 with
-// exact weights; then the few tokens of one such bin are compared with each other. Were they too many, their bin
-// would be cut again. Tokens in those two or three are noted when their weights are added, and only they are looked at again. Sums are of integers: no order of additions, and no cut of the row, shows in a token.
+// Meaning, integers and random numbers are those of ostinato/sampling.py. A threshold is found by adding, never by sorting. Tokens are
+// ordered by a 64-bit key: the depth (m - x) / temperature in 2^-26ths, then the logit itself from above. Each block adds its tokens' weights, or
+// counts them, exactly, in 2048 bins of a 64th of depth; blocks tell each other the sums of each 32 bins, and fetch those 32 among which the threshold lies.
+// The tokens of its bin go to all blocks, which find it by themselves: in 128 bins of those tokens, then by comparing what is in one of these with each other.
+// Were they too many, their bin would be cut again. Sums are of integers: no order of additions, and no cut of the row, shows in a token.
 //
 // Loops stay loops: in a decode step this code runs once, from a cold cache, where every line of it costs time.
 //
-// Macros: VOCAB CLUSTER THREADS EACH (logits of a thread, a multiple of 4)
+// Macros: VOCAB CLUSTER THREADS EACH (logits of a thread, a multiple of 4; of 8 without KEEP) KEEP (whether a block keeps its logits in shared
+// memory; it reads them again otherwise)
 
 #include "common.cuh"
 
-constexpr int T = THREADS;
+constexpr int T = THREADS, NW = T / 32;
 constexpr int SLICE = EACH * T;
-constexpr int COARSE = 512, FINE_BITS = 7, FINE = 1 << FINE_BITS;
-constexpr int LIST = T / CLUSTER;   // most tokens of a bin that a block may contribute
-constexpr int UNROLL = 2;
-constexpr int NEAR = 2048;          // tokens that a block notes, at most
-constexpr int PART_BITS = 15;       // of a weight: sums of a block in 32 bits
-constexpr int UNIT_BITS = 26, COARSE_BITS = UNIT_BITS - 4;   // of a depth in 2^-26ths; a sixteenth
-constexpr float BOTTOM = 31.f;                               // exp(-31) * 2^44 < 1
-constexpr float WEIGHT_OF_ONE = 17592186044416.f, BOUND_OF_ONE = 1099511627776.f;   // 2^44, 2^40
-static_assert(CLUSTER * SLICE >= VOCAB && EACH % 4 == 0, "the row fits");
-static_assert(T >= COARSE && T <= 1024 && CLUSTER % (T / COARSE * 2) == 0, "a thread for each bin");
-static_assert(SLICE < 1 << 16 && SLICE <= 1 << (32 - PART_BITS) && 3 * PART_BITS > 44, "parts of weights add up");
+constexpr int GROUPS = 64, GROUP = 32, BINS = GROUPS * GROUP, BIN_BITS = 11;
+constexpr int FINE_BITS = 7, FINE = 1 << FINE_BITS;
+constexpr int LIST = 4096 / CLUSTER;   // most tokens of a bin that a block may contribute
+constexpr int PARTS = NW / CLUSTER;    // warps for what a block has sent
+constexpr int LOW_BITS = 13;           // of a scaled weight of 25: sums of a block in 32 bits
+constexpr int AHEAD = KEEP ? 1 : 2;    // loads of four logits at once
+constexpr int UNIT_BITS = 26, BIN_SHIFT = UNIT_BITS - 6;   // of a depth in 2^-26ths; a 64th
+constexpr float BOTTOM = 31.f;                             // exp(-31) * 2^44 < 1
+constexpr float WEIGHT_OF_ONE = 17592186044416.f;          // 2^44
+static_assert(CLUSTER * SLICE >= VOCAB && EACH % (4 * AHEAD) == 0, "the row fits");
+static_assert(!KEEP || EACH <= 64, "a bit for each logit");
+static_assert(T >= FINE && T <= 1024 && NW % CLUSTER == 0 && GROUPS % NW == 0 && GROUP % NW == 0, "warps for each block, and for each bin");
+static_assert((int)BOTTOM * 64 + 32 <= BINS, "bins for all depths");
+static_assert(SLICE <= 1 << (32 - LOW_BITS) && SLICE <= 1 << (32 - (25 - LOW_BITS)), "parts of weights add up");
 
 struct Params {
     const float *logits;       // [S, VOCAB]
@@ -36,27 +39,30 @@ struct Params {
     const int *top_k, *seed;   // by row; seed [R, 2]
     int *out;                  // [S]
     const float *largest;      // [S, parts]: of parts of each row, or null
-    int seed_stride, parts;
+    int seed_stride, parts, num_rows;
 };
 
+struct Few { u64 weight[T]; u32 image[T]; unsigned char owner[T]; };   // tokens that are compared with each other
+struct Bins { u32 low[BINS], high[BINS]; };                            // this block's sums, for the cluster to read
 struct Shared {
-    float row[SLICE];                        // logit j of thread t at [j * T + t]
-    u64 fine[FINE];                          // this block's, for the cluster to read
-    u64 above_of[CLUSTER], all_of[CLUSTER], total_of[CLUSTER];
-    u64 amount_of[CLUSTER * LIST], amount[CLUSTER * LIST];   // by block, and one behind the other
-    u64 sums[6][32];
-    u64 kept;
-    u32 own[COARSE], coarse[COARSE / 2], coarse_all[COARSE];   // this block's; the same, two in a word; the cluster's
-    u32 part[3][FINE], count[FINE];
-    u32 image_of[CLUSTER * LIST], image[CLUSTER * LIST], length_of[CLUSTER];
-    u32 words[3][32];
-    u32 peak_of[CLUSTER], where_of[CLUSTER];
-    u32 slot, notes;
-    unsigned short note[NEAR];              // places in `row`
+    float4 row[KEEP ? SLICE / 4 : 1];        // this block's logits
+    union { Bins bins; Few few; };           // when the cluster has read the bins
+    u32 fine_low[FINE], fine_high[FINE];
+    u64 group_of[CLUSTER][GROUPS + 1], bin_of[CLUSTER][GROUP + 1];   // by block; one more, so that blocks are in other banks
+    u64 group_all[GROUPS], bin_all[GROUP];
+    u64 kept_of[NW], total_of[CLUSTER];
+    u64 sums[2][32];
+    float list_of[CLUSTER][LIST], list[LIST];
+    u32 length_of[CLUSTER], peak_of[CLUSTER], where_of[CLUSTER];
+    u32 words[2][32];
+    u32 slot, few_slot;
+    u64 sums_are_here, lists_are_here;       // barriers
 };
 
-static_assert(sizeof(Shared) <= 4 * SLICE + 24 * T + 16384, "what ops/cuda/sample.py asks for");
+static_assert(sizeof(Few) <= sizeof(Bins), "one in place of the other");
+static_assert(sizeof(Shared) <= (KEEP ? 4 * SLICE : 16) + 49664, "what ops/cuda/sample.py asks for");
 
+// --- Instructions. A test on the CPU has its own of these.
 __device__ __forceinline__ u32 shared_of(const void *p, u32 rank) {
     u32 mine, theirs;
     asm("{ .reg .u64 t; cvta.to.shared.u64 t, %1; cvt.u32.u64 %0, t; }" : "=r"(mine) : "l"(p));
@@ -68,10 +74,26 @@ __device__ __forceinline__ u32 remote32(const u32 *p, u32 rank) {
     asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(v) : "r"(shared_of(p, rank)) : "memory");
     return v;
 }
-__device__ __forceinline__ u64 remote64(const u64 *p, u32 rank) {
-    u64 v;
-    asm volatile("ld.shared::cluster.u64 %0, [%1];" : "=l"(v) : "r"(shared_of(p, rank)) : "memory");
-    return v;
+__device__ __forceinline__ void send32(u32 *p, u32 rank, u32 v, u64 *barrier) {
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];"
+                 ::"r"(shared_of(p, rank)), "r"(v), "r"(shared_of(barrier, rank)) : "memory");
+}
+__device__ __forceinline__ void send64(u64 *p, u32 rank, u64 v, u64 *barrier) {
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b64 [%0], %1, [%2];"
+                 ::"r"(shared_of(p, rank)), "l"(v), "r"(shared_of(barrier, rank)) : "memory");
+}
+__device__ __forceinline__ void barrier_init(u64 *barrier, u32 count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"((u32)__cvta_generic_to_shared(barrier)), "r"(count) : "memory");
+}
+__device__ __forceinline__ void barriers_are_there() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+// Arrives, and says how many bytes are sent.
+__device__ __forceinline__ void barrier_expects(u64 *barrier, u32 rank, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.relaxed.cluster.shared::cluster.b64 _, [%0], %1;" ::"r"(shared_of(barrier, rank)), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void barrier_waits(u64 *barrier, u32 parity) {
+    asm volatile(
+        "{\n.reg .pred p;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@p bra done;\nbra again;\ndone:\n}"
+        ::"r"((u32)__cvta_generic_to_shared(barrier)), "r"(parity) : "memory");
 }
 __device__ __forceinline__ void push32(u32 *p, u32 rank, u32 v) {
     asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(shared_of(p, rank)), "r"(v) : "memory");
@@ -81,13 +103,32 @@ __device__ __forceinline__ void push64(u64 *p, u32 rank, u64 v) {
 }
 __device__ __forceinline__ void cluster_arrives() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
 __device__ __forceinline__ void cluster_waits() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+__device__ __forceinline__ void add_shared(u32 *p, u32 v) {
+    asm volatile("red.shared.add.u32 [%0], %1;" ::"r"((u32)__cvta_generic_to_shared(p)), "r"(v) : "memory");
+}
+__device__ __forceinline__ u32 take_shared(u32 *p, u32 count) {
+    u32 before;
+    asm volatile("atom.shared.add.u32 %0, [%1], %2;" : "=r"(before) : "r"((u32)__cvta_generic_to_shared(p)), "r"(count) : "memory");
+    return before;
+}
+__device__ __forceinline__ void let_successor_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+__device__ __forceinline__ void wait_for_predecessor() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+__device__ __forceinline__ void prefetch(const void *p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+__device__ __forceinline__ u32 rank_in_cluster() {
+    u32 rank;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+__device__ __forceinline__ void copy_four(float4 *to, const float *from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from) : "memory");
+}
+__device__ __forceinline__ void copied() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+// --- End of instructions.
 __device__ __forceinline__ void cluster_meets() { cluster_arrives(); cluster_waits(); }
-// The order in which a block goes through the others: not all ask the same one at once.
-__device__ __forceinline__ u32 peer(u32 rank, int i) { return (rank + i) % CLUSTER; }
 
-// The same order as the logits, never 0.
+// The same order as the logits, never 0; -0.0 and 0.0 tie.
 __device__ __forceinline__ u32 image(float x) {
-    u32 bits = __float_as_uint(x);
+    u32 bits = __float_as_uint(__fadd_rn(x, 0.f));
     return bits ^ ((u32)((int)bits >> 31) | 0x80000000u);
 }
 __device__ __forceinline__ float logit_of(u32 image) {
@@ -98,12 +139,21 @@ struct Row {
     float largest, inverse, min_p;
     // Each step rounds by itself: a larger logit is never deeper.
     __device__ __forceinline__ float depth(float x) const { return __fmul_rn(__fsub_rn(largest, x), inverse); }
-    __device__ __forceinline__ u64 weight(float depth) const {
-        float e = exp2_(__fmul_rn(-depth, 1.4426950408889634f));
-        return e >= min_p ? (u64)__float2ll_rz(e * WEIGHT_OF_ONE) : 0;
+    __device__ __forceinline__ float share(float depth) const {   // of the most likely token's weight
+        const float e = exp2_(__fmul_rn(-depth, 1.4426950408889634f));
+        return e >= min_p ? e : 0.f;
+    }
+    __device__ __forceinline__ u64 weight(float depth) const { return (u64)__float2ll_rz(share(depth) * WEIGHT_OF_ONE); }
+    // A weight in 2^shift: a whole number below 2^25, where the token is in the bin that `shift` is of.
+    __device__ __forceinline__ u32 scaled(float depth, int shift) const {
+        return (u32)(share(depth) * __uint_as_float((u32)(127 + 44 - shift) << 23));
     }
 };
 __device__ __forceinline__ u32 units(float depth) { return (u32)(depth * (float)(1 << UNIT_BITS)); }
+__device__ __forceinline__ u64 key(float x, float depth) { return (u64)units(depth) << 32 | (u32)~image(x); }
+// Weights have 24 bits, and within a bin hardly differ: all of them are multiples of 2^shift. 2^-20ths of log2(e) / 64, a little more.
+__device__ __forceinline__ int shift_of(u32 bin) { return max(20 - (int)((bin + 1) * 23638u + 1024u >> 20), 0); }
+__device__ __forceinline__ u64 joined(u32 low, u32 high, int shift) { return ((u64)high << LOW_BITS) + low << shift; }
 
 // For all threads, through shared memory that nothing else uses meanwhile.
 __device__ __forceinline__ u32 block_max(u32 v, u32 *space) {
@@ -128,255 +178,27 @@ __device__ __forceinline__ u64 warp_sum(u64 v) {
     return __reduce_add_sync(~0u, (u32)v & MASK) + ((u64)__reduce_add_sync(~0u, (u32)(v >> 22) & MASK) << 22)
          + ((u64)__reduce_add_sync(~0u, (u32)(v >> 44)) << 44);
 }
-struct Sums { u64 a, b, all_a, all_b; };
-// Sums of a number, or TWO, over the threads up to this one, and over all. `space`: a row for each.
-template <bool TWO>
-__device__ __noinline__ Sums block_up_to(u64 a, u64 b, u64 (*space)[32]) {
+// The sum over the threads up to this one.
+__device__ __forceinline__ u64 block_up_to(u64 v, u64 *space) {
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-    Sums own = {warp_up_to(a), TWO ? warp_up_to(b) : 0, 0, 0};
-    if (lane == 31) {
-        space[0][warp] = own.a;
-        if (TWO) space[1][warp] = own.b;
-    }
+    const u64 own = warp_up_to(v);
+    if (lane == 31) space[warp] = own;
     __syncthreads();
-    a = lane < T / 32 ? space[0][lane] : 0;
-    own.all_a = warp_sum(a);
-    own.a += warp_sum(lane < warp ? a : 0);
-    if (TWO) {
-        b = lane < T / 32 ? space[1][lane] : 0;
-        own.all_b = warp_sum(b);
-        own.b += warp_sum(lane < warp ? b : 0);
-    }
-    return own;
+    return own + warp_sum(lane < warp ? space[lane] : 0);
 }
+__device__ __forceinline__ u64 lane_of(u64 v, int lane) { return __shfl_sync(~0u, v, lane); }
 
-// Counts that begin at zero.
+// Sums that begin at zero.
 __device__ __forceinline__ void clear(Shared &sh) {
     const int tid = threadIdx.x;
-    if (tid < COARSE) sh.own[tid] = sh.coarse_all[tid] = 0;
-    if (tid < FINE) sh.part[0][tid] = sh.part[1][tid] = sh.part[2][tid] = sh.count[tid] = 0;
-    if (tid == 0) sh.slot = sh.notes = 0;
-}
-__device__ __forceinline__ void count(Shared &sh, float depth) {
-    const u32 bin = units(depth) >> COARSE_BITS;
-    if (depth < BOTTOM) atomicAdd(&sh.own[bin], 1u);   // of equal places, and of one: the fast instruction
-}
-
-// The image of the least likely token that a filter keeps: the largest at which what is there or above, tokens or,
-// `by_weight`, their weight, reaches `k` or the share of all. 0: it keeps everything. `counted`: tokens by depth are there.
-// Also the weight of what it keeps of this thread's tokens; ~0: not known.
-struct Kept { u64 own; u32 lowest; };
-__device__ __noinline__ Kept threshold(Shared &sh, const Row row, u32 rank, bool by_weight, u64 k, float share, bool counted) {
-    const int tid = threadIdx.x;
-    if (!counted) {
-        clear(sh);
-        __syncthreads();
-#pragma unroll UNROLL
-        for (int j = 0; j < EACH; ++j) count(sh, row.depth(sh.row[j * T + tid]));
-    }
-    __syncthreads();
-    if (tid < COARSE / 2) sh.coarse[tid] = sh.own[2 * tid] | sh.own[2 * tid + 1] << 16;
-    cluster_meets();
-    {
-        constexpr int PARTS = T / (COARSE / 2), SHARE = CLUSTER / PARTS;
-        const int word = tid % (COARSE / 2), part = tid / (COARSE / 2);
-        u32 even = 0, odd = 0;
-#pragma unroll 4
-        for (int i = 0; i < SHARE; ++i) {
-            u32 two = remote32(&sh.coarse[word], peer(rank, part * SHARE + i));
-            even += two & 0xffff;
-            odd += two >> 16;
-        }
-        atomicAdd(&sh.coarse_all[2 * word], even);
-        atomicAdd(&sh.coarse_all[2 * word + 1], odd);
-    }
-    __syncthreads();
-    const bool has = tid < COARSE;
-    const u64 n = has ? sh.coarse_all[tid] : 0;
-    int first, last;
-    if (by_weight) {
-        // Bounds of the bin's weight, in 2^40ths of the most likely token's. A thousandth covers exp.
-        const float most_each = __expf(-tid * 0.0625f) * 1.001f, least_each = __expf(-(tid + 1) * 0.0625f) * 0.999f;
-        // At most and at least: up to this bin, and of all.
-        const Sums up_to = block_up_to<true>(most_each < row.min_p ? 0 : n * ((u64)(most_each * BOUND_OF_ONE) + 1),
-                                       least_each < row.min_p ? 0 : n * (u64)(least_each * BOUND_OF_ONE), sh.sums);
-        // The threshold is the first at which above * (1 - share) >= below * share.
-        const float rest = 1.f - share;
-        const bool never = (float)up_to.a * rest < (float)(up_to.all_b - up_to.b) * share;
-        const bool surely = (float)up_to.b * rest >= (float)(up_to.all_a - up_to.a) * share;
-        first = min(__syncthreads_count(has && never), COARSE - 1);
-        last = max(first, min(__syncthreads_count(has && !surely), COARSE - 1));
-    } else {
-        const Sums up_to = block_up_to<false>(n, 0, sh.sums);
-        if (up_to.all_a < k) {
-            cluster_meets();   // all have read what the next call clears
-            return {~0ull, 0};
-        }
-        first = last = __syncthreads_count(has && up_to.a < k);
-    }
-
-    // Cut what is left of the order of keys, until the tokens of a bin are few.
-    const int wide = 32 - __clz(last - first);
-    const float begins = first * 0.0625f, ends = begins + (1 << wide) * 0.0625f;   // where the bins below do
-    u64 base = (u64)((u32)first << COARSE_BITS) << 32, kept, target = k;
-    int shift = 32 + COARSE_BITS - FINE_BITS + wide, found;
-    auto bin_of = [&](float d, float logit) -> u64 {   // huge for those before it
-        u64 key = (u64)units(d) << 32 | (u32)~image(logit);
-        return key < base ? ~0ull : key - base >> shift;
-    };
-    auto put = [&](float d, u64 bin) {
-        atomicAdd(&sh.count[bin], 1u);
-        if (!by_weight) return;
-        const u64 amount = row.weight(d);
-#pragma unroll
-        for (int i = 0; i < 3; ++i) atomicAdd(&sh.part[i][bin], (u32)(amount >> (i * PART_BITS)) & ((1u << PART_BITS) - 1));
-    };
-    u64 firsts = 0;
-    u32 notes, looks;
-    bool noted;
-    for (bool again = false;; again = true) {
-        u64 before = 0, whole = 0;
-        if (!again)
-#pragma unroll UNROLL
-            for (int j = 0; j < EACH; ++j) {
-                const float d = row.depth(sh.row[j * T + tid]);
-                if (!(d < BOTTOM)) continue;
-                const u64 amount = by_weight ? row.weight(d) : 1;
-                whole += amount;
-                if (d < begins) before += amount;
-                else if (d < ends) {
-                    const u32 at = atomicAdd(&sh.notes, 1u);
-                    if (at < NEAR) sh.note[at] = j * T + tid;
-                }
-            }
-        else
 #pragma unroll 1
-            for (int j = 0; j < EACH; ++j) {
-                const float x = sh.row[j * T + tid], d = row.depth(x);
-                if (!(d < BOTTOM)) continue;
-                const u64 amount = by_weight ? row.weight(d) : 1;
-                whole += amount;
-                if (bin_of(d, x) == ~0ull) before += amount;
-            }
-        if (!again) firsts = before;
-        before = warp_sum(before);
-        whole = warp_sum(whole);
-        if (tid % 32 == 0) { sh.sums[2][tid / 32] = before; sh.sums[3][tid / 32] = whole; }
-        __syncthreads();
-        if (tid < 32) {
-            before = warp_sum(tid < T / 32 ? sh.sums[2][tid] : 0);
-            whole = warp_sum(tid < T / 32 ? sh.sums[3][tid] : 0);
-            if (tid < CLUSTER) {
-                push64(&sh.above_of[rank], tid, before);
-                push64(&sh.all_of[rank], tid, whole);
-            }
-        }
-        // Those noted, or all where there was no room.
-        notes = sh.notes;
-        noted = notes <= NEAR;
-        looks = noted ? notes : SLICE;
-#pragma unroll 1
-        for (u32 i = tid; i < looks; i += T) {
-            const float x = sh.row[noted ? sh.note[i] : i], d = row.depth(x);
-            if (!(d < BOTTOM)) continue;
-            const u64 bin = bin_of(d, x);
-            if (bin < FINE) put(d, bin);
-        }
-        __syncthreads();
-        if (tid < FINE)
-            sh.fine[tid] = by_weight ? sh.part[0][tid] + ((u64)sh.part[1][tid] << PART_BITS) + ((u64)sh.part[2][tid] << 2 * PART_BITS)
-                                     : sh.count[tid];
-        cluster_meets();
-        u64 here = 0;
-        if (tid < FINE)
-#pragma unroll 4
-            for (int i = 0; i < CLUSTER; ++i) here += remote64(&sh.fine[tid], peer(rank, i));
-        before = whole = 0;
-#pragma unroll 1
-        for (int i = 0; i < CLUSTER; ++i) {
-            before += sh.above_of[i];
-            whole += sh.all_of[i];
-        }
-        if (by_weight) {
-            target = (u64)((double)share * (double)whole);
-            if (target == 0) target = 1;
-        }
-        const u64 up_to = before + block_up_to<false>(here, 0, sh.sums).a;
-        found = min(__syncthreads_count(tid < FINE && up_to < target), FINE - 1);
-        if (tid == found) sh.kept = up_to - here;
-        const u32 own = sh.count[found];
-        if (own <= LIST && own > 0) {
-#pragma unroll 1
-            for (u32 i = tid; i < looks; i += T) {
-                const float x = sh.row[noted ? sh.note[i] : i], d = row.depth(x);
-                if (!(d < BOTTOM) || bin_of(d, x) != (u64)found) continue;
-                u32 at = atomicAdd(&sh.slot, 1u);
-                sh.image[at] = image(x);
-                sh.amount[at] = by_weight ? row.weight(d) : 1;
-            }
-            __syncthreads();
-            if (tid / CLUSTER < own) {   // to each block by a thread of its own
-                push32(&sh.image_of[rank * LIST + tid / CLUSTER], tid % CLUSTER, sh.image[tid / CLUSTER]);
-                push64(&sh.amount_of[rank * LIST + tid / CLUSTER], tid % CLUSTER, sh.amount[tid / CLUSTER]);
-            }
-        }
-        if (tid < CLUSTER) push32(&sh.length_of[rank], tid, own);
-        cluster_meets();
-        kept = sh.kept;
-        u32 longest = 0;
-#pragma unroll 1
-        for (int i = 0; i < CLUSTER; ++i) longest = max(longest, sh.length_of[i]);
-        if (longest <= LIST) break;
-        base += (u64)found << shift;
-        if (shift == 0) return {~0ull, ~(u32)base};   // all of them are the same logit
-        shift = max(shift - FINE_BITS, 0);
-        if (tid < FINE) sh.part[0][tid] = sh.part[1][tid] = sh.part[2][tid] = sh.count[tid] = 0;
-        if (tid == 0) sh.slot = 0;
-        cluster_meets();   // all have read the lengths
-    }
-
-    // Each token of the bin with each.
-    u32 length = 0, at = 0;
-#pragma unroll 1
-    for (int i = 0; i < CLUSTER; ++i) {
-        if (i == tid / LIST) at = length;
-        length += sh.length_of[i];
-    }
-    if (tid % LIST < sh.length_of[tid / LIST]) {
-        sh.image[at + tid % LIST] = sh.image_of[tid];
-        sh.amount[at + tid % LIST] = sh.amount_of[tid];
-    }
-    __syncthreads();
-    u32 lowest = 0;
-#pragma unroll 1
-    for (u32 of = tid / 32 * 8; of < length; of += T / 4) {     // four lanes for each
-        const u32 e = of + tid % 32 / 4, own = e < length ? sh.image[e] : 0;
-        u64 sum = tid % 4 ? 0 : kept;
-#pragma unroll 2
-        for (u32 i = tid % 4; i < length; i += 4) sum += sh.image[i] >= own ? sh.amount[i] : 0;
-        sum += __shfl_xor_sync(~0u, sum, 1);
-        sum += __shfl_xor_sync(~0u, sum, 2);
-        if (e < length && sum >= target) lowest = max(lowest, own);
-    }
-    lowest = block_max(lowest, sh.words[2]);
-    // What a thread keeps: its tokens before the bins, and those noted that reach the threshold.
-    if (!by_weight || !noted || !lowest) return {~0ull, lowest};
-    u64 *weights = sh.amount_of;    // nobody needs it any more
-    static_assert(CLUSTER * LIST == T, "one for each thread");
-    weights[tid] = 0;
-    __syncthreads();
-#pragma unroll 1
-    for (u32 i = tid; i < notes; i += T) {
-        const u32 at = sh.note[i];
-        const float x = sh.row[at];
-        if (image(x) >= lowest) atomicAdd(&weights[at % T], row.weight(row.depth(x)));
-    }
-    __syncthreads();
-    return {firsts + weights[tid], lowest};
+    for (int i = tid; i < 2 * BINS / 4; i += T) ((uint4 *)&sh.bins)[i] = make_uint4(0, 0, 0, 0);
+    if (tid < FINE) sh.fine_low[tid] = sh.fine_high[tid] = 0;
+    if (tid == 0) sh.slot = sh.few_slot = 0;
 }
 
 // 53 random bits: Philox4x32-10 of the counter (position, 0, 0, 0).
-__device__ __forceinline__ double uniform(u32 k0, u32 k1, u32 position) {
+__device__ __noinline__ double uniform(u32 k0, u32 k1, u32 position) {
     u32 c0 = position, c1 = 0, c2 = 0, c3 = 0;
 #pragma unroll 2
     for (int i = 0; i < 10; ++i) {
@@ -392,78 +214,124 @@ __device__ __forceinline__ double uniform(u32 k0, u32 k1, u32 position) {
 extern "C" __global__ void __launch_bounds__(T, 1024 / T) sample(const __grid_constant__ Params p) {
     extern __shared__ __align__(16) unsigned char memory[];
     Shared &sh = *(Shared *)memory;
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+    let_successor_start();
+    if (threadIdx.x == 0) {
+        barrier_init(&sh.sums_are_here, 1);
+        barrier_init(&sh.lists_are_here, CLUSTER);
+        barriers_are_there();
+    }
     cluster_arrives();
+    const u32 rank = rank_in_cluster();
+    const int s = blockIdx.x / CLUSTER, tid = threadIdx.x, warp = tid >> 5, lane = tid & 31;
+    const float none = -infinity();
+    const int begin = rank * SLICE;   // of this block's logits; a warp's stand side by side
+    const int guess = min(s, p.num_rows - 1);
     clear(sh);
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-    u32 rank;
-    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-    const int s = blockIdx.x / CLUSTER, tid = threadIdx.x;
-    const float none = -__int_as_float(0x7f800000);
-    const int begin = rank * SLICE + tid * EACH;   // a thread's logits stand side by side: sums go in their order
-    const float *from = p.logits + (long long)s * VOCAB + begin;
-    // The first two are on their way while the row's parameters are.
-    auto load = [&](int j) {
+    if (tid == 0) {   // on their way to the L2 cache; loaded behind the wait
+        prefetch(p.temperature + guess);
+        prefetch(p.min_p + guess);
+        prefetch(p.top_p + guess);
+        prefetch(p.top_k + guess);
+        prefetch(p.seed + (long long)guess * p.seed_stride);
+        // Of these it is the place that counts, which has to be looked up.
+        prefetch(p.logits + (long long)s * VOCAB + min(begin, VOCAB - 1));
+        prefetch(p.rows + s);
+        prefetch(p.positions + s);
+        if (p.parts) prefetch(p.largest + (long long)s * p.parts);
+    }
+    wait_for_predecessor();
+    const float *const from = p.logits + (long long)s * VOCAB + begin;
+    const auto place = [&](int c) { return warp * (32 * EACH) + c * 128 + lane * 4; };   // of a thread's four, in this block's logits
+    const auto fetch = [&](int at) {
         float4 v = make_float4(none, none, none, none);
         if constexpr (VOCAB % 4 == 0) {
-            if (begin + j < VOCAB) v = __ldcg((const float4 *)(from + j));
+            if (begin + at < VOCAB) v = __ldcg((const float4 *)(from + at));
         } else {
-            if (begin + j < VOCAB) v.x = __ldcg(from + j);
-            if (begin + j + 1 < VOCAB) v.y = __ldcg(from + j + 1);
-            if (begin + j + 2 < VOCAB) v.z = __ldcg(from + j + 2);
-            if (begin + j + 3 < VOCAB) v.w = __ldcg(from + j + 3);
+            if (begin + at < VOCAB) v.x = ldcg(from + at);
+            if (begin + at + 1 < VOCAB) v.y = ldcg(from + at + 1);
+            if (begin + at + 2 < VOCAB) v.z = ldcg(from + at + 2);
+            if (begin + at + 3 < VOCAB) v.w = ldcg(from + at + 3);
         }
         return v;
     };
-    float4 one = load(0), two = EACH > 4 ? load(4) : one;
-    const int r = p.rows[s], position = p.positions[s];
-    if (r < 0) {
+    if (KEEP)
+#pragma unroll 1
+        for (int c = 0; c < EACH / 4; ++c) {
+            const int at = place(c);
+            if (VOCAB % 4 == 0 && begin + at < VOCAB) copy_four(sh.row + at / 4, from + at);
+            else sh.row[at / 4] = fetch(at);
+        }
+    const auto kept_logit = [&](int j) { return ((const float *)sh.row)[place(j / 4) + j % 4]; };   // of this thread
+    const auto four = [&](int c) { return KEEP ? sh.row[place(c) / 4] : fetch(place(c)); };
+    // The row's parameters: those of the row that it probably is, at once.
+    int r = guess;
+    float temperature, min_p, share;
+    int k, seed0, seed1;
+    const auto ask = [&] {
+        temperature = ldcg(p.temperature + r);
+        min_p = ldcg(p.min_p + r);
+        share = ldcg(p.top_p + r);
+        k = ldcg(p.top_k + r);
+        seed0 = ldcg(p.seed + (long long)r * p.seed_stride);
+        seed1 = ldcg(p.seed + (long long)r * p.seed_stride + 1);
+    };
+    const float *const largest = p.largest + (long long)s * p.parts;
+    float most = tid < p.parts ? ldcg(largest + tid) : none;
+    const int position = ldcg(p.positions + s), row_of = ldcg(p.rows + s);
+    ask();
+    if (row_of < 0) {
         if (rank == 0 && tid == 0) p.out[s] = 0;
+        copied();
         return;
     }
-    const float temperature = p.temperature[r], share = p.top_p[r], min_p = p.min_p[r];
-    const int k = p.top_k[r];
-    const int *seed = p.seed + (long long)r * p.seed_stride;
-    const double u = uniform(seed[0], seed[1], position);
-    // With the parts' largest known, blocks need not tell each other theirs, and count tokens as they come.
-    u32 top = tid < p.parts ? image(__ldcg(p.largest + (long long)s * p.parts + tid) + 0.f) : 0;
-    const bool known = p.parts > 0, by_count = k > 0 && k < VOCAB, by_weight = share < 1.f;
-    Row row = {0.f, fminf(__fdiv_rn(1.f, temperature), 1e30f), min_p};
-    if (known) {
-        top = block_max(top, sh.words[0]);
-        row.largest = logit_of(top);
+    if (row_of != guess) {
+        r = row_of;
+        ask();
     }
-    auto keep = [&](int j, float x) {
-        x = x != x ? none : x + 0.f;   // NaN is -inf; -0.0 and 0.0 tie
-        sh.row[j * T + tid] = x;
-        if (!known) top = max(top, image(x));
-        else if (by_count || by_weight) count(sh, row.depth(x));
-    };
 #pragma unroll 1
-    for (int j = 0; j < EACH; j += 4) {
-        float4 now = one;
-        one = two;
-        if (EACH > 8 && j + 8 < EACH) two = load(j + 8);
-        keep(j, now.x);
-        keep(j + 1, now.y);
-        keep(j + 2, now.z);
-        keep(j + 3, now.w);
-    }
+    for (int i = tid + T; i < p.parts; i += T) most = fmaxf(most, ldcg(largest + i));
+    // With the parts' largest known, blocks need not tell each other theirs.
+    const bool known = p.parts > 0, by_count = k > 0 && k < VOCAB, by_weight = share < 1.f;
+    u32 top = known ? image(most) : 0;
+    copied();   // each thread reads what it has asked for itself
+    // All of this thread's logits, four at a time, but those that a filter has taken, and NaN: they are -inf.
+    float lowest = none;
+    const auto each = [&](const auto &body) {
+#pragma unroll 1
+        for (int c = 0; c < EACH / 4; c += AHEAD) {
+            float4 v[AHEAD];
+#pragma unroll
+            for (int a = 0; a < AHEAD; ++a) v[a] = four(c + a);
+#pragma unroll
+            for (int a = 0; a < AHEAD; ++a) {
+                float x[4] = {v[a].x, v[a].y, v[a].z, v[a].w};
+#pragma unroll
+                for (int i = 0; i < 4; ++i) x[i] = x[i] >= lowest ? x[i] : none;
+                body(x, c + a);
+            }
+        }
+    };
+    if (!known)
+        each([&](const float (&x)[4], int) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) top = max(top, image(x[i]));
+        });
+    top = block_max(top, sh.words[0]);
     cluster_waits();   // every block runs: its memory may be written
     if (!known) {
-        top = block_max(top, sh.words[0]);
         if (tid < CLUSTER) push32(&sh.peak_of[rank], tid, top);
         cluster_meets();
-#pragma unroll 1
-        for (int i = 0; i < CLUSTER; ++i) top = max(top, sh.peak_of[i]);
-        row.largest = logit_of(top);
+        top = __reduce_max_sync(~0u, lane < CLUSTER ? sh.peak_of[lane] : 0);
     }
+    Row row = {logit_of(top), fminf(__fdiv_rn(1.f, temperature), 1e30f), min_p};
 
     if (!(temperature > 0.f && row.largest > none && row.largest < -none)) {   // the best, the first of equals
         u32 last = 0;
-#pragma unroll 1
-        for (int j = EACH - 1; j >= 0; --j)
-            if (image(sh.row[j * T + tid]) == top) last = ~(u32)(begin + j);
+        each([&](const float (&x)[4], int c) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+                if (image(x[i]) == top) last = max(last, ~(u32)(begin + place(c) + i));
+        });
         last = block_max(last, sh.words[1]);
         if (tid == 0) push32(&sh.where_of[rank], 0, last);
         cluster_meets();
@@ -474,50 +342,346 @@ extern "C" __global__ void __launch_bounds__(T, 1024 / T) sample(const __grid_co
         }
         return;
     }
-    // First the tokens, then their weight; the second starts from what the first has kept.
-    bool counted = known;
-    Kept kept = {~0ull, 0};
-#pragma unroll 1
-    for (int i = 0; i < 2; ++i) {
-        if (!(i ? by_weight : by_count)) continue;
-        kept = threshold(sh, row, rank, i, k, share, counted);
-        counted = false;
-        if (i == 0 && by_weight)
-#pragma unroll UNROLL
-            for (int j = 0; j < EACH; ++j)
-                if (image(sh.row[j * T + tid]) < kept.lowest) sh.row[j * T + tid] = none;
-    }
-    const float lowest = kept.lowest ? logit_of(kept.lowest) : none;
-    auto weight = [&](int j) -> u64 {
-        const float x = sh.row[j * T + tid];
-        return row.weight(x >= lowest ? row.depth(x) : infinity());
-    };
 
-    // The first token at which the running sum of weights exceeds the target.
-    u64 own = kept.own, total = 0;
-    if (own == ~0ull) {
-        own = 0;
-#pragma unroll UNROLL
-        for (int j = 0; j < EACH; ++j) own += weight(j);
-    }
-    const Sums sums = block_up_to<false>(own, 0, sh.sums + 4);
-    u64 before = sums.a - own;
-    if (tid < CLUSTER) push64(&sh.total_of[rank], tid, sums.all_a);
-    cluster_meets();
+    // Thresholds: the logit of the least likely token that a filter keeps, the largest at which what is there or above, tokens or their weight,
+    // reaches k or the share of all. First the tokens, then their weight; the second starts from what the first has kept.
+    u64 own = 0;               // the weight of what this thread keeps
+    u64 totals = 0;            // of what block `lane` keeps
+    u64 marked = 0;   // this thread's tokens in the threshold's bin
+    double u = 0.;
+    u32 sums_parity = 0, lists_parity = 0;
+    bool known_totals = false, known_own = false, cleared = true;
 #pragma unroll 1
-    for (int i = 0; i < CLUSTER; ++i) {
-        if (i < (int)rank) before += sh.total_of[i];
-        total += sh.total_of[i];
+    for (int filter = 0; filter < 2; ++filter) {
+        if (!(filter ? by_weight : by_count)) continue;
+        const bool weights = filter;
+        u64 base = 0, before = 0, target = k, above = 0;   // keys from `base` on; weight of those before, in all blocks and in this warp's
+        int shift = 32 + BIN_SHIFT, scale = 0;
+        u32 image_of_lowest = 0;
+        known_totals = false;
+#pragma unroll 1
+        for (bool first = true;; first = false) {
+            if (!cleared) {
+                __syncthreads();
+                clear(sh);
+                __syncthreads();
+            }
+            cleared = false;
+            if (tid == 0) barrier_expects(&sh.sums_are_here, rank, CLUSTER * GROUPS * 8);
+            const auto add = [](u32 *low, u32 *high, u32 amount) {
+                add_shared(low, amount & (1u << LOW_BITS) - 1);
+                add_shared(high, amount >> LOW_BITS);
+            };
+            // Without a branch, so that four are on their way; those that count nothing do not meet in a bin.
+            const auto bin_of = [&](float d) { return d < BOTTOM ? units(d) >> BIN_SHIFT : (int)BOTTOM * 64 + lane; };
+            if (first && weights)
+                each([&](const float (&x)[4], int) {
+                    u32 bin[4], amount[4];
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) {
+                        const float d = fminf(row.depth(x[i]), BOTTOM);
+                        bin[i] = bin_of(d);
+                        amount[i] = row.scaled(d, shift_of(bin[i]));
+                    }
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) add(sh.bins.low + bin[i], sh.bins.high + bin[i], amount[i]);
+                });
+            else if (first)
+                each([&](const float (&x)[4], int) {
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) {
+                        const float d = fminf(row.depth(x[i]), BOTTOM);
+                        add_shared(&sh.bins.low[bin_of(d)], d < BOTTOM);
+                    }
+                });
+            else
+                each([&](const float (&x)[4], int) {
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) {
+                        const float d = row.depth(x[i]);
+                        const u64 all = d < BOTTOM ? key(x[i], d) : ~0ull;
+                        if (all < base || all - base >> shift >= BINS) continue;
+                        const u32 bin = all - base >> shift;
+                        add(sh.bins.low + bin, sh.bins.high + bin, weights ? row.scaled(d, scale) : 1);
+                    }
+                });
+            __syncthreads();
+            const auto scale_of = [&](u32 bin) { return !weights ? 0 : first ? shift_of(bin) : scale; };
+            {
+                constexpr int PER = BINS / T, LANES = GROUP / PER;   // bins of a thread; threads of a group
+                u64 sum = 0;
+#pragma unroll
+                for (int i = 0; i < PER; i += 2) {
+                    const uint2 low = *(const uint2 *)(sh.bins.low + tid * PER + i), high = *(const uint2 *)(sh.bins.high + tid * PER + i);
+                    sum += joined(low.x, high.x, scale_of(tid * PER + i)) + joined(low.y, high.y, scale_of(tid * PER + i + 1));
+                }
+#pragma unroll
+                for (int d = 1; d < LANES; d <<= 1) sum += __shfl_xor_sync(~0u, sum, d);
+#pragma unroll
+                for (int i = 0; i < CLUSTER; i += LANES)
+                    if (i + lane % LANES < CLUSTER) send64(&sh.group_of[rank][tid / LANES], i + lane % LANES, sum, &sh.sums_are_here);
+            }
+            if (weights && first) u = uniform(seed0, seed1, position);   // while the others' come
+            barrier_waits(&sh.sums_are_here, sums_parity);
+            sums_parity ^= 1;
+            // All blocks' sums, a few groups for each warp; then each warp looks for the group in which the threshold is.
+            {
+                constexpr int LANES = 32 * NW / GROUPS;
+                const int g = tid / LANES;
+                u64 sum = 0;
+#pragma unroll
+                for (int i = 0; i < CLUSTER; i += LANES)
+                    if (i + lane % LANES < CLUSTER) sum += sh.group_of[i + lane % LANES][g];
+#pragma unroll
+                for (int d = 1; d < LANES; d <<= 1) sum += __shfl_xor_sync(~0u, sum, d);
+                if (lane % LANES == 0) sh.group_all[g] = sum;
+            }
+            __syncthreads();
+            const u64 one = sh.group_all[2 * lane], two = sh.group_all[2 * lane + 1];
+            const u64 up_to_two = before + warp_up_to(one + two), up_to_one = up_to_two - two;
+            if (first) {
+                const u64 whole = lane_of(up_to_two, 31);
+                if (weights) target = max((u64)((double)share * (double)whole), (u64)1);
+                else if (whole < k) {
+                    cluster_meets();   // all have read what comes next
+                    break;
+                }
+            }
+            const int group = min(__popc(__ballot_sync(~0u, up_to_one < target)) + __popc(__ballot_sync(~0u, up_to_two < target)), GROUPS - 1);
+            before = lane_of(group % 2 ? up_to_one : up_to_one - one, group / 2);
+            if (warp < CLUSTER) {
+                const u32 bin = group * GROUP + lane;
+                sh.bin_of[warp][lane] = joined(remote32(&sh.bins.low[bin], warp), remote32(&sh.bins.high[bin], warp), scale_of(bin));
+            }
+            __syncthreads();
+            {
+                constexpr int LANES = 32 * NW / GROUP < 32 ? 32 * NW / GROUP : 32;
+                const int b = tid / LANES;
+                u64 sum = 0;
+#pragma unroll
+                for (int i = 0; i < CLUSTER; i += LANES)
+                    if (i + lane % LANES < CLUSTER) sum += sh.bin_of[i + lane % LANES][b];
+#pragma unroll
+                for (int d = 1; d < LANES; d <<= 1) sum += __shfl_xor_sync(~0u, sum, d);
+                if (lane % LANES == 0) sh.bin_all[b] = sum;
+            }
+            __syncthreads();
+            const u64 here = sh.bin_all[lane], up_to = before + warp_up_to(here);
+            const int within = min(__popc(__ballot_sync(~0u, up_to < target)), GROUP - 1);
+            before = lane_of(up_to - here, within);
+            const u32 found = group * GROUP + within;
+            if (weights && warp < CLUSTER)
+                above += warp_sum((2 * lane < group ? sh.group_of[warp][2 * lane] : 0) + (2 * lane + 1 < group ? sh.group_of[warp][2 * lane + 1] : 0)
+                                  + (lane < within ? sh.bin_of[warp][lane] : 0));
+            if (first) scale = scale_of(found);
+
+            // The tokens of the bin, to all blocks.
+            const float begins = found * (1.f / 64), ends = (found + 1) * (1.f / 64);
+            const u64 from_key = base + ((u64)found << shift);
+            marked = 0;
+            const auto in_bin = [&](float x) {
+                const float d = row.depth(x);
+                const u64 all = d < BOTTOM ? key(x, d) : ~0ull;
+                return all >= from_key && all - from_key >> shift == 0;
+            };
+            if (KEEP) {   // marked first: few threads have any
+                if (first)
+                    each([&](const float (&x)[4], int c) {
+                        u32 hits = 0;
+#pragma unroll
+                        for (int i = 0; i < 4; ++i) {
+                            const float d = row.depth(x[i]);
+                            hits |= (u32)(d >= begins & d < ends) << i;
+                        }
+                        marked |= (u64)hits << 4 * c;
+                    });
+                else
+                    each([&](const float (&x)[4], int c) {
+#pragma unroll
+                        for (int i = 0; i < 4; ++i) marked |= (u64)in_bin(x[i]) << 4 * c + i;
+                    });
+                u32 to = marked ? take_shared(&sh.slot, __popcll(marked)) : 0;
+#pragma unroll 1
+                for (u64 left = marked; left; left &= left - 1, ++to)
+                    if (to < LIST) sh.list[to] = kept_logit(__ffsll(left) - 1);
+            } else
+                each([&](const float (&x)[4], int) {
+                    u32 hits = 0;
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) {
+                        const float d = row.depth(x[i]);
+                        hits |= (u32)(first ? d >= begins & d < ends : in_bin(x[i])) << i;
+                    }
+                    if (!hits) return;
+                    u32 to = take_shared(&sh.slot, __popc(hits));
+#pragma unroll
+                    for (int i = 0; i < 4; ++i)
+                        if (hits >> i & 1) {
+                            if (to < LIST) sh.list[to] = x[i];
+                            ++to;
+                        }
+                });
+            __syncthreads();
+            const u32 mine = sh.slot;
+            const int other = warp % CLUSTER, turn = warp / CLUSTER;
+            const u32 sent = mine <= LIST ? mine : 0;
+            if (turn == 0 && lane == 0) {
+                barrier_expects(&sh.lists_are_here, other, 4 * sent + 4);
+                send32(&sh.length_of[rank], other, mine, &sh.lists_are_here);
+            }
+#pragma unroll 1
+            for (u32 i = turn * 32 + lane; i < sent; i += PARTS * 32)
+                send32((u32 *)&sh.list_of[rank][i], other, __float_as_uint(sh.list[i]), &sh.lists_are_here);
+            // While the others come: the weight of those in front of the bin.
+            known_own = KEEP && first && weights;
+            if (known_own) {
+                own = 0;
+                each([&](const float (&x)[4], int) {
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) {
+                        const float d = row.depth(x[i]);
+                        own += row.weight(d < begins ? d : infinity());
+                    }
+                });
+            }
+            barrier_waits(&sh.lists_are_here, lists_parity);
+            lists_parity ^= 1;
+            const u32 longest = __reduce_max_sync(~0u, lane < CLUSTER ? sh.length_of[lane] : 0);
+            if (longest <= LIST) {
+                const u32 length = sh.length_of[other];
+                const int local = max(shift - FINE_BITS, 0);
+                const auto fine = [&](float x, float d) {
+                    return first ? (units(d) >> BIN_SHIFT - FINE_BITS) - (found << FINE_BITS) : (u32)(key(x, d) - from_key >> local);
+                };
+                const auto listed = [&](const auto &body) {
+#pragma unroll 1
+                    for (u32 i = turn * 32 + lane; i < length; i += PARTS * 32) {
+                        const float x = sh.list_of[other][i], d = row.depth(x);
+                        body(x, fine(x, d), weights ? row.scaled(d, scale) : 1);
+                    }
+                };
+                listed([&](float, u32 bin, u32 amount) { add(sh.fine_low + bin, sh.fine_high + bin, amount); });
+                __syncthreads();
+                const uint4 low = ((const uint4 *)sh.fine_low)[lane], high = ((const uint4 *)sh.fine_high)[lane];
+                const u64 f0 = joined(low.x, high.x, scale), f1 = f0 + joined(low.y, high.y, scale), f2 = f1 + joined(low.z, high.z, scale);
+                const u64 f3 = f2 + joined(low.w, high.w, scale), from_four = before + warp_up_to(f3) - f3;
+                const u32 bin = min(__popc(__ballot_sync(~0u, from_four + f0 < target)) + __popc(__ballot_sync(~0u, from_four + f1 < target))
+                                    + __popc(__ballot_sync(~0u, from_four + f2 < target)) + __popc(__ballot_sync(~0u, from_four + f3 < target)), FINE - 1);
+                const u64 sure = lane_of(from_four + (bin % 4 == 0 ? 0 : bin % 4 == 1 ? f0 : bin % 4 == 2 ? f1 : f2), bin / 4);
+                u64 kept = 0;
+                listed([&](float x, u32 in, u32 amount) {
+                    if (in < bin) kept += (u64)amount << scale;
+                    if (in != bin) return;
+                    const u32 to = take_shared(&sh.few_slot, 1);
+                    if (to >= T) return;
+                    sh.few.weight[to] = (u64)amount << scale;
+                    sh.few.image[to] = image(x);
+                    sh.few.owner[to] = other;
+                });
+                kept = warp_sum(kept);
+                if (lane == 0) sh.kept_of[warp] = above + kept;
+                __syncthreads();
+                const u32 few = sh.few_slot;
+                if (few <= T) {   // each with each
+                    const auto above_or_at = [&](u32 image) {
+                        u64 sum = sure;
+#pragma unroll 4
+                        for (u32 i = 0; i < few; ++i) sum += sh.few.image[i] >= image ? sh.few.weight[i] : 0;
+                        return sum;
+                    };
+                    if (few <= 32) {   // by each warp
+                        const u32 image = lane < few ? sh.few.image[lane] : 0;
+                        image_of_lowest = __reduce_max_sync(~0u, above_or_at(image) >= target ? image : 0);
+                    } else {
+                        const u32 image = tid < few ? sh.few.image[tid] : 0;
+                        image_of_lowest = block_max(image && above_or_at(image) >= target ? image : 0, sh.words[0]);
+                    }
+                    if (weights) {
+                        known_totals = true;
+                        totals = 0;
+                        if (lane < CLUSTER) {
+#pragma unroll
+                            for (int i = 0; i < PARTS; ++i) totals += sh.kept_of[i * CLUSTER + lane];
+                        }
+#pragma unroll 1
+                        for (u32 i = 0; i < few; i += 4)
+#pragma unroll
+                            for (u32 j = i; j < i + 4; ++j)
+                                totals += (j < few) & (sh.few.owner[j] == lane) & (sh.few.image[j] >= image_of_lowest) ? sh.few.weight[j] : 0;
+                    }
+                    break;
+                }
+            }
+            base = from_key;
+            if (shift == 0) {   // all of them are the same logit
+                image_of_lowest = ~(u32)base;
+                break;
+            }
+            shift = max(shift - BIN_BITS, 0);
+        }
+        if (image_of_lowest) lowest = logit_of(image_of_lowest);
     }
+    const auto weight = [&](float x) { return row.weight(x >= lowest ? row.depth(x) : infinity()); };
+
+    // The first token at which the running sum of weights exceeds the target: its block, its thread, and it.
+    const auto weigh_all = [&] {
+        own = 0;
+        each([&](const float (&x)[4], int) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) own += weight(x[i]);
+        });
+    };
+    if (!known_totals) {
+        weigh_all();
+        const u64 sum = warp_sum(own);
+        if (lane == 0) sh.kept_of[warp] = sum;
+        __syncthreads();
+        const u64 all = warp_sum(lane < NW ? sh.kept_of[lane] : 0);
+        if (tid < CLUSTER) push64(&sh.total_of[rank], tid, all);
+        cluster_arrives();
+    }
+    if (!known_totals) {
+        u = uniform(seed0, seed1, position);
+        cluster_waits();
+        totals = lane < CLUSTER ? sh.total_of[lane] : 0;
+    }
+    const u64 up_to = warp_up_to(totals), total = lane_of(up_to, 31);
     u64 target = (u64)(u * (double)total);
     if (target >= total) target = total - 1;
+    const int block = __popc(__ballot_sync(~0u, up_to <= target));
+    if (block != (int)rank) return;
+    u64 before = lane_of(up_to - totals, block);
+    if (known_totals) {
+        if (!known_own) weigh_all();
+        else
+#pragma unroll 1
+            for (; marked; marked &= marked - 1)
+                own += weight(kept_logit(__ffsll(marked) - 1));
+    }
+    own = warp_sum(own);
+    if (lane == 0) sh.sums[1][warp] = own;
+    __syncthreads();
+    own = lane < NW ? sh.sums[1][lane] : 0;
+    const u64 up_to_warp = before + warp_up_to(own);
+    const int chosen = __popc(__ballot_sync(~0u, up_to_warp <= target && lane < NW));
+    before = lane_of(up_to_warp - own, chosen);
+    // All threads for its logits.
+    constexpr int SHARE = (32 * EACH + T - 1) / T;
+    const auto of_warp = [&](int i) {
+        const int at = chosen * (32 * EACH) + i;
+        return weight(i >= 32 * EACH ? none : KEEP ? ((const float *)sh.row)[at] : begin + at < VOCAB ? ldcg(from + at) : none);
+    };
+    own = 0;
+#pragma unroll 1
+    for (int i = 0; i < SHARE; ++i) own += of_warp(tid * SHARE + i);
+    before += block_up_to(own, sh.sums[0]) - own;
     if (before <= target && target < before + own) {
-        int chosen = 0;
-#pragma unroll UNROLL
-        for (int j = 0; j < EACH; ++j) {
-            before += weight(j);
-            chosen += before <= target;
+        int i = tid * SHARE;
+#pragma unroll 1
+        for (int more = SHARE - 1; more; --more, ++i) {
+            before += of_warp(i);
+            if (before > target) break;
         }
-        p.out[s] = begin + chosen;
+        p.out[s] = begin + chosen * (32 * EACH) + i;
     }
 }

@@ -10,6 +10,7 @@ import logging
 import os
 import struct
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -20,13 +21,32 @@ from .program import POINTERS, Kernel, addresses, build, has_bindings
 logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("sample.cu")
-THREADS = 512
-CLUSTERS = (8, 16)
-"""Blocks of a row. 16 are faster, as long as the rows' blocks find room side by side."""
-FEW_SEQS = 8
-"""Sequences up to which it is 16; measured on an H200."""
+
+
+class Way(NamedTuple):
+    """How rows are shared out."""
+
+    cluster: int
+    """Blocks of a row."""
+    threads: int
+    """Of a block."""
+    keep: bool
+    """Whether a block keeps its logits in shared memory; else it reads them again."""
+
+    def each(self, vocab: int) -> int:
+        """Logits of a thread: `EACH` in `sample.cu`."""
+        unit = 4 if self.keep else 8
+        return -(-vocab // (self.cluster * self.threads * unit)) * unit
+
+
+WAYS = {8: Way(16, 512, True), 32: Way(8, 512, True)}
+"""By the most rows that each is for, as measured on an H200: as many threads as can be, as long as nearly all rows have room at once (30)."""
+MANY = Way(2, 1024, False)
+"""For more rows, or where those do not fit: 66 clusters find room on an H200."""
 MOST_LOGITS = 32768
-"""Of a block: what its shared memory has room for."""
+"""Of a block that keeps them: what its shared memory has room for."""
+SHARED_BYTES = 49664
+"""Of a block, besides its logits."""
 
 
 class ClusterSampler:
@@ -41,8 +61,8 @@ class ClusterSampler:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._kernels: dict[int, dict[int, Kernel]] = {}
-        """By vocabulary, then by cluster; empty where it cannot be built."""
+        self._kernels: dict[int, dict[Way, Kernel]] = {}
+        """By vocabulary; empty where one cannot be built."""
 
     def run(
         self,
@@ -69,30 +89,37 @@ class ClusterSampler:
             kernels = self._kernels[vocab] = self._build(vocab)
         if not kernels or logits.data_ptr() % 16:
             return False
-        cluster = max(kernels) if seqs <= FEW_SEQS else min(kernels)
+        way = way_for(seqs, vocab)
+        kernel = kernels[way]
         by_row = (inputs.temperature, inputs.min_p, inputs.top_p, inputs.top_k, inputs.seed)
-        if largest is not None and largest.shape[1] > THREADS:
-            largest = None
-        kernel, pointers = kernels[cluster], [logits, rows, positions, *by_row, out, largest]
+        pointers = [logits, rows, positions, *by_row, out, largest]
         POINTERS[kernel.handle] = len(pointers)
-        numbers = struct.pack("<ii", inputs.seed.stride(0), 0 if largest is None else largest.shape[1])
-        kernel.launch(addresses(pointers) + numbers, seqs * cluster)
+        parts = 0 if largest is None else largest.shape[1]
+        numbers = struct.pack("<iii", inputs.seed.stride(0), parts, len(inputs.temperature))
+        kernel.launch(addresses(pointers) + numbers, seqs * way.cluster)
         return True
 
-    def _build(self, vocab: int) -> dict[int, Kernel]:
+    def _build(self, vocab: int) -> dict[Way, Kernel]:
         found = {}
-        for cluster in CLUSTERS:
-            each = -(-vocab // (cluster * THREADS * 4)) * 4
-            if each * THREADS > MOST_LOGITS:
-                continue
+        for way in dict.fromkeys(way_for(seqs, vocab) for seqs in (*WAYS, max(WAYS) + 1)):
+            each = way.each(vocab)
+            kept = each * way.threads if way.keep else 4
             try:
-                found[cluster] = build(
+                found[way] = build(
                     SOURCE, "sample",
-                    {"VOCAB": vocab, "CLUSTER": cluster, "THREADS": THREADS, "EACH": each},
-                    device=self._device, grid=cluster, block=THREADS, cluster=cluster,
-                    shared_bytes=4 * each * THREADS + 24 * THREADS + 16384,
+                    {"VOCAB": vocab, "CLUSTER": way.cluster, "THREADS": way.threads, "EACH": each, "KEEP": way.keep},
+                    device=self._device, grid=way.cluster, block=way.threads, cluster=way.cluster,
+                    shared_bytes=4 * kept + SHARED_BYTES,
                 )  # fmt: skip
             except KernelError as error:
                 logger.info("tokens are drawn by the Triton kernels: %s", error)
                 return {}
         return found
+
+
+def way_for(seqs: int, vocab: int) -> Way:
+    """How so many rows are shared out."""
+    for most, way in WAYS.items():
+        if seqs <= most and way.each(vocab) * way.threads <= MOST_LOGITS:
+            return way
+    return MANY
