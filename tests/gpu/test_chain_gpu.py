@@ -216,7 +216,7 @@ def test_a_head_behind_it_equals_one_behind_the_ops(model: Model, kernel: chain.
 def test_what_a_failed_step_left_is_forgotten(model: Model, kernel: chain.Chain) -> None:
     s = scratch_of(model, 64)
     attn, x = (torch.randn(64, size, device=CUDA).to(BF16) for size in (s.attn.shape[1], s.x.shape[1]))
-    kernel.workspaces()["words"].fill_(12345)
+    kernel.workspaces()["words.64"].fill_(12345)
     kernel.reset()
     s.attn.copy_(attn)
     s.x.copy_(x)
@@ -228,11 +228,11 @@ def test_words_may_wrap(model: Model, kernel: chain.Chain) -> None:
     """After 2^32 arrivals at a word, some weeks of steps."""
     s = scratch_of(model, 64)
     attn, x = (torch.randn(64, size, device=CUDA).to(BF16) for size in (s.attn.shape[1], s.x.shape[1]))
-    words = kernel.workspaces()["words"]
-    blocks, cluster = kernel._clusters * chain.CLUSTER, chain.CLUSTER
+    words, teams = kernel.workspaces()["words.64"], kernel._teams[64]
+    blocks, team = teams * chain.TEAM, chain.TEAM
     epoch = 2**32 // blocks
-    turns = -(-(2 * s.act.shape[1]) // (blocks * chain.layout(kernel._sizes, 64, kernel._clusters).gate))
-    values = [epoch, epoch * blocks, epoch * blocks] + [epoch * blocks * turns // cluster] * cluster
+    turns = -(-(2 * s.act.shape[1]) // (blocks * chain.layout(kernel._sizes, 64, teams).gate))
+    values = [epoch, epoch * blocks, epoch * blocks] + [epoch * blocks * turns // team] * team
     words[:, 0] = torch.tensor([(v + 2**31) % 2**32 - 2**31 for v in values], device=CUDA).int()
     for _ in range(3):
         s.attn.copy_(attn)

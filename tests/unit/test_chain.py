@@ -19,7 +19,7 @@ pytest.importorskip("triton")
 from ostinato.errors import KernelError
 from ostinato.ops import AttentionShape, LayerWeights, Linear, Scratch
 from ostinato.ops.cuda import chain, linear
-from ostinato.ops.cuda.chain import CLUSTER, ROWS, TUNING, Chain, Sizes, layout, macros, tile_rows
+from ostinato.ops.cuda.chain import ROWS, TEAM, TUNING, Chain, Sizes, layout, macros, tile_rows
 from ostinato.ops.cuda.program import POINTERS
 from ostinato.ops.triton import tune
 from ostinato.ops.triton.tune import Kind, Problem, Table
@@ -31,7 +31,7 @@ MODELS = {
     "qwen3-0.6b": Sizes(1024, 2048, 4096, 3072),
     "llama-3.1-8b": Sizes(4096, 4096, 6144, 14336),
 }
-CLUSTERS = (26, 30, 32, 33)
+TEAMS = (26, 30, 32, 33)
 """Of four blocks: what GPUs with some multiprocessors less have room for, an H200, and more"""
 
 
@@ -51,11 +51,11 @@ def model(sizes: Sizes = MODELS["llama-3.2-1b"], layers: int = 2, dtype: torch.d
     return Model(table, made, make(sizes.hidden), Linear(table), torch.empty(64, 2, 32), a)
 
 
-@pytest.mark.parametrize("clusters", CLUSTERS)
+@pytest.mark.parametrize("teams", TEAMS)
 @pytest.mark.parametrize("sizes", MODELS.values(), ids=MODELS)
-def test_tiles_cover_all_rows_and_fit(sizes: Sizes, clusters: int) -> None:
+def test_tiles_cover_all_rows_and_fit(sizes: Sizes, teams: int) -> None:
     for size, owners, unit in (
-        (sizes.hidden, clusters, 8), (sizes.qkv, clusters, 8), (2 * sizes.inner, clusters * CLUSTER, 16),
+        (sizes.hidden, teams, 8), (sizes.qkv, teams, 8), (2 * sizes.inner, teams * TEAM, 16),
     ):  # fmt: skip
         rows, units = tile_rows(size, owners, unit), size // unit
         tiles = owners * -(-units // (owners * (chain.MOST_TILE // unit)))
@@ -65,13 +65,13 @@ def test_tiles_cover_all_rows_and_fit(sizes: Sizes, clusters: int) -> None:
         assert all(0 < end - begin <= rows for begin, end in zip(begins, begins[1:], strict=False))
         assert rows <= chain.MOST_TILE
     for rows in TUNING:
-        cut = layout(sizes, rows, clusters)
+        cut = layout(sizes, rows, teams)
         assert cut.stages > TUNING[rows].flight
         assert cut.shared_bytes <= TUNING[rows].shared_bytes
         assert TUNING[rows].shared_bytes + 2048 <= 227 << 10, "barriers and factors stand beside it"
 
 
-def test_all_clusters_of_an_h200_are_busy() -> None:
+def test_all_teams_of_an_h200_are_busy() -> None:
     cut = layout(MODELS["llama-3.2-1b"], 128, 30)
     assert (cut.narrow, cut.gate, cut.qkv) == (72, 144, 104)
 
@@ -105,17 +105,17 @@ class FakeKernel:
         self.launches.append(params)
 
     def clusters_at_once(self) -> int:
-        return self._fit
+        return self._fit // int(self.options["cluster"])
 
 
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> list[FakeKernel]:
-    """A GPU of 132 multiprocessors with room for 30 clusters, that compiles anything."""
+    """A GPU of 132 multiprocessors with room for 30 teams, that compiles anything."""
     found: list[FakeKernel] = []
     zeros = torch.zeros
 
     def build(source: Any, name: str, macros: dict[str, int], **options: Any) -> FakeKernel:
-        found.append(FakeKernel(macros, options, 30))
+        found.append(FakeKernel(macros, options, 30 * TEAM))
         return found[-1]
 
     monkeypatch.setattr(
@@ -137,11 +137,11 @@ def scratch_of(m: Model, rows: int) -> Scratch:
     return Scratch(**{name: torch.empty(rows, size, dtype=BF16) for name, size in sizes.items()}, **rest)
 
 
-def test_as_many_clusters_as_fit_share_the_work(made: list[FakeKernel]) -> None:
+def test_as_many_teams_as_fit_share_the_work(made: list[FakeKernel]) -> None:
     Chain(GPU, model())
-    assert [kernel.macros["CLUSTERS"] for kernel in made] == [33, 30]
-    assert made[-1].options["grid"] == 120
-    assert made[-1].options["cluster"] == CLUSTER
+    seen = [(k.macros["TOK"], k.macros["TEAMS"] * k.macros["CLUSTERS"], k.options["grid"]) for k in made]
+    assert seen == [(128, 32, 128), (128, 30, 120), (64, 30, 120)]
+    assert [k.options["cluster"] for k in made] == [2 * TEAM] * 3
 
 
 def test_a_launch_is_given_what_the_source_reads(made: list[FakeKernel]) -> None:
@@ -160,12 +160,13 @@ def test_a_launch_is_given_what_the_source_reads(made: list[FakeKernel]) -> None
     begun = kernel.run(0, s)
     assert (begun.weight is m.layers[1].input_norm, begun.scaled is s.normed, begun.sums) == (True, True, 30)
     assert kernel.run(1, s).weight is m.final_norm
-    first, second = made[-1].launches
+    used = next(k for k in made if k.launches)
+    first, second = used.launches
     assert len(first) == 128 + 8 * 128
     held = kernel.workspaces()
     expected = {
         "x": s.x, "y": s.normed, "act": s.act, "qkv": s.qkv, "out_bias": None, "qkv_bias": None,
-        "mlp_norm": m.layers[0].mlp_norm, "next_norm": m.layers[1].input_norm, "squares": held["squares"], "words": held["words"],
+        "mlp_norm": m.layers[0].mlp_norm, "next_norm": m.layers[1].input_norm, "squares": held["squares"], "words": held["words.128"],
     }  # fmt: skip
     assert list(expected) == names
     assert struct.unpack("<10Q", first[:80]) == tuple(
@@ -173,13 +174,13 @@ def test_a_launch_is_given_what_the_source_reads(made: list[FakeKernel]) -> None
     )
     assert struct.unpack("<2if", first[80:92]) == (100, 4, pytest.approx(1e-5))
     assert struct.unpack("<2i", second[80:88]) == (100, 3)
-    assert POINTERS.pop(made[-1].handle) == len(names)
-    assert made[-1].macros["TOK"] == 128
+    assert POINTERS.pop(used.handle) == len(names)
+    assert used.macros["TOK"] == 128
     listed = source[source.index("// Macros:") :].split("\n\n")[0]
-    assert all(name in listed for name in made[-1].macros)
-    held["words"].fill_(7)
+    assert all(name in listed for name in used.macros)
+    held["words.64"].fill_(7)
     kernel.reset()
-    assert not held["words"].any()
+    assert not any(held[f"words.{rows}"].any() for rows in ROWS)
 
 
 def test_it_serves_its_own_model_where_it_may_be_worth_it(made: list[FakeKernel]) -> None:

@@ -5,10 +5,11 @@
 // through one ring and never stops between them, as weights depend on nothing: while blocks wait for each other's results, memory goes on.
 // And x is the large operand of warp-group products (m64), the rows of weights the small one, of which a tile may have any multiple of eight.
 //
-// Clusters of CLUSTER blocks. Output, down and QKV share a tile's inner dimension in a cluster: each block finishes some of the tokens, the
+// Teams of TEAM blocks. Output, down and QKV share a tile's inner dimension in a team: each block finishes some of the tokens, the
 // others send it their parts (st.async), and it adds them in order. Gate and up give each block a tile of its own, and x to all blocks of
-// a cluster by multicast. As many clusters run as fit at once (30 of four on an H200); rows of weights are shared out so that all
-// have equally many.
+// a team by multicast. A cluster is one team or TEAMS of them, whose blocks at the same place in their teams read the same x in
+// output, down and QKV: each copies a part of every tile for all (multicast). As many clusters run as fit at once (30 of four, 15 of eight on an H200); rows
+// of weights are shared out so that all teams have equally many.
 //
 // Between products there is no barrier but a word in memory for each part of the output that somebody reads: whoever has
 // written arrives there, whoever needs it polls. Words count on from launch to launch, and how many launches there have been is a word
@@ -16,17 +17,19 @@
 //
 // Nothing is overwritten that anyone may still read:
 //   y, squares   are written by output, read by gate and up, written again by down. A tile of down is finished with parts of all blocks of
-//                a cluster, which together have seen that all blocks are through with gate and up.
+//                a team, which together have seen that all blocks are through with gate and up.
 //   act          is written once in a launch. x: each number is read and written by one thread alone.
-//   parts        lie where tiles of x do. They are sent when all blocks of the cluster have multiplied; the next tiles of x
-//                are copied when all blocks have said that they have read theirs, or in a second turn when this one has (`read`).
-//   tiles of x   by multicast: whoever copies first in gate and up has seen that all blocks are through with output.
-// Nobody arrives at a block that has ended: it ends when all parts have come, and they are sent after all other arrivals.
+//   parts        lie where tiles of x do. They are sent when all blocks of the team have multiplied; the next tiles of x are
+//                copied when all blocks have said that they have read theirs, or in a second turn when those of the cluster have (`read`).
+//   tiles of x   by multicast: whoever copies first in gate and up has seen that all blocks are through with output; in down,
+//                where others than in gate and up share a tile, that those of the cluster are through with that (`read`).
+// Nobody arrives at a block that has ended: it ends when all parts have come, they are sent after all other arrivals, and the last
+// tiles of x, which no others follow, are not given back.
 //
-// Macros: HID QSIZE QKVN INTER, TOK (16, 32, 64, 128: rows of x at most), CLUSTER, CLUSTERS, STAGES (of weights), X_STAGES (of 64 inner
-// indices of x), FLIGHT (stages of weights under way), PACE (cycles a stage, while the kernel in front runs), LEAD (stages left to ask
-// for when the successor is launched), SPINS (looks at a word that never comes, before it is an error), BOUND (threads that
-// registers must suffice for: more than there are leave room for blocks of the successor).
+// Macros: HID QSIZE QKVN INTER, TOK (16, 32, 64, 128: rows of x at most), TEAM, TEAMS, CLUSTERS, STAGES (of weights), X_STAGES (of 64 inner
+// indices of x), FLIGHT (stages of weights under way), HOLD (the same of down's, until its x has been asked for), PACE (cycles a stage, while
+// the kernel in front runs), LEAD (stages left to ask for when the successor is launched), SPINS (looks at a word that never comes, before it
+// is an error), BOUND (threads that registers must suffice for: more than there are leave room for blocks of the successor).
 
 #include "common.cuh"
 #include "ring.cuh"
@@ -35,34 +38,35 @@
 enum { STORE, ADD, ACT };
 constexpr int cmax(int a, int b) { return a > b ? a : b; }
 constexpr int up(int a, int unit) { return (a + unit - 1) / unit * unit; }
-constexpr int BLOCKS = CLUSTERS * CLUSTER;
+constexpr int CLUSTER = TEAM * TEAMS, ALL_TEAMS = CLUSTERS * TEAMS, BLOCKS = CLUSTERS * CLUSTER;
 constexpr int MOST_ROWS = 144;              // of weights in a tile
 constexpr int WARPS = 8, CONSUMERS = WARPS * 32;
 constexpr int THREADS = CONSUMERS + 128;    // a warp for weights, one for x, two for the norm's factors
 constexpr int X_BYTES = TOK * 128;          // of 64 inner indices
-constexpr int OWN = TOK / CLUSTER;          // tokens of a tile that a block finishes
-constexpr int COPIERS = TOK / 8 < CLUSTER ? TOK / 8 : CLUSTER;    // blocks that copy a part of x for all
+constexpr int OWN = TOK / TEAM;             // tokens of a tile that a block finishes
+constexpr int COPIERS = TOK / 8 < TEAM ? TOK / 8 : TEAM;    // blocks of a team that copy a part of x for all of it
 constexpr int SLICE = TOK / COPIERS;        // of so many tokens
-static_assert(TOK % CLUSTER == 0 && SLICE % 8 == 0 && BOUND >= THREADS, "how tokens are shared out");
+constexpr int SHARE = TOK / TEAMS;          // tokens of x that a block copies for those at its place in all teams of a cluster
+static_assert(TOK % TEAM == 0 && SLICE % 8 == 0 && SHARE % 8 == 0 && BOUND >= THREADS, "how tokens are shared out");
 
-// A product of N rows of weights, which are shared out in units to all clusters or blocks, in one turn or more. A tile
+// A product of N rows of weights, which are shared out in units to all teams or blocks, in one turn or more. A tile
 // has R rows, of which the last ones may be the next tile's: they are copied, and not looked at.
 template <int KIND_, int N_, int K_> struct Op {
     static constexpr int KIND = KIND_, N = N_, K = K_;
     static constexpr bool SPLIT = KIND != ACT;
-    static constexpr int OWNERS = SPLIT ? CLUSTERS : BLOCKS, UNIT = SPLIT ? 8 : 16, UNITS = N / UNIT;
+    static constexpr int OWNERS = SPLIT ? ALL_TEAMS : BLOCKS, UNIT = SPLIT ? 8 : 16, UNITS = N / UNIT;
     static constexpr int turns(int n) { return (UNITS + OWNERS * n - 1) / (OWNERS * n) * UNIT <= MOST_ROWS ? n : turns(n + 1); }
     static constexpr int TURNS = turns(1), TILES = OWNERS * TURNS;
     static constexpr int R = (UNITS + TILES - 1) / TILES * UNIT;
     static constexpr int begin(int tile) { return (int)((long long)tile * UNITS / TILES) * UNIT; }
-    static constexpr int INNER = SPLIT ? K / CLUSTER : K, CHUNKS = INNER / 128;     // of a block
+    static constexpr int INNER = SPLIT ? K / TEAM : K, CHUNKS = INNER / 128;     // of a block
     // Warp groups: up to 64 tokens each has about half of the rows, where the second one begins at SECOND; else half of the tokens.
     static constexpr int SECOND = TOK <= 64 ? R / 2 / 16 * 16 : 0, COLS = R - SECOND;
     static constexpr int APART = up(R, 16) / 16 % 2 ? up(R, 16) : up(R, 16) + 16;   // floats from token to token of a part
     static_assert(N % UNIT == 0 && K % 128 == 0 && INNER % 128 == 0, "whole tiles");
     static_assert(UNITS >= TILES, "everybody has a tile");
     static_assert(TOK > 64 || SECOND > 0, "rows for both groups");
-    static_assert(KIND != ADD || TURNS == 1, "one tile a cluster: sums stay in registers");
+    static_assert(KIND != ADD || TURNS == 1, "one tile a team: sums stay in registers");
 };
 using Output = Op<ADD, HID, QSIZE>;
 using GateUp = Op<ACT, 2 * INTER, HID>;
@@ -70,7 +74,7 @@ using Down = Op<ADD, HID, INTER>;
 using Qkv = Op<STORE, QKVN, HID>;
 constexpr int W_BYTES = cmax(cmax(Output::R, GateUp::R), Qkv::R) * 128;     // of a stage
 template <class O> constexpr int PIECES = O::R * 256 <= W_BYTES ? 2 : 1;   // of 64 inner indices in a stage
-static_assert(GateUp::UNITS % CLUSTER == 0, "a part of the activations is whole tiles");
+static_assert(GateUp::UNITS % TEAM == 0, "a part of the activations is whole tiles");
 // Words: launches so far; and for each thing that is waited for, output, down and the parts of the activations.
 constexpr int EPOCH = 0, OUT_WORD = 1, DOWN_WORD = 2, ACT_WORD = 3, LINE = 32;
 
@@ -78,8 +82,8 @@ struct Params {
     u16 *x, *y, *act, *qkv;             // [rows, HID] twice, [rows, INTER], [rows, QKVN]
     const u16 *out_bias, *qkv_bias;     // or null
     const u16 *mlp_norm, *next_norm;    // [HID]
-    float *squares;                     // [CLUSTERS, rows]
-    u32 *words;                         // [3 + CLUSTER][LINE]
+    float *squares;                     // [ALL_TEAMS, rows]
+    u32 *words;                         // [3 + TEAM][LINE]
     int rows, ops;                      // three without QKV
     float eps, unused[7];
     Map out_map, gate_map, down_map, qkv_map;   // weights
@@ -88,7 +92,10 @@ struct Params {
 
 __device__ __forceinline__ void prepare(const Map *map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
 __device__ __forceinline__ void arrive_often(u32 bar) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "n"(CLUSTER) : "memory");
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "n"(TEAM) : "memory");
+}
+template <int N> __device__ __forceinline__ void arrive_often_there(u32 bar) {
+    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0], %1;" ::"r"(bar), "n"(N) : "memory");
 }
 __device__ __forceinline__ void wait_for_predecessor() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 __device__ __forceinline__ void consumers_meet() { asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory"); }
@@ -132,11 +139,16 @@ struct Shared {
     __device__ __forceinline__ u32 sent() const { return go() + 16; }
     __device__ __forceinline__ u32 free() const { return go() + 24; }
     __device__ __forceinline__ u32 read() const { return go() + 32; }
+    __device__ __forceinline__ u32 asked() const { return go() + 40; }
 };
-constexpr int BARS = 2 * STAGES + 2 * X_STAGES + 5;
+constexpr int BARS = 2 * STAGES + 2 * X_STAGES + 6;
 
 __device__ __forceinline__ int cluster() { return blockIdx.x / CLUSTER; }
-__device__ __forceinline__ int rank() { return blockIdx.x % CLUSTER; }
+__device__ __forceinline__ int team() { return blockIdx.x / TEAM; }
+__device__ __forceinline__ int rank() { return blockIdx.x % TEAM; }
+// Of the cluster's blocks: one of this team, and the one at this place in another.
+__device__ __forceinline__ int mate(int i) { return blockIdx.x % CLUSTER - rank() + i; }
+__device__ __forceinline__ int counterpart(int i) { return i * TEAM + rank(); }
 // Blocks begin at different inner indices: rows of weights lie a power of two apart, and the same
 // index of all of them would meet in few channels of memory.
 __device__ __forceinline__ int turned(int turn, int chunks) { return (cluster() + turn) % chunks; }
@@ -150,7 +162,7 @@ struct Cursor {
     template <class O> __device__ __forceinline__ void set(const Map *m) {
         map = m; gate = O::KIND == ACT; rows = O::R; per = PIECES<O>; chunks = O::CHUNKS; slots = O::CHUNKS * 2 / PIECES<O>;
         begin = O::SPLIT ? rank() * O::INNER : 0; turns = O::TURNS; owners = O::OWNERS;
-        tile = O::SPLIT ? cluster() : blockIdx.x;
+        tile = O::SPLIT ? team() : blockIdx.x;
     }
     __device__ __forceinline__ void start() {
         n = 0; at = turned(turn, chunks) * (2 / per);
@@ -192,7 +204,7 @@ __device__ __forceinline__ void bring_weights(const Params &p, const Shared &s) 
     constexpr int FIRST = (Output::CHUNKS / PIECES<Output> + GateUp::TURNS * GateUp::CHUNKS / PIECES<GateUp> + Down::CHUNKS / PIECES<Down>) * 2;
     const int total = FIRST + (p.ops == 4 ? Qkv::TURNS * Qkv::CHUNKS * 2 / PIECES<Qkv> : 0);
     if (total <= LEAD) asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-    bool gone = false;
+    bool gone = false, asked = false;
     int i = 0;
     Turn<STAGES> w;
     long long last = clock64() - PACE;
@@ -201,7 +213,8 @@ __device__ __forceinline__ void bring_weights(const Params &p, const Shared &s) 
         const bool paced = clock64() - last >= PACE;
         if (i < STAGES ? paced || gone : come(s.w_empty(w.at), w.parity ^ 1)) {
             if ((i >= STAGES || gone) && i >= FLIGHT) {
-                const int before = w.at - FLIGHT;
+                if (HOLD < FLIGHT && now.op == 2 && !asked) asked = come(s.asked(), 0);
+                const int before = w.at - (HOLD < FLIGHT && now.op == 2 && !asked ? HOLD : FLIGHT);
                 mbar_wait(s.w_full(before < 0 ? before + STAGES : before), before < 0 ? w.parity ^ 1 : w.parity);
             }
             last = clock64();
@@ -220,9 +233,12 @@ __device__ __forceinline__ void bring_weights(const Params &p, const Shared &s) 
 }
 
 // --- x
-template <class O> __device__ __forceinline__ void bring_x(const Shared &s, const Map *map, int &i, Turn<X_STAGES> &x, u64 hint) {
+constexpr u32 counterparts(int n) { return n ? counterparts(n - 1) << TEAM | 1 : 0; }
+template <class O> __device__ __forceinline__ void bring_x(const Shared &s, const Map *map, int &i, Turn<X_STAGES> &x, u64 hint, u32 asked = 0) {
+    const int first = O::SPLIT ? blockIdx.x % CLUSTER / TEAM * SHARE : rank() * SLICE;
+    const u16 mask = O::SPLIT ? counterparts(TEAMS) << rank() : (1 << TEAM) - 1 << mate(0);
     for (int turn = 0; turn < O::TURNS; ++turn) {
-        if (O::SPLIT && turn > 0) mbar_wait(s.read(), turn - 1 & 1);    // parts lie where x does
+        if (O::SPLIT && turn > 0) mbar_wait(s.read(), turn - (TEAMS == 1) & 1);     // parts lie where x does
         int at = turned(turn, O::CHUNKS);
         for (int n = 0; n < O::CHUNKS; ++n) {
 #pragma unroll
@@ -231,8 +247,9 @@ template <class O> __device__ __forceinline__ void bring_x(const Shared &s, cons
                 const u32 bar = s.x_full(x.at), to = s.x_ring + x.at * X_BYTES;
                 const int inner = (O::SPLIT ? rank() * O::INNER : 0) + at * 128 + h * 64;
                 mbar_expect(bar, X_BYTES);
-                if (O::SPLIT) copy2(to, map, inner, 0, bar, hint);
-                else if (rank() < COPIERS) copy2(to + rank() * SLICE * 128, map, inner, rank() * SLICE, bar, hint, (1 << CLUSTER) - 1);
+                if (O::SPLIT && TEAMS == 1) copy2(to, map, inner, 0, bar, hint);
+                else if (O::SPLIT || rank() < COPIERS) copy2(to + first * 128, map, inner, first, bar, hint, mask);
+                if (asked && turn == 0 && n == 1 && h == 0) mbar_arrive(asked);
                 x.next();
             }
             if (++at == O::CHUNKS) at = 0;
@@ -243,13 +260,13 @@ template <class O> __device__ __forceinline__ void bring_x(const Shared &s, cons
 // --- The norm's factors, by two warps.
 __device__ __forceinline__ void norm(const Params &p, const Shared &s, int warp, int lane) {
     constexpr int LANES = TOK < 64 ? 64 / TOK : 1;      // that share a token
-    constexpr int EACH = (CLUSTERS + LANES - 1) / LANES, BATCH = EACH <= 16 ? EACH : (EACH + 1) / 2;    // squares; asked for at once
+    constexpr int EACH = (ALL_TEAMS + LANES - 1) / LANES, BATCH = EACH <= 16 ? EACH : (EACH + 1) / 2;    // squares; asked for at once
     for (int c = warp * (32 / LANES) + lane % (32 / LANES); c < TOK; c += 64 / LANES) {
         float sum = 0.f;
         for (int i = lane / (32 / LANES) * EACH, k = 0; k < EACH; k += BATCH) {
             float v[BATCH];
 #pragma unroll
-            for (int b = 0; b < BATCH; ++b) v[b] = c < p.rows && k + b < EACH && i + k + b < CLUSTERS ? ldcg(p.squares + (i + k + b) * p.rows + c) : 0.f;
+            for (int b = 0; b < BATCH; ++b) v[b] = c < p.rows && k + b < EACH && i + k + b < ALL_TEAMS ? ldcg(p.squares + (i + k + b) * p.rows + c) : 0.f;
 #pragma unroll
             for (int b = 0; b < BATCH; ++b) sum += v[b];
         }
@@ -275,10 +292,12 @@ static_assert(LANES * OWN <= CONSUMERS, "one token a thread");
 
 template <class O> __device__ __forceinline__ void give_back_x(const Shared &s, int at, int lane) {
     // A tile of x is free when all that share it have read it.
-    if (O::SPLIT) { if (lane == 0) arrive_often(s.x_empty(at)); }
-    else if (lane < CLUSTER) arrive_there(there(s.x_empty(at), lane));
+    if (O::SPLIT && TEAMS == 1) { if (lane == 0) arrive_often(s.x_empty(at)); }
+    else if (O::SPLIT) { if (lane < TEAMS) arrive_often_there<TEAM>(there(s.x_empty(at), counterpart(lane))); }
+    else if (lane < TEAM) arrive_often_there<TEAMS>(there(s.x_empty(at), mate(lane)));
 }
-template <class O> __device__ __forceinline__ void products(const Shared &s, Consumer &c, float *d, int warp, int lane) {
+// `last`: no tile of x comes behind these.
+template <class O> __device__ __forceinline__ void products(const Shared &s, Consumer &c, float *d, bool last, int warp, int lane) {
     const int group = warp >> 2;
     int w_old = -1, x_old = -1;     // stages that products under way still read
     for (int n = 0; n < O::CHUNKS; ++n) {
@@ -294,7 +313,7 @@ template <class O> __device__ __forceinline__ void products(const Shared &s, Con
             commit_products();
             await_products<O::COLS, 1>(d);
             if (w_old >= 0 && lane == 0) mbar_arrive(s.w_empty(w_old));
-            if (x_old >= 0) give_back_x<O>(s, x_old, lane);
+            if (x_old >= 0 && !(last && n * 2 + h - 1 + X_STAGES >= O::CHUNKS * 2)) give_back_x<O>(s, x_old, lane);
             w_old = -1;
             if (PIECES<O> == 1 || h == 1) {
                 w_old = c.w.at;
@@ -307,7 +326,7 @@ template <class O> __device__ __forceinline__ void products(const Shared &s, Con
     }
     await_products<O::COLS, 0>(d);
     if (lane == 0) mbar_arrive(s.w_empty(w_old));
-    give_back_x<O>(s, x_old, lane);
+    if (!last) give_back_x<O>(s, x_old, lane);
     __syncwarp();
 }
 
@@ -320,13 +339,13 @@ template <class O> __device__ __forceinline__ void send_parts(const Shared &s, C
     const int group = warp >> 2, g = lane >> 2, t = lane & 3;
     const int token = TOK > 64 ? warp * 16 + g : (warp & 3) * 16 + g;
     if (threadIdx.x == 0) mbar_expect(s.sent(), TOK * O::R * 4);
-    if (lane < CLUSTER) arrive_there(there(s.free(), lane));
+    if (lane < TEAM) arrive_there(there(s.free(), mate(lane)));
     mbar_wait(s.free(), c.exchanges & 1);
     if (token - g < TOK) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             const int own = (token + i * 8) % OWN, to = (token + i * 8) / OWN;
-            const u32 bar = there(s.sent(), to), at = there(s.x_ring + place<O>(rank(), own, 2 * t) * 4, to);
+            const u32 bar = there(s.sent(), mate(to)), at = there(s.x_ring + place<O>(rank(), own, 2 * t) * 4, mate(to));
             const int from = group * O::SECOND;
 #pragma unroll
             for (int j = 0; j < O::COLS / 8; j += 2) {
@@ -346,7 +365,7 @@ template <class O> __device__ __forceinline__ float2 total(const Shared &s, int 
     const float *from = (const float *)__cvta_shared_to_generic(s.x_ring);
     float a = 0.f, b = 0.f;
 #pragma unroll
-    for (int i = 0; i < CLUSTER; ++i) {
+    for (int i = 0; i < TEAM; ++i) {
         const float2 v = *(const float2 *)(from + place<O>(i, token, row));
         a += v.x;
         b += v.y;
@@ -354,9 +373,15 @@ template <class O> __device__ __forceinline__ float2 total(const Shared &s, int 
     return make_float2(a, b);
 }
 
+// Tiles of x that others of the cluster copy may come.
+__device__ __forceinline__ void let_copy(const Shared &s, int lane) {
+    __syncwarp();
+    if (lane < CLUSTER) arrive_there(there(s.read(), lane));
+}
+
 // This thread's numbers of x.
 __device__ __forceinline__ void get_old(const Params &p, u32 (&old)[MOST], int lane) {
-    const int begin = Output::begin(cluster()), rows = Output::begin(cluster() + 1) - begin;
+    const int begin = Output::begin(team()), rows = Output::begin(team() + 1) - begin;
     const int own = threadIdx.x / LANES, token = rank() * OWN + own;
 #pragma unroll
     for (int i = 0; i < MOST; ++i) {
@@ -366,12 +391,12 @@ __device__ __forceinline__ void get_old(const Params &p, u32 (&old)[MOST], int l
 }
 // x += W attn or W act, and what the next norm needs.
 template <class O> __device__ __forceinline__ void add(const Params &p, const Shared &s, Consumer &c, u32 (&old)[MOST], const u16 *bias,
-                                                       const u16 *gain, u32 *word, int warp, int lane) {
-    const int begin = O::begin(cluster()), rows = O::begin(cluster() + 1) - begin;
-    const int own = threadIdx.x / LANES, token = rank() * OWN + own;
+                                                       const u16 *gain, u32 *word, bool last, int warp, int lane) {
     float d[O::COLS / 2];
-    products<O>(s, c, d, warp, lane);
+    products<O>(s, c, d, last, warp, lane);
     send_parts<O>(s, c, d, warp, lane);
+    const int begin = O::begin(team()), rows = O::begin(team() + 1) - begin;
+    const int own = threadIdx.x / LANES, token = rank() * OWN + own, at = token * HID + begin;
     if (!KEPT) get_old(p, old, lane);
     u32 gains[MOST], biases[MOST] = {};
 #pragma unroll
@@ -389,13 +414,13 @@ template <class O> __device__ __forceinline__ void add(const Params &p, const Sh
         const float2 v = total<O>(s, own, row);
         const u32 both = pack(v.x + lo(biases[i]) + lo(old[i]), v.y + hi(biases[i]) + hi(old[i]));
         old[i] = both;
-        *(u32 *)(p.x + (long long)token * HID + begin + row) = both;
-        *(u32 *)(p.y + (long long)token * HID + begin + row) = pack(lo(both) * lo(gains[i]), hi(both) * hi(gains[i]));
+        *(u32 *)(p.x + at + row) = both;
+        *(u32 *)(p.y + at + row) = pack(lo(both) * lo(gains[i]), hi(both) * hi(gains[i]));
         squares += lo(both) * lo(both) + hi(both) * hi(both);
     }
 #pragma unroll
     for (int k = LANES / 2; k; k >>= 1) squares += __shfl_xor_sync(~0u, squares, k);
-    if (lane % LANES == 0 && own < OWN && token < p.rows) p.squares[cluster() * p.rows + token] = squares;
+    if (lane % LANES == 0 && own < OWN && token < p.rows) p.squares[team() * p.rows + token] = squares;
     consumers_meet();
     if (threadIdx.x == 0) announce(word);
 }
@@ -406,7 +431,8 @@ __device__ __forceinline__ void gate_up(const Params &p, const Shared &s, Consum
     for (int tile = blockIdx.x; tile < O::TILES; tile += O::OWNERS) {
         const int begin = O::begin(tile), rows = O::begin(tile + 1) - begin;
         float d[O::COLS / 2];
-        products<O>(s, c, d, warp, lane);
+        products<O>(s, c, d, false, warp, lane);
+        if (TEAMS > 1 && tile + O::OWNERS >= O::TILES) let_copy(s, lane);
         if (tile < O::OWNERS) mbar_wait(s.normed(), 0);
         const int from = group * O::SECOND, until = O::SECOND && group == 0 ? O::SECOND : rows;
 #pragma unroll
@@ -428,19 +454,19 @@ __device__ __forceinline__ void gate_up(const Params &p, const Shared &s, Consum
             }
         }
         consumers_meet();
-        if (threadIdx.x == 0) announce(p.words + (ACT_WORD + tile / (O::TILES / CLUSTER)) * LINE);
+        if (threadIdx.x == 0) announce(p.words + (ACT_WORD + tile / (O::TILES / TEAM)) * LINE);
     }
 }
 
 __device__ __forceinline__ void queries(const Params &p, const Shared &s, Consumer &c, int warp, int lane) {
     using O = Qkv;
     constexpr int PAIRS = O::R / 2;
-    for (int tile = cluster(); tile < O::TILES; tile += O::OWNERS) {
+    for (int tile = team(); tile < O::TILES; tile += O::OWNERS) {
         const int begin = O::begin(tile), rows = O::begin(tile + 1) - begin;
         float d[O::COLS / 2];
-        products<O>(s, c, d, warp, lane);
-        if (tile < O::OWNERS) mbar_wait(s.normed(), 1);
+        products<O>(s, c, d, tile + O::OWNERS >= O::TILES, warp, lane);
         send_parts<O>(s, c, d, warp, lane);
+        if (tile < O::OWNERS) mbar_wait(s.normed(), 1);
         await_parts(s, c);
 #pragma unroll
         for (int i = 0; i < (OWN * PAIRS + CONSUMERS - 1) / CONSUMERS; ++i) {
@@ -451,8 +477,7 @@ __device__ __forceinline__ void queries(const Params &p, const Shared &s, Consum
             const float factor = s.factors[token];
             *(u32 *)(p.qkv + (long long)token * QKVN + begin + row) = pack(v.x * factor + lo(bias), v.y * factor + hi(bias));
         }
-        __syncwarp();
-        if (O::TURNS > 1 && lane == 0) mbar_arrive(s.read());
+        if (tile + O::OWNERS < O::TILES) let_copy(s, lane);
     }
 }
 
@@ -478,8 +503,9 @@ extern "C" __global__ void __launch_bounds__(BOUND, 1) chain(const __grid_consta
         mbar_init(s.go(), 1);
         mbar_init(s.normed(), 2);
         mbar_init(s.sent(), 1);
-        mbar_init(s.free(), CLUSTER * WARPS);
-        mbar_init(s.read(), WARPS);
+        mbar_init(s.free(), TEAM * WARPS);
+        mbar_init(s.read(), CLUSTER * WARPS);
+        mbar_init(s.asked(), 1);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     if (tid >= CONSUMERS && tid < CONSUMERS + 8) prepare(&p.out_map + (tid - CONSUMERS));
@@ -502,9 +528,10 @@ extern "C" __global__ void __launch_bounds__(BOUND, 1) chain(const __grid_consta
         poll(p.words, OUT_WORD, launch, BLOCKS);
         others_wrote();
         bring_x<GateUp>(s, &p.slice_map, i, x, hint);
-        poll(p.words, ACT_WORD + rank(), launch, GateUp::TILES / CLUSTER);
+        poll(p.words, ACT_WORD + rank(), launch, GateUp::TILES / TEAM);
         others_wrote();
-        bring_x<Down>(s, &p.act_map, i, x, hint);
+        if (TEAMS > 1) mbar_wait(s.read(), 0);
+        bring_x<Down>(s, &p.act_map, i, x, hint, s.asked());
         if (p.ops < 4) return;
         poll(p.words, DOWN_WORD, launch, BLOCKS);
         others_wrote();
@@ -529,9 +556,9 @@ extern "C" __global__ void __launch_bounds__(BOUND, 1) chain(const __grid_consta
     u32 old[MOST] = {};
     if (KEPT) get_old(p, old, lane);
     Consumer c;
-    add<Output>(p, s, c, old, p.out_bias, p.mlp_norm, p.words + OUT_WORD * LINE, warp, lane);
+    add<Output>(p, s, c, old, p.out_bias, p.mlp_norm, p.words + OUT_WORD * LINE, false, warp, lane);
     gate_up(p, s, c, warp, lane);
-    add<Down>(p, s, c, old, nullptr, p.next_norm, p.words + DOWN_WORD * LINE, warp, lane);
+    add<Down>(p, s, c, old, nullptr, p.next_norm, p.words + DOWN_WORD * LINE, p.ops == 3, warp, lane);
     if (p.ops == 4) queries(p, s, c, warp, lane);
     // All have read it before they were through with gate and up.
     if (blockIdx.x == 0 && tid == 0) asm volatile("red.relaxed.gpu.global.add.u32 [%0], 1;" ::"l"(p.words + EPOCH * LINE) : "memory");

@@ -23,7 +23,8 @@ logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("chain.cu")
 THREADS = 384
-CLUSTER = 4
+TEAM = 4
+"""Blocks that share a tile's inner dimension"""
 ROWS = (64, 128)
 """Of x in a tile. Fewer are faster op by op; the kernel knows 16 and 32 too."""
 MOST_TILE = 144
@@ -41,14 +42,18 @@ class Tuning:
     lead: int
     bound: int
     shared_bytes: int
+    teams: int = 1
+    """In a cluster"""
+    hold: int = 1
+    """Stages of down's weights under way until its x has been asked for"""
     pace: int = 800
 
 
 TUNING = {
     16: Tuning(12, 4, 16, 512, 212 << 10),
     32: Tuning(10, 4, 16, 512, 212 << 10),
-    64: Tuning(7, 4, 16, 512, 212 << 10),
-    128: Tuning(5, 3, 0, THREADS, 222 << 10),
+    64: Tuning(7, 5, 8, 512, 212 << 10, teams=2),
+    128: Tuning(5, 4, 8, THREADS, 222 << 10, teams=2),
 }
 """By rows of x. Up to 64 a block of the attention behind finds room beside it."""
 
@@ -86,11 +91,11 @@ class Layout:
     shared_bytes: int
 
 
-def layout(sizes: Sizes, rows: int, clusters: int) -> Layout:
-    """How a model's layer is cut, for `rows` of x (a key of TUNING) and as many clusters of `CLUSTER` blocks."""
-    narrow = tile_rows(sizes.hidden, clusters, 8)
-    gate = tile_rows(2 * sizes.inner, clusters * CLUSTER, 16)
-    qkv = tile_rows(sizes.qkv, clusters, 8)
+def layout(sizes: Sizes, rows: int, teams: int) -> Layout:
+    """How a model's layer is cut, for `rows` of x (a key of TUNING) and so many teams of `TEAM` blocks in all."""
+    narrow = tile_rows(sizes.hidden, teams, 8)
+    gate = tile_rows(2 * sizes.inner, teams * TEAM, 16)
+    qkv = tile_rows(sizes.qkv, teams, 8)
     tuning = TUNING[rows]
     stage = max(narrow, gate, qkv) * 128
     # Tiles of x; parts of sums come to the same place. A product reads 64 rows of x even where there are fewer.
@@ -108,8 +113,14 @@ def tile_rows(size: int, owners: int, unit: int) -> int:
     return -(-units // (owners * turns)) * unit
 
 
-def unsupported(stack: Stack, clusters: int) -> str | None:
-    """Why a model's layers cannot go through it; None if they can. Looks at shapes and dtypes alone."""
+def unsupported(stack: Stack, teams: int, counts: Sequence[int] = ROWS) -> str | None:
+    """Why a model's layers cannot go through it with so many teams; None if they can. Looks at shapes and dtypes alone.
+
+    Args:
+        stack: the model.
+        teams: of `TEAM` blocks.
+        counts: rows of x that are asked for.
+    """
     why = unsupported_for_one(stack)
     if why is not None:
         return why
@@ -121,24 +132,22 @@ def unsupported(stack: Stack, clusters: int) -> str | None:
         ("query size", sizes.queries),
         ("intermediate_size", sizes.inner),
     ):
-        if size % (128 * CLUSTER):
-            return f"{what} {size} is no multiple of {128 * CLUSTER}"
+        if size % (128 * TEAM):
+            return f"{what} {size} is no multiple of {128 * TEAM}"
     if sizes.qkv % 8:
         return f"query, key and value size {sizes.qkv} is no multiple of 8"
-    if clusters < 1:
+    if teams < 1:
         return "no cluster of blocks fits"
-    if -(-(sizes.hidden // 8) // clusters) * 8 > MOST_TILE:
-        return f"hidden_size {sizes.hidden} is more than {clusters} tiles"
+    if -(-(sizes.hidden // 8) // teams) * 8 > MOST_TILE:
+        return f"hidden_size {sizes.hidden} is more than {teams} tiles"
     for size, owners, unit in (
-        (sizes.hidden, clusters, 8), (sizes.qkv, clusters, 8), (2 * sizes.inner, clusters * CLUSTER, 16),
+        (sizes.hidden, teams, 8), (sizes.qkv, teams, 8), (2 * sizes.inner, teams * TEAM, 16),
     ):  # fmt: skip
         rows = tile_rows(size, owners, unit)
         turns = -(-size // (owners * rows))
         if size // unit < owners * turns or rows < 32:
             return f"{size} rows of weights are too few for {owners} tiles"
-    if min(layout(sizes, rows, clusters).stages for rows in ROWS) <= max(
-        TUNING[rows].flight for rows in ROWS
-    ):
+    if any(layout(sizes, rows, teams).stages <= TUNING[rows].flight for rows in counts):
         return "too few tiles of weights fit into shared memory"
     return None
 
@@ -158,17 +167,13 @@ class Chain:
         self._device, self._stack, self._sizes = device, stack, Sizes.of(stack)
         self._maps = Maps()
         self._kernels: dict[int, Kernel] = {}
-        self._clusters = torch.cuda.get_device_properties(device).multi_processor_count // CLUSTER
-        while (why := unsupported(stack, self._clusters)) is None:
-            fit = self._kernel(ROWS[-1]).clusters_at_once()
-            if fit >= self._clusters:
-                break
-            self._kernels.clear()
-            self._clusters = fit
-        if why is not None:
-            raise KernelError(why)
-        self._words = torch.zeros(3 + CLUSTER, LINE, dtype=torch.int32, device=device)
-        self._squares = torch.zeros(self._clusters * ROWS[-1], device=device)
+        self._teams: dict[int, int] = {}
+        teams = torch.cuda.get_device_properties(device).multi_processor_count // TEAM
+        for rows in reversed(ROWS):
+            self._teams[rows] = teams = self._fit(rows, teams)
+        # Numbers of teams may differ, and words count them.
+        self._words = {rows: torch.zeros(3 + TEAM, LINE, dtype=torch.int32, device=device) for rows in ROWS}
+        self._squares = torch.zeros(max(self._teams[rows] * rows for rows in ROWS), device=device)
 
     def serves(self, stack: Stack, rows: int) -> bool:
         """Whether this is the model that it was made for, in a step of so many tokens that it may be worth it."""
@@ -189,14 +194,16 @@ class Chain:
         """
         s, layers = scratch, self._stack.layers
         rows = next(size for size in ROWS if len(s.x) <= size)
-        kernel, cut = self._kernel(rows), layout(self._sizes, rows, self._clusters)
+        teams = self._teams[rows]
+        kernel, cut = self._kernel(rows, teams), layout(self._sizes, rows, teams)
+        shared = rows // TUNING[rows].teams
         layer = layers[index]
         following: LayerWeights | None = layers[index + 1] if index + 1 < len(layers) else None
         norm = self._stack.final_norm if following is None else following.input_norm
         qkv = (following or layer).qkv  # behind the last layer it is not read
         kernel.launch(
             pack(
-                (s.x, s.normed, s.act, s.qkv, layer.output.bias, qkv.bias, layer.mlp_norm, norm, self._squares, self._words),
+                (s.x, s.normed, s.act, s.qkv, layer.output.bias, qkv.bias, layer.mlp_norm, norm, self._squares, self._words[rows]),
                 len(s.x),
                 3 if following is None else 4,
                 self._stack.norm_eps,
@@ -205,40 +212,53 @@ class Chain:
             + self._maps.pairs(layer.gate_up.weight, cut.gate)
             + self._maps.rows(layer.down.weight, cut.narrow)
             + self._maps.rows(qkv.weight, cut.qkv)
-            + self._maps.rows(s.attn, rows)
-            + self._maps.rows(s.act, rows)
-            + self._maps.rows(s.normed, rows)
-            + self._maps.rows(s.normed, max(8, rows // CLUSTER))
+            + self._maps.rows(s.attn, shared)
+            + self._maps.rows(s.act, shared)
+            + self._maps.rows(s.normed, shared)
+            + self._maps.rows(s.normed, max(8, rows // TEAM))
         )  # fmt: skip
-        return NextNorm(norm, s.normed, self._squares, self._clusters)
+        return NextNorm(norm, s.normed, self._squares, teams)
 
     def workspaces(self) -> dict[str, torch.Tensor]:
         """All that it keeps on the device, by name."""
-        return {"words": self._words, "squares": self._squares}
+        return {f"words.{rows}": words for rows, words in self._words.items()} | {"squares": self._squares}
 
     def reset(self) -> None:
         """Forget what a failed step left: arrivals without a launch."""
-        self._words.zero_()
+        for words in self._words.values():
+            words.zero_()
 
-    def _kernel(self, rows: int) -> Kernel:
+    def _fit(self, rows: int, guess: int) -> int:
+        """How many teams run at once."""
+        each = TUNING[rows].teams
+        teams = guess // each * each
+        while (why := unsupported(self._stack, teams, (rows,))) is None:
+            fit = self._kernel(rows, teams).clusters_at_once() * each
+            if fit == teams:
+                return teams
+            del self._kernels[rows]
+            teams = fit
+        raise KernelError(why)
+
+    def _kernel(self, rows: int, teams: int) -> Kernel:
         found = self._kernels.get(rows)
         if found is None:
-            cut = layout(self._sizes, rows, self._clusters)
+            cut, cluster = layout(self._sizes, rows, teams), TEAM * TUNING[rows].teams
             found = self._kernels[rows] = build(
-                SOURCE, "chain", macros(self._sizes, rows, self._clusters), device=self._device,
-                grid=self._clusters * CLUSTER, block=THREADS, shared_bytes=cut.shared_bytes, cluster=CLUSTER,
+                SOURCE, "chain", macros(self._sizes, rows, teams), device=self._device,
+                grid=teams * TEAM, block=THREADS, shared_bytes=cut.shared_bytes, cluster=cluster,
             )  # fmt: skip
             POINTERS[found.handle] = 10
         return found
 
 
-def macros(sizes: Sizes, rows: int, clusters: int) -> dict[str, int]:
+def macros(sizes: Sizes, rows: int, teams: int) -> dict[str, int]:
     """What is compiled in."""
-    tuning, stages = TUNING[rows], layout(sizes, rows, clusters).stages
+    tuning, stages = TUNING[rows], layout(sizes, rows, teams).stages
     return {
         "HID": sizes.hidden, "QSIZE": sizes.queries, "QKVN": sizes.qkv, "INTER": sizes.inner, "TOK": rows,
-        "CLUSTER": CLUSTER, "CLUSTERS": clusters, "STAGES": stages, "X_STAGES": tuning.x_stages, "FLIGHT": tuning.flight,
-        "PACE": tuning.pace, "LEAD": tuning.lead, "SPINS": 1 << 24, "BOUND": tuning.bound,
+        "TEAM": TEAM, "TEAMS": tuning.teams, "CLUSTERS": teams // tuning.teams, "STAGES": stages, "X_STAGES": tuning.x_stages,
+        "FLIGHT": tuning.flight, "HOLD": tuning.hold, "PACE": tuning.pace, "LEAD": tuning.lead, "SPINS": 1 << 24, "BOUND": tuning.bound,
     }  # fmt: skip
 
 
