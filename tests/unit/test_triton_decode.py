@@ -314,6 +314,26 @@ def test_a_file_that_cannot_be_read_is_ignored(tmp_path: Path, text: str) -> Non
     assert json.loads(store.path.read_text())["identity"] == {"gpu": "a"}
 
 
+def test_who_is_first_decides_for_all_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two engines of one process would else differ, when another one starts meanwhile."""
+    mine = timings()[:3]
+    theirs = [Timing(mine[0].problem, dict(reversed(mine[0].times.items()))), Timing(mine[1].problem, {})]
+
+    def measure(work: dict[Problem, Any], launcher: Callable[..., Any], **_: object) -> list[Timing]:
+        Store(tmp_path, {}).save(theirs)
+        return mine
+
+    monkeypatch.setattr(tune, "measure", measure)
+    work = {t.problem: [] for t in mine}
+    first = tune.choose(work, lambda problem: pytest.fail("measured"), Store(tmp_path, {}))
+    expected = {t.problem: t.best for t in (*theirs, mine[2])}
+    assert Store(tmp_path, {}).load() == expected != {t.problem: t.best for t in mine}
+    monkeypatch.setattr(tune, "measure", lambda *_, **__: pytest.fail("measured again"))
+    second = tune.choose(work, lambda problem: pytest.fail("measured"), Store(tmp_path, {}))
+    assert first.decided == second.decided == expected
+    assert first._unmeasured == second._unmeasured == {theirs[1].problem}
+
+
 def test_nothing_is_measured_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Problem] = []
     some = timings()

@@ -375,9 +375,11 @@ def choose(
     missing = {problem: linears for problem, linears in work.items() if problem not in known}
     if missing:
         timings = measure(missing, launcher, tiles=tiles)
-        known |= {timing.problem: timing.best for timing in timings}
-        unmeasured |= {timing.problem for timing in timings if not timing.times}
         store.save(timings)
+        kept = store.load()  # another process may have been first
+        known = {timing.problem: timing.best for timing in timings} | kept
+        late = {timing.problem for timing in timings if not timing.times}
+        unmeasured = store.unmeasured() | (late - kept.keys())
     return Table({problem: known[problem] for problem in work}, unmeasured.intersection(work), tiles=tiles)
 
 
@@ -522,13 +524,18 @@ class Store:
         return list(entries)
 
     def save(self, timings: Iterable[Timing]) -> None:
-        """Add winners to the file."""
-        kept = self._entries() + [as_json(timing) for timing in timings]
+        """Add winners of problems that have none in the file yet: what two processes find at once may differ."""
+        from filelock import FileLock
+
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            draft = self.path.with_suffix(f".{os.getpid()}.tmp")
-            draft.write_text(json.dumps({"identity": self._identity, "versions": kept}, indent=1))
-            draft.replace(self.path)
+            with FileLock(self.path.with_suffix(".lock")):
+                kept = self._entries()
+                known = {_problem(entry["problem"]) for entry in kept}
+                kept += [as_json(timing) for timing in timings if timing.problem not in known]
+                draft = self.path.with_suffix(f".{os.getpid()}.tmp")
+                draft.write_text(json.dumps({"identity": self._identity, "versions": kept}, indent=1))
+                draft.replace(self.path)
         except OSError as error:
             logger.warning("the choice of kernels cannot be written to %s: %s", self.path, error)
 
