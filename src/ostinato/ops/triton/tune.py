@@ -540,7 +540,7 @@ class Store:
             logger.warning("the choice of kernels cannot be written to %s: %s", self.path, error)
 
 
-def as_json(timing: Timing) -> dict[str, object]:
+def as_json(timing: Timing) -> dict[str, dict[str, object]]:
     """A timing as plain data."""
     problem = asdict(timing.problem) | {"dtype": str(timing.problem.dtype).removeprefix("torch.")}
     return {
