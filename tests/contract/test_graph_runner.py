@@ -386,11 +386,11 @@ def test_eager_and_graph_read_the_same_buffers(tiny: Tiny) -> None:
     program = llm.engine.program
     prepare = program.ops.prepare
 
-    def noting(batch: Any, scratch: Any) -> Any:
+    def noting(batch: Any, scratch: Any, stack: Any = None) -> Any:
         tensors = {**vars(batch.static), **vars(batch.state), **vars(batch), **vars(scratch)}
         places = ((name, t.data_ptr()) for name, t in tensors.items() if isinstance(t, torch.Tensor))
         seen.setdefault(batch.key, set()).add(tuple(sorted(places)))
-        return prepare(batch, scratch)
+        return prepare(batch, scratch, stack)
 
     object.__setattr__(program.ops, "prepare", noting)
     try:
