@@ -426,6 +426,7 @@ __device__ __forceinline__ void consume(Ring &ring, Share &share, Turn &use, con
     Slice held[TILES_HELD][BATCH];
     const u32 into = g * O::STRIDE + warp * EACH * 64 + t * 16;
     const auto load = [&](int i, int batch) {
+        u32 bar = 0, loaded = 0;   // of the chunk before, which is given back when its weights have come: one behind, so that nobody waits for them
 #pragma unroll
         for (int c = 0; c < BATCH / EACH; ++c) {
 #pragma unroll
@@ -438,9 +439,14 @@ __device__ __forceinline__ void consume(Ring &ring, Share &share, Turn &use, con
                 if (O::SLICES % NW == 0 || warp * EACH + j < O::SLICES)
                     held[i][c * EACH + j] = {lds(at + j * 64), lds(at + j * 64 + 8 * O::STRIDE)};
             __syncwarp();
-            if (lane == 0) mbar_arrive(ring.empty());
+            if (c > 0 && lane == 0) give_back(bar, loaded);
+            bar = ring.empty();
+            loaded = 0;
+#pragma unroll
+            for (int j = 0; j < EACH; ++j) loaded ^= held[i][c * EACH + j].a.x ^ held[i][c * EACH + j].b.x;
             ring.next();
         }
+        if (lane == 0) give_back(bar, loaded);
     };
     const auto load_first = [&](int tile) {
 #pragma unroll

@@ -112,12 +112,6 @@ struct Params {
 };
 
 // --- Instructions. A test on the CPU has its own of these.
-// An arrival does not wait for loads in front of it, and other loads may hold those up for long: this one needs what they loaded.
-__device__ __forceinline__ void give_back(u32 bar, u32 loaded) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.u32 p, %1, 0x9e3779b9;\n@p mbarrier.arrive.shared::cta.b64 _, [%0];\n"
-        "@!p mbarrier.arrive.shared::cta.b64 _, [%0];\n}" ::"r"(bar), "r"(loaded) : "memory");
-}
 __device__ __forceinline__ void mbar_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 __device__ __forceinline__ uint4 ld_words(const u16 *p) {
     uint4 v;

@@ -23,6 +23,12 @@ __device__ __forceinline__ bool mbar_test(u32 bar, u32 parity) {
                  : "=r"(yes) : "r"(bar), "r"(parity) : "memory");
     return yes;
 }
+// An arrival does not wait for loads in front of it, and other loads may hold those up for long: this one needs what they loaded.
+__device__ __forceinline__ void give_back(u32 bar, u32 loaded) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.u32 p, %1, 0x9e3779b9;\n@p mbarrier.arrive.shared::cta.b64 _, [%0];\n"
+        "@!p mbarrier.arrive.shared::cta.b64 _, [%0];\n}" ::"r"(bar), "r"(loaded) : "memory");
+}
 // --- End of instructions.
 
 struct Ring {
