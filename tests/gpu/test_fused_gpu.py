@@ -197,3 +197,45 @@ def test_capture_allocates_nothing_and_replays_the_same(fused: FusedDecode, seed
         world.scratch.logits.zero_()
         graph.replay()
         assert torch.equal(world.scratch.logits, expected)
+
+
+@pytest.mark.parametrize(
+    ("shape", "quantization", "steps"),
+    [
+        ("qwen3-0.6b", None, 10_000),
+        ("qwen3-0.6b", "fp8", 10_000),
+        ("llama-3.2-1b", None, 4_000),
+        ("llama-3.2-1b", "fp8", 6_000),
+    ],
+)
+def test_thousands_of_steps_have_the_same_bits(
+    fused: FusedDecode, seed: int, shape: str, quantization: str | None, steps: int
+) -> None:
+    """All layers, every other step behind other traffic: what happens once in thousands of steps is seen here."""
+    model = random_decoder(
+        spec_from_config(SHAPES[shape]), dtype=torch.bfloat16, device=torch.device("cuda"),
+        positions=POSITIONS, seed=seed % 1000, quantization=quantization,
+    )  # fmt: skip
+    world = World(model, 257, seed, torch.bfloat16)
+    logits = world.scratch.logits
+
+    def run() -> None:
+        fused.run(model, world.view, world.caches(), world.scratch, greedy=False)
+
+    run()
+    expected, kept = logits.clone(), world.cache.data.clone()
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        run()
+    differing = torch.zeros((), dtype=torch.int64, device="cuda")
+    traffic = torch.zeros(1 << 25, device="cuda")
+    for step in range(steps):
+        if step % 2:
+            traffic.add_(1.0)  # the L2 cache has none of the model then
+        logits.zero_()
+        graph.replay()
+        differing += (logits != expected).any()
+    assert int(differing) == 0, f"{int(differing)} of {steps} steps"
+    assert torch.equal(world.cache.data, kept)
+    graph.reset()
