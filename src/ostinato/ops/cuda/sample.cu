@@ -187,6 +187,18 @@ __device__ __forceinline__ u64 block_up_to(u64 v, u64 *space) {
     return own + warp_sum(lane < warp ? space[lane] : 0);
 }
 __device__ __forceinline__ u64 lane_of(u64 v, int lane) { return __shfl_sync(~0u, v, lane); }
+// COUNT sums of all blocks from those of each; as many threads as there are share a sum, of a warp at most.
+template <int COUNT> __device__ __forceinline__ void add_blocks(const u64 (&of_block)[CLUSTER][COUNT + 1], u64 (&all)[COUNT]) {
+    constexpr int LANES = T / COUNT < 32 ? T / COUNT : 32;
+    const int tid = threadIdx.x, lane = tid & 31, n = tid / LANES;
+    u64 sum = 0;
+#pragma unroll
+    for (int i = 0; i < CLUSTER; i += LANES)
+        if (i + lane % LANES < CLUSTER) sum += of_block[i + lane % LANES][n];
+#pragma unroll
+    for (int d = 1; d < LANES; d <<= 1) sum += __shfl_xor_sync(~0u, sum, d);
+    if (lane % LANES == 0) all[n] = sum;
+}
 
 // Sums that begin at zero.
 __device__ __forceinline__ void clear(Shared &sh) {
@@ -425,17 +437,7 @@ extern "C" __global__ void __launch_bounds__(T, 1024 / T) sample(const __grid_co
             barrier_waits(&sh.sums_are_here, sums_parity);
             sums_parity ^= 1;
             // All blocks' sums, a few groups for each warp; then each warp looks for the group in which the threshold is.
-            {
-                constexpr int LANES = 32 * NW / GROUPS;
-                const int g = tid / LANES;
-                u64 sum = 0;
-#pragma unroll
-                for (int i = 0; i < CLUSTER; i += LANES)
-                    if (i + lane % LANES < CLUSTER) sum += sh.group_of[i + lane % LANES][g];
-#pragma unroll
-                for (int d = 1; d < LANES; d <<= 1) sum += __shfl_xor_sync(~0u, sum, d);
-                if (lane % LANES == 0) sh.group_all[g] = sum;
-            }
+            add_blocks<GROUPS>(sh.group_of, sh.group_all);
             __syncthreads();
             const u64 one = sh.group_all[2 * lane], two = sh.group_all[2 * lane + 1];
             const u64 up_to_two = before + warp_up_to(one + two), up_to_one = up_to_two - two;
@@ -454,17 +456,7 @@ extern "C" __global__ void __launch_bounds__(T, 1024 / T) sample(const __grid_co
                 sh.bin_of[warp][lane] = joined(remote32(&sh.bins.low[bin], warp), remote32(&sh.bins.high[bin], warp), scale_of(bin));
             }
             __syncthreads();
-            {
-                constexpr int LANES = 32 * NW / GROUP < 32 ? 32 * NW / GROUP : 32;
-                const int b = tid / LANES;
-                u64 sum = 0;
-#pragma unroll
-                for (int i = 0; i < CLUSTER; i += LANES)
-                    if (i + lane % LANES < CLUSTER) sum += sh.bin_of[i + lane % LANES][b];
-#pragma unroll
-                for (int d = 1; d < LANES; d <<= 1) sum += __shfl_xor_sync(~0u, sum, d);
-                if (lane % LANES == 0) sh.bin_all[b] = sum;
-            }
+            add_blocks<GROUP>(sh.bin_of, sh.bin_all);
             __syncthreads();
             const u64 here = sh.bin_all[lane], up_to = before + warp_up_to(here);
             const int within = min(__popc(__ballot_sync(~0u, up_to < target)), GROUP - 1);

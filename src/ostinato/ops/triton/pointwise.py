@@ -29,6 +29,24 @@ def _next_number(number, CYCLE: tl.constexpr):
         tl.store(number, n % CYCLE + 1, mask=n > 0)
 
 
+@triton.jit
+def _decode_row(
+    row, enabled, active, last_token, position, block_table, TABLE_WIDTH: tl.constexpr, BLOCK_SIZE: tl.constexpr
+):  # fmt: skip
+    """(live, token, position, slot) of device rows; zeros, and slot -1, of those that are not live."""
+    live = row >= 0
+    on = tl.load(enabled + row, mask=live, other=0)  # no load waits for another one
+    awake = tl.load(active + row, mask=live, other=0)
+    at = tl.load(position + row, mask=live, other=0)
+    token = tl.load(last_token + row, mask=live, other=0)
+    live &= (on != 0) & (awake != 0)
+    token = tl.where(live, token, 0)
+    at = tl.where(live, at, 0)
+    entry = row.to(tl.int64) * TABLE_WIDTH + at // BLOCK_SIZE
+    block = tl.load(block_table + entry, mask=live, other=0)
+    return live, token, at, tl.where(live, block * BLOCK_SIZE + at % BLOCK_SIZE, -1)
+
+
 @triton.jit(do_not_specialize=["num_seqs"])
 def prepare_decode(
     rows, enabled, active, last_token, position, block_table, number,
@@ -43,15 +61,12 @@ def prepare_decode(
     s = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = s < num_seqs
     row = tl.load(rows + s, mask=inside, other=-1)
-    live = row >= 0
-    live &= tl.load(enabled + row, mask=live, other=0) != 0
-    live &= tl.load(active + row, mask=live, other=0) != 0
-    at = tl.load(position + row, mask=live, other=0)
-    entry = row.to(tl.int64) * TABLE_WIDTH + at // BLOCK_SIZE
-    block = tl.load(block_table + entry, mask=live, other=0)
-    tl.store(ids + s, tl.load(last_token + row, mask=live, other=0), mask=inside)
+    live, token, at, slot = _decode_row(
+        row, enabled, active, last_token, position, block_table, TABLE_WIDTH, BLOCK_SIZE
+    )
+    tl.store(ids + s, token, mask=inside)
     tl.store(positions + s, at, mask=inside)
-    tl.store(slots + s, tl.where(live, block * BLOCK_SIZE + at % BLOCK_SIZE, -1), mask=inside)
+    tl.store(slots + s, slot, mask=inside)
     tl.store(seq_lens + s, tl.where(live, at + 1, 0), mask=inside)
     tl.store(last_index + s, s, mask=inside)
 
@@ -142,23 +157,15 @@ def begin_decode(
     s = tl.program_id(0)
     i = tl.arange(0, BLOCK)
     gain = tl.load(weight + i, mask=i < WIDTH, other=0.0).to(tl.float32)
-    row = tl.load(rows + s)
-    live = row >= 0
-    on = tl.load(enabled + row, mask=live, other=0)
-    awake = tl.load(active + row, mask=live, other=0)
-    at = tl.load(position + row, mask=live, other=0)
-    token = tl.load(last_token + row, mask=live, other=0)
-    live &= (on != 0) & (awake != 0)
-    token = tl.where(live, token, 0)
-    at = tl.where(live, at, 0)
-    entry = row.to(tl.int64) * TABLE_WIDTH + at // BLOCK_SIZE
-    block = tl.load(block_table + entry, mask=live, other=0)
+    live, token, at, slot = _decode_row(
+        tl.load(rows + s), enabled, active, last_token, position, block_table, TABLE_WIDTH, BLOCK_SIZE
+    )
     tl.store(ids + s, token)
     tl.store(positions + s, at)
     tl.store(seq_lens + s, tl.where(live, at + 1, 0))
     tl.store(last_index + s, s)
     _embed_row(s, token, table, gain, out, scaled, squares, num_seqs, WIDTH, BLOCK)
-    tl.store(slots + s, tl.where(live, block * BLOCK_SIZE + at % BLOCK_SIZE, -1))
+    tl.store(slots + s, slot)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])

@@ -377,9 +377,9 @@ def choose(
         timings = measure(missing, launcher, tiles=tiles)
         store.save(timings)
         kept = store.load()  # another process may have been first
-        known = {timing.problem: timing.best for timing in timings} | kept
+        known |= {timing.problem: timing.best for timing in timings} | kept
         late = {timing.problem for timing in timings if not timing.times}
-        unmeasured = store.unmeasured() | (late - kept.keys())
+        unmeasured |= store.unmeasured() | (late - kept.keys())
     return Table({problem: known[problem] for problem in work}, unmeasured.intersection(work), tiles=tiles)
 
 
