@@ -238,7 +238,9 @@ __device__ __forceinline__ float stage(const Params &p, const Context &context, 
     if (FROM == ATTENTION && context.splits > 1 && context.splits <= FEW) {
         // Lanes look out for each split of each of the heads, at the word that is written last: asking in vain for all is dear. They do so
         // together: each by itself they would take what the L2 cache can deliver. The shares of the splits stand where the token will be.
-        constexpr int RUN = O::EACH * SW, STEP = HD % RUN == 0 ? O::EACH : RUN % HD == 0 ? HD / SW : 1, UNITS = O::KEPT / STEP;   // slices of a head
+        // STEP slices side by side are of one head: one only where a half, a chunk or a warp's part of it begins within what would be two heads.
+        constexpr int RUN = O::EACH * SW, PIECE = cmin(RUN, HD), STEP = O::INNER % PIECE || O::CK % PIECE || cmax(RUN, HD) % PIECE ? 1 : PIECE / SW;
+        constexpr int UNITS = O::KEPT / STEP;
         constexpr int LOOKS = cdiv(UNITS * FEW, 32), AT_ONCE = 2;
         static_assert(FROM != ATTENTION || UNITS * FEW * 4 <= X_WARP, "room");
         float *const shares = (float *)(memory + X_AT + warp * X_WARP);   // [UNITS][FEW]
