@@ -1,11 +1,11 @@
 // Clusters of blocks, and what else sample.cu needs besides host_grid.h.
 #define __noinline__
-struct alignas(8) uint2 { u32 x, y; };
 #define __align__(n)
-static Meeting meetings[GRID / CLUSTER];
+struct Arrivals { int arrived, turn; };
+static Arrivals meetings[GRID / CLUSTER];
 static int turn_at_arrival[FIBERS];
 static void cluster_arrives() {
-    Meeting &m = meetings[blockIdx.x / CLUSTER];
+    Arrivals &m = meetings[blockIdx.x / CLUSTER];
     turn_at_arrival[current] = m.turn;
     if (++m.arrived == CLUSTER * HOST_THREADS) { m.arrived = 0; ++m.turn; }
 }
@@ -22,7 +22,7 @@ static void push32(u32 *p, u32 rank, u32 v) { *of_block(p, rank) = v; }
 static void push64(u64 *p, u32 rank, u64 v) { *of_block(p, rank) = v; }
 // Barriers by their place; what is sent is there at once.
 static std::map<u64 *, Bar> barriers;
-static void barrier_init(u64 *barrier, u32 count) { barriers[barrier] = Bar{(int)count, (int)count, 0, 0}; }
+static void barrier_init(u64 *barrier, u32 count) { barriers[barrier] = Bar{(int)count, (int)count, 0, 0, {}}; }
 static void barriers_are_there() {}
 static void barrier_expects(u64 *barrier, u32 rank, u32 bytes) {
     Bar &b = barriers.at(of_block(barrier, rank));
@@ -30,7 +30,7 @@ static void barrier_expects(u64 *barrier, u32 rank, u32 bytes) {
     --b.pending;
     settle(b);
 }
-static void barrier_waits(u64 *barrier, u32 parity) { while (barriers.at(barrier).phase == parity) yield(); }
+static void barrier_waits(u64 *barrier, u32 parity) { while (barriers.at(barrier).phase == parity) settled(barriers.at(barrier)); }
 template <typename V> static void send(V *p, u32 rank, V v, u64 *barrier) {
     *of_block(p, rank) = v;
     Bar &b = barriers.at(of_block(barrier, rank));
@@ -42,26 +42,6 @@ static void send64(u64 *p, u32 rank, u64 v, u64 *barrier) { send(p, rank, v, bar
 static void copy_four(float4 *to, const float *from) { aligned(from, 16); *to = *(const float4 *)from; }
 static void copied() {}
 
-template <typename V> static V of_lane(V v, int from) {
-    u32 words[2] = {(u32)v, (u32)((u64)v >> 32)};
-    post(2, words);
-    const u64 found = of(from, 0) | (u64)of(from, 1) << 32;
-    leave_post();
-    return (V)found;
-}
-static u64 __shfl_sync(u32, u64 v, int from) { return of_lane(v, from % 32); }
-static u64 __shfl_xor_sync(u32, u64 v, int far) { return of_lane(v, lane() ^ far); }
-static u64 __shfl_up_sync(u32, u64 v, int far) { return of_lane(v, lane() < far ? lane() : lane() - far); }
-template <typename Join> static u32 joined_by(u32 v, const Join &join) {
-    post(1, &v);
-    u32 all = of(0, 0);
-    for (int i = 1; i < 32; ++i) all = join(all, of(i, 0));
-    leave_post();
-    return all;
-}
-static u32 __reduce_max_sync(u32, u32 v) { return joined_by(v, [](u32 a, u32 b) { return max(a, b); }); }
-static u32 __reduce_add_sync(u32, u32 v) { return joined_by(v, [](u32 a, u32 b) { return a + b; }); }
-static u32 __ballot_sync(u32, bool v) { return joined_by((u32)v << lane(), [](u32 a, u32 b) { return a | b; }); }
 static int __popc(u32 v) { return __builtin_popcount(v); }
 static int __popcll(unsigned long long v) { return __builtin_popcountll(v); }
 static int __ffsll(unsigned long long v) { return __builtin_ffsll(v); }
@@ -75,4 +55,3 @@ static float __fdiv_rn(float a, float b) { return a / b; }
 static long long __float2ll_rz(float v) { return (long long)v; }
 static float __ldcg(const float *p) { return *p; }
 static float4 __ldcg(const float4 *p) { aligned(p, 16); return *p; }
-template <typename V> static V ldcg(const V *p) { return *p; }

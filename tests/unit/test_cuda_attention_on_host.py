@@ -48,9 +48,6 @@ def host_source() -> str:
     launch = (
         'extern "C" void launch(const Params *p, int blocks, int backwards) {'
         " run_blocks(blocks, backwards, [&] { attention(*p); }); }\n"
-        'extern "C" void write_at_the_wait(void *at, const void *before, const void *after, size_t bytes) {'
-        " written.push_back({(char *)at, (const char *)before, (const char *)after, bytes}); }\n"
-        'extern "C" void forget() { written.clear(); }\n'
         'extern "C" int shared() { return sizeof(Shared); }\n'
     )
     return f'#include "{HEADER}"\n{source}\n{launch}'

@@ -124,14 +124,50 @@ struct Params {
     float eps, scale;
 };
 
+// --- Instructions. A test on the CPU has its own of these.
 struct Pair { u64 a, b; };
 __device__ __forceinline__ Pair ld_pair(const u64 *p) {
     Pair v;
     asm volatile("ld.relaxed.gpu.global.v2.b64 {%0, %1}, [%2];" : "=l"(v.a), "=l"(v.b) : "l"(p) : "memory");
     return v;
 }
-__device__ __forceinline__ bool fresh(const Pair &v, u32 tag) { return (u32)(v.a >> 32) == tag && (u32)(v.b >> 32) == tag; }
 __device__ __forceinline__ void rest() { asm volatile("nanosleep.u32 32;"); }
+__device__ __forceinline__ u32 now() {
+    u32 t;
+    asm volatile("mov.u32 %0, %%clock;" : "=r"(t));
+    return t;
+}
+__device__ __forceinline__ uint2 lds2(u32 at) {
+    uint2 v;
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(at));
+    return v;
+}
+__device__ __forceinline__ void sts(u32 at, u32 v) { asm volatile("st.shared.u32 [%0], %1;" ::"r"(at), "r"(v) : "memory"); }
+// Counts up to `most`, and from there to zero; returns what was there before.
+__device__ __forceinline__ u32 count_round(u32 *p, u32 most) {
+    u32 before;
+    asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(before) : "l"(p), "r"(most) : "memory");
+    return before;
+}
+#if FP8
+// Two E4M3 bytes to float16, which has all their values.
+__device__ __forceinline__ void unpack(u32 v, u32 &first, u32 &second) {
+    asm("{\n.reg .b16 a, b;\nmov.b32 {a, b}, %2;\ncvt.rn.f16x2.e4m3x2 %0, a;\ncvt.rn.f16x2.e4m3x2 %1, b;\n}" : "=r"(first), "=r"(second) : "r"(v));
+}
+__device__ __forceinline__ u32 pack_f16(float a, float b) {
+    u32 r;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(b), "f"(a));
+    return r;
+}
+__device__ __forceinline__ void mma_f16(float *c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+#endif
+// --- End of instructions.
+
+__device__ __forceinline__ bool fresh(const Pair &v, u32 tag) { return (u32)(v.a >> 32) == tag && (u32)(v.b >> 32) == tag; }
 __device__ __forceinline__ u32 insist(const u64 *p, u32 tag) {
     u64 v = ld_cell(p);
     for (u32 spins = 0; (u32)(v >> 32) != tag; v = ld_cell(p)) {
@@ -145,17 +181,6 @@ __device__ __forceinline__ void look_out(const u64 *p, u32 tag) {
     if ((threadIdx.x & 31) == 0) insist(p, tag);
     __syncwarp();
 }
-#if FP8
-// Two E4M3 bytes to float16, which has all their values.
-__device__ __forceinline__ void unpack(u32 v, u32 &first, u32 &second) {
-    asm("{\n.reg .b16 a, b;\nmov.b32 {a, b}, %2;\ncvt.rn.f16x2.e4m3x2 %0, a;\ncvt.rn.f16x2.e4m3x2 %1, b;\n}" : "=r"(first), "=r"(second) : "r"(v));
-}
-__device__ __forceinline__ void mma_f16(float *c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-#endif
 
 #include "stream.cuh"
 
@@ -208,11 +233,6 @@ struct Turn {
     int sums, squares;
     u32 met;   // when the warps met last
 };
-__device__ __forceinline__ u32 now() {
-    u32 t;
-    asm volatile("mov.u32 %0, %%clock;" : "=r"(t));
-    return t;
-}
 
 // Brings what a warp needs of an op's input to its part of shared memory, times the norm's weights where there is a norm.
 // Tag 0: the embedding. Returns this lane's sum of squares, and `inverse` of what FP8's token is multiplied by.
@@ -370,8 +390,8 @@ __device__ __forceinline__ float stage(const Params &p, const Context &context, 
     inverse = __uint_as_float((exponent - 14u) << 23);
 #pragma unroll
     for (int u = 0; u < PER; ++u) {
-        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(w[u].x) : "f"(hi(w[u].x) * power), "f"(lo(w[u].x) * power));
-        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(w[u].y) : "f"(hi(w[u].y) * power), "f"(lo(w[u].y) * power));
+        w[u].x = pack_f16(lo(w[u].x) * power, hi(w[u].x) * power);
+        w[u].y = pack_f16(lo(w[u].y) * power, hi(w[u].y) * power);
     }
 #endif
     // Of a lane's part of a slice even pairs first, then odd ones: they are in other columns of the product.
@@ -379,8 +399,8 @@ __device__ __forceinline__ float stage(const Params &p, const Context &context, 
 #pragma unroll
     for (int u = 0; u < PER; ++u) {
         if (!there(u)) continue;
-        asm volatile("st.shared.u32 [%0], %1;" ::"r"(to + u * (32 / QUADS * SW * 2)), "r"(w[u].x) : "memory");
-        asm volatile("st.shared.u32 [%0], %1;" ::"r"(to + u * (32 / QUADS * SW * 2) + SW / 4), "r"(w[u].y) : "memory");
+        sts(to + u * (32 / QUADS * SW * 2), w[u].x);
+        sts(to + u * (32 / QUADS * SW * 2) + SW / 4, w[u].y);
     }
     __syncwarp();
     return squares;
@@ -404,9 +424,8 @@ __device__ __forceinline__ void multiply(float (&acc)[2][4], const uint4 &a, con
 #else
 struct Token { u32 x, y; };
 __device__ __forceinline__ Token token(u32 at) {
-    Token v;
-    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(at));
-    return v;
+    const uint2 v = lds2(at);
+    return {v.x, v.y};
 }
 #endif
 
@@ -778,13 +797,7 @@ __device__ __forceinline__ void attend(const Params &p, const Layer &layer, cons
         }
         if (c.splits > FEW) {
             consumers_meet();
-            if (tid == 0) {
-                u32 before;
-                // Zero again by itself behind the last split.
-                asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
-                             : "=r"(before) : "l"(p.semaphores + head), "r"((u32)c.splits - 1) : "memory");
-                *flag() = before == (u32)c.splits - 1;
-            }
+            if (tid == 0) *flag() = count_round(p.semaphores + head, c.splits - 1) == (u32)c.splits - 1;   // zero again by itself behind the last split
             consumers_meet();
             if (*flag() && tid < HD) {
                 const u64 *space = p.parts + (long long)head * MAXS * PART;
@@ -822,18 +835,18 @@ extern "C" __global__ void __launch_bounds__(NT + PW * 32, 1) decode(const __gri
             mbar_init(shared_at(memory) + FULL_AT + i * 8, 1);
             mbar_init(shared_at(memory) + EMPTY_AT + i * 8, NW);
         }
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        mbar_fence();
     }
     __syncthreads();
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+    let_successor_start();
     if (threadIdx.x >= NT) {
         produce(p, ring);
-        asm volatile("griddepcontrol.wait;" ::: "memory");
+        wait_for_predecessor();
         return;
     }
     // What a warp lacks of a token counts nothing, as long as there are numbers.
     for (int i = threadIdx.x * 16; i < X_BYTES; i += NT * 16) *(uint4 *)(memory + X_AT + i) = make_uint4(0, 0, 0, 0);
-    asm volatile("griddepcontrol.wait;" ::: "memory");
+    wait_for_predecessor();
     Share share = {0};
     Turn use = {0, 0, now()};
     const Context c = context_of(p.lens[0]);
@@ -876,8 +889,8 @@ struct FinishParams {
     u32 *steps;
 };
 extern "C" __global__ void __launch_bounds__(32) finish(const __grid_constant__ FinishParams p) {
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-    asm volatile("griddepcontrol.wait;" ::: "memory");
+    let_successor_start();
+    wait_for_predecessor();
     const int lane = threadIdx.x;
     if (!COUNTS && lane == 0) *p.steps += 1;
     if (!p.token) return;

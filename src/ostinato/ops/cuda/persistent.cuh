@@ -42,6 +42,9 @@ __device__ __forceinline__ u64 ld_cell(const u64 *p) {
 __device__ __forceinline__ void st_cell(u64 *p, u32 value, u32 tag) {
     asm volatile("st.relaxed.gpu.global.b64 [%0], %1;" ::"l"(p), "l"((u64)tag << 32 | value) : "memory");
 }
+__device__ __forceinline__ void mbar_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+__device__ __forceinline__ void let_successor_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+__device__ __forceinline__ void wait_for_predecessor() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 // --- End of instructions.
 
 // Shared memory at places known when this is compiled.

@@ -112,7 +112,6 @@ struct Params {
 };
 
 // --- Instructions. A test on the CPU has its own of these.
-__device__ __forceinline__ void mbar_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 __device__ __forceinline__ uint4 ld_words(const u16 *p) {
     uint4 v;
     asm volatile("ld.relaxed.gpu.global.v4.u32 {%0,%1,%2,%3}, [%4];"
@@ -125,8 +124,6 @@ __device__ __forceinline__ u32 ld_word(const u16 *p) {
     return v;
 }
 __device__ __forceinline__ void st_word(u16 *p, u32 v) { asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory"); }
-__device__ __forceinline__ void let_successor_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
-__device__ __forceinline__ void wait_for_predecessor() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 __device__ __forceinline__ void rest(u32 &spins) {
     if (++spins == SPINS) __trap();
     asm volatile("nanosleep.u32 32;");
