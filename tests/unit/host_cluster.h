@@ -14,7 +14,7 @@ static void cluster_waits() {
 }
 static u32 rank_in_cluster() { return blockIdx.x % CLUSTER; }
 template <typename V> static V *of_block(V *p, u32 rank) {
-    if ((unsigned char *)p < memory || (unsigned char *)p >= memory + SHARED || rank >= CLUSTER) std::abort();
+    if ((unsigned char *)p < memory || (unsigned char *)p >= memory + SHARED || rank >= CLUSTER) failed("not in shared memory of the cluster");
     return (V *)((unsigned char *)p + ((long long)rank - rank_in_cluster()) * SHARED);
 }
 static u32 remote32(u32 *p, u32 rank) { return *of_block(p, rank); }

@@ -34,7 +34,8 @@ struct Copy { void *to; const void *from; int group; };
 static std::vector<Copy> copies[FIBERS];
 static int groups[FIBERS];
 static void copy16(void *to, const void *from) {
-    if ((size_t)to % 16 || (size_t)from % 16) std::abort();
+    aligned(to, 16);
+    aligned(from, 16);
     copies[current].push_back({to, from, groups[current]});
 }
 static void commit() { ++groups[current]; }
@@ -50,7 +51,7 @@ static void two_arrived() { arrived(PIECES - 2); }
 static void all_arrived() { arrived(0); }
 // Four matrices of 8 x 8, a row from each lane's address: of a lane, two neighbours of row g; `over`: of column g.
 static void matrices(u32 (&r)[4], const u16 *p, bool over) {
-    if ((size_t)p % 16) std::abort();
+    aligned(p, 16);
     const u32 address[2] = {(u32)(size_t)p, (u32)((size_t)p >> 32)};
     post(2, address);
     const int g = lane() / 4, t = lane() % 4;
@@ -84,16 +85,17 @@ static void wait_for_predecessor() {
     if (current == 0) show(&Written::after);
     block_meeting.wait(FIBERS);
 }
-template <typename Body> static void run_blocks(int blocks, bool backwards, const Body &body) {
+template <typename Body> static bool run_blocks(int blocks, bool backwards, const Body &body) {
     gridDim.x = blocks;
     for (int i = 0; i < blocks; ++i) {
         show(&Written::before);
         const int cluster = i / SPLITS;
         blockIdx.x = (backwards ? blocks / SPLITS - 1 - cluster : cluster) * SPLITS + SPLITS - 1 - i % SPLITS;
         for (int f = 0; f < FIBERS; ++f) {
-            if (!copies[f].empty()) std::abort();   // a thread has ended before its copies
+            if (!copies[f].empty()) failed("a thread has ended before its copies");
             groups[f] = 0;
         }
-        run_fibers(body);
+        if (!run_fibers(body)) return false;
     }
+    return true;
 }

@@ -131,7 +131,7 @@ static u32 to_f16(float v) {
     const u32 steps = (u32)std::nearbyint(std::ldexp(size, 10 - exponent));   // to even
     return sign | (((u32)(exponent + 14) << 10) + steps);
 }
-static u32 pack_f16(float a, float b) { return to_f16(a) | to_f16(b) << 16; }
+static u32 pack_f16(float high, float low) { return to_f16(high) << 16 | to_f16(low); }
 static u32 from_e4m3(u32 v) {
     const u32 sign = (v & 128) << 8, exponent = v >> 3 & 15, rest = v & 7;
     if ((v & 127) == 127) return 0x7fff;
@@ -148,10 +148,10 @@ static void unpack(u32 v, u32 &first, u32 &second) {
 }
 static void mma_f16(float *c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) { product(c, {a0, a1, a2, a3, b0, b1}, from_f16); }
 
-template <typename Body> static void run_grid(u32 seed, const Body &body) {
+template <typename Body> static bool run_grid(u32 seed, const Body &body) {
     chance = seed;
     std::fill(shared_memory.begin(), shared_memory.end(), 0xff);
     waiting_for_predecessor = 0;
     show(&Written::before);
-    run_fibers(body);
+    return run_fibers(body);
 }

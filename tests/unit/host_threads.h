@@ -48,9 +48,12 @@ constexpr long long FOR_EVER = 40000000;
 
 static u32 chosen() { return (chance = chance * 1664525u + 1013904223u) >> 8; }
 static void progress() { last_progress = switches; }
+static bool fail;
+// Ends all threads; a program that has failed is of no use any more.
 static void failed(const char *why) {
     std::fprintf(stderr, "%s: thread %d of %d, %d have not ended\n", why, current, FIBERS, running);
-    std::abort();
+    fail = true;
+    setcontext(&home);
 }
 static void __trap() { failed("a trap"); }
 static void wake(int fiber) { ready.push_back(fiber); }
@@ -88,7 +91,8 @@ static void yield() {
     wake(current);
     suspend();
 }
-template <typename Body> static void run_fibers(const Body &body) {
+// Whether all went well.
+template <typename Body> static bool run_fibers(const Body &body) {
     static Body const *now;
     static std::vector<char> stacks((size_t)FIBERS * STACK);
     now = &body;
@@ -108,7 +112,8 @@ template <typename Body> static void run_fibers(const Body &body) {
     }
     current = 0;
     fibers[0].begun = true;
-    swapcontext(&home, &fibers[0].first);
+    if (!fail) swapcontext(&home, &fibers[0].first);
+    return !fail;
 }
 
 struct Meeting {

@@ -9,8 +9,6 @@ from __future__ import annotations
 import ctypes
 import random
 import re
-import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +18,7 @@ import torch
 
 pytest.importorskip("triton")
 sys.path.append(str(Path(__file__).parent))
+from on_host import compiled, needs_compiler
 from test_triton_ops import EPS, Seq, World, make_world
 
 from ostinato.ops import AttentionShape, StepView
@@ -29,10 +28,7 @@ from ostinato.ops.cuda.program import source_text
 from ostinato.ops.reference import ReferenceOps
 from ostinato.types import StepKind
 
-HEADER = Path(__file__).with_name("host_cuda.h")
-COMPILER = shutil.which("g++")
-
-pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++")
+pytestmark = needs_compiler
 
 
 def host_source() -> str:
@@ -46,20 +42,11 @@ def host_source() -> str:
     source = source.replace("memory[]", "memory[sizeof(Shared)]")
     assert "asm" not in source
     launch = (
-        'extern "C" void launch(const Params *p, int blocks, int backwards) {'
-        " run_blocks(blocks, backwards, [&] { attention(*p); }); }\n"
+        'extern "C" int launch(const Params *p, int blocks, int backwards) {'
+        " return run_blocks(blocks, backwards, [&] { attention(*p); }); }\n"
         'extern "C" int shared() { return sizeof(Shared); }\n'
     )
-    return f'#include "{HEADER}"\n{source}\n{launch}'
-
-
-def compiled(folder: Path, numbers: dict[str, int]) -> ctypes.CDLL:
-    file, library = folder / "attention.cpp", folder / "attention.so"
-    file.write_text(host_source())
-    defines = [f"-D{key}={value}" for key, value in numbers.items()]
-    flags = ["-std=c++17", "-O1", "-w", "-shared", "-fPIC"]
-    subprocess.run([str(COMPILER), *flags, *defines, str(file), "-o", str(library)], check=True)
-    return ctypes.CDLL(str(library))
+    return source + launch
 
 
 def attend(
@@ -87,7 +74,7 @@ def attend(
         pointers, EPS, shape.scale, rows, primary,
         world.cache[0].shape[0], world.rope.shape[0], len(view.block_table),
     )  # fmt: skip
-    library.launch(ctypes.create_string_buffer(params, len(params)), primary + helpers, int(backwards))
+    assert library.launch(ctypes.create_string_buffer(params, len(params)), primary + helpers, int(backwards))
     library.forget()
     assert not semaphores.any()
     return out
@@ -153,7 +140,7 @@ def test_against_the_reference(
     numbers = macros(shape, block_size, table.shape[1], norm, block, splits, cluster)
     if splits == 1 and not helpers:
         numbers["LONG"] = 1 << 14  # a warp has more than 32 steps: it looks into the block table again
-    library = compiled(tmp_path, numbers)
+    library = compiled(tmp_path, "attention", ["host_cuda.h"], host_source(), numbers)
     assert library.shared() <= shared_bytes(numbers)
     if helpers:
         assert max(cut(n, splits, 0, block.step).count for n in lengths) > splits

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import random
-import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -22,37 +20,11 @@ from ostinato.models.shapes import SHAPES
 from ostinato.ops.cuda import rows
 from ostinato.ops.reference import ReferenceOps
 from tests.rows_world import BLOCK, World, error, planned, wide
+from tests.unit.on_host import compiled, launches, needs_compiler, portable
 
-HEADER = Path(__file__).with_name("host_grid.h")
-COMPILER = shutil.which("g++")
 CPU = torch.device("cpu")
 
-pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++")
-
-
-def host_source() -> str:
-    """The kernel's source without the instructions, which the header has, and without the headers that hold nothing else."""
-
-    def portable(path: Path) -> str:
-        source = path.read_text()
-        begin, end = source.index("// --- Instructions."), source.index("// --- End of instructions.")
-        return source[:begin] + source[end:]
-
-    source = portable(rows.SOURCE)
-    for header in ("persistent.cuh", "stream.cuh"):
-        source = source.replace(f'#include "{header}"', portable(rows.SOURCE.with_name(header)))
-    lines = [line for line in source.splitlines() if not line.startswith("#include")]
-    launch = 'extern "C" void launch(const Params *p, unsigned seed) { run_grid(seed, [&] { decode_rows(*p); }); }\n'
-    return f'#include "{HEADER}"\n' + "\n".join(lines) + "\n" + launch
-
-
-def compiled(folder: Path, numbers: dict[str, int]) -> ctypes.CDLL:
-    file, library = folder / "rows.cpp", folder / "rows.so"
-    file.write_text(host_source())
-    defines = [f"-D{key}={value}" for key, value in numbers.items()]
-    flags = ["-std=c++17", "-O1", "-w", "-U_FORTIFY_SOURCE", "-shared", "-fPIC"]
-    subprocess.run([str(COMPILER), *flags, *defines, str(file), "-o", str(library)], check=True)
-    return ctypes.CDLL(str(library))
+pytestmark = needs_compiler
 
 
 def model_of(qk_norm: bool, **changes: Any) -> Decoder:
@@ -83,7 +55,8 @@ def test_against_the_reference(tmp_path: Path, changes: dict[str, Any], lengths:
         World(model, lengths, seed, dtype, ReferenceOps(), "cpu") for dtype in (torch.bfloat16, torch.float32)
     )
     numbers = rows.macros(model, BLOCK, ours.view.block_table.shape[1], grid) | tuning
-    library = compiled(tmp_path, numbers)
+    text = portable(rows.SOURCE) + launches(step="Params decode_rows(*p)")
+    library = compiled(tmp_path, "rows", ["host_grid.h"], text, numbers)
     kept = rows.workspace(numbers, CPU)
     wide(model).forward(planned(theirs), theirs.cache, theirs.scratch, theirs.ops)
     results = []
@@ -95,7 +68,7 @@ def test_against_the_reference(tmp_path: Path, changes: dict[str, Any], lengths:
             )
         )
         params = rows.pack(pointers, model, len(lengths), grid)
-        library.launch(ctypes.create_string_buffer(params, len(params)), seed + attempt)
+        assert library.step(ctypes.create_string_buffer(params, len(params)), seed + attempt)
         assert (kept["steps"] == attempt + 1).all()
         assert (kept["words"][(attempt + 1) % 2] == -1).all(), "the next step's words are empty"
         results.append(ours.scratch.logits.clone())

@@ -6,9 +6,7 @@ What this cannot show: the memory model and speed. tests/gpu does that.
 from __future__ import annotations
 
 import ctypes
-import shutil
 import struct
-import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,32 +17,19 @@ from ostinato.ops.cuda import sample
 from ostinato.ops.cuda.program import addresses
 from ostinato.sampling import philox_uniform
 
+from .on_host import compiled, launches, needs_compiler, portable
 from .test_sampling import assert_is_draw, make_inputs, reference_probabilities, row_params, run
 from .test_triton_sampling import shapes_of_rows
 
-HEADERS = [Path(__file__).with_name(name) for name in ("host_grid.h", "host_cluster.h")]
-COMPILER = shutil.which("g++")
-
-pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++")
+pytestmark = needs_compiler
 
 
-def compiled(folder: Path, seqs: int, numbers: dict[str, int]) -> ctypes.CDLL:
-    source = sample.SOURCE.read_text()
-    begin, end = source.index("// --- Instructions."), source.index("// --- End of instructions.")
-    lines = (source[:begin] + source[end:]).splitlines()
-    kept = [line for line in lines if not line.startswith("#include") and "extern __shared__" not in line]
-    launch = (
-        'extern "C" void launch(const Params *p, unsigned seed) { run_grid(seed, [&] { sample(*p); }); }\n'
-    )
-    file, library = folder / "sample.cpp", folder / "sample.so"
-    includes = "".join(f'#include "{header}"\n' for header in HEADERS)
-    file.write_text(includes + "\n".join(kept) + "\n" + launch)
+def built(folder: Path, seqs: int, numbers: dict[str, int]) -> ctypes.CDLL:
     warps, grid = numbers["THREADS"] // 32, seqs * numbers["CLUSTER"]
-    extra = {"WARPS": warps, "GRID": grid, "HOST_THREADS": numbers["THREADS"], "SPINS": 1}
-    defines = [f"-D{key}={value}" for key, value in (numbers | extra).items()]
-    flags = ["-std=c++17", "-O1", "-w", "-ffp-contract=off", "-U_FORTIFY_SOURCE", "-shared", "-fPIC"]
-    subprocess.run([str(COMPILER), *flags, *defines, str(file), "-o", str(library)], check=True)
-    return ctypes.CDLL(str(library))
+    extra = {"WARPS": warps, "GRID": grid, "HOST_THREADS": numbers["THREADS"]}
+    text = portable(sample.SOURCE) + launches(draw="Params sample(*p)")
+    headers = ["host_grid.h", "host_cluster.h"]
+    return compiled(folder, "sample", headers, text, numbers | extra, "-ffp-contract=off")
 
 
 def drawn(
@@ -60,7 +45,7 @@ def drawn(
     by_row = [inputs.temperature, inputs.min_p, inputs.top_p, inputs.top_k, inputs.seed]
     numbers = (inputs.seed.stride(0), 0 if largest is None else largest.shape[1], len(inputs.temperature))
     params = addresses([logits, rows, positions, *by_row, out, largest]) + struct.pack("<iii", *numbers)
-    library.launch(ctypes.create_string_buffer(params, len(params)), seed)
+    assert library.draw(ctypes.create_string_buffer(params, len(params)), seed)
     return out.tolist()
 
 
@@ -86,7 +71,7 @@ def test_against_the_plain_sampler(tmp_path: Path, vocab: int, cluster: int, thr
     n = len(logits)
     each = sample.Way(cluster, threads, bool(keep)).each(vocab)
     numbers = {"VOCAB": vocab, "CLUSTER": cluster, "THREADS": threads, "EACH": each, "KEEP": keep}
-    library = compiled(tmp_path, n, numbers)
+    library = built(tmp_path, n, numbers)
     for name, changes in FILTERS.items():
         inputs = make_inputs(n, vocab, **({"temperature": 0.8} | changes))
         inputs.seed[:] = torch.randint(-(2**31), 2**31, (n, 2), generator=g)

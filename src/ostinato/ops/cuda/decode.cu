@@ -154,9 +154,9 @@ __device__ __forceinline__ u32 count_round(u32 *p, u32 most) {
 __device__ __forceinline__ void unpack(u32 v, u32 &first, u32 &second) {
     asm("{\n.reg .b16 a, b;\nmov.b32 {a, b}, %2;\ncvt.rn.f16x2.e4m3x2 %0, a;\ncvt.rn.f16x2.e4m3x2 %1, b;\n}" : "=r"(first), "=r"(second) : "r"(v));
 }
-__device__ __forceinline__ u32 pack_f16(float a, float b) {
+__device__ __forceinline__ u32 pack_f16(float high, float low) {
     u32 r;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(b), "f"(a));
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
     return r;
 }
 __device__ __forceinline__ void mma_f16(float *c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
@@ -390,8 +390,8 @@ __device__ __forceinline__ float stage(const Params &p, const Context &context, 
     inverse = __uint_as_float((exponent - 14u) << 23);
 #pragma unroll
     for (int u = 0; u < PER; ++u) {
-        w[u].x = pack_f16(lo(w[u].x) * power, hi(w[u].x) * power);
-        w[u].y = pack_f16(lo(w[u].y) * power, hi(w[u].y) * power);
+        w[u].x = pack_f16(hi(w[u].x) * power, lo(w[u].x) * power);
+        w[u].y = pack_f16(hi(w[u].y) * power, lo(w[u].y) * power);
     }
 #endif
     // Of a lane's part of a slice even pairs first, then odd ones: they are in other columns of the product.
