@@ -31,10 +31,10 @@ def portable(path: Path) -> str:
 def launches(**kernels: str) -> str:
     """C functions that run a kernel's whole grid, threads in an order that follows from a seed; they return whether all ended.
 
-    By name, what a parameter is and what a thread does: "Params kernel(*p)".
+    By name, behind `run_`, what a parameter is and what a thread does: "Params kernel(*p)".
     """
     return "".join(
-        f'extern "C" int {name}(const {call.partition(" ")[0]} *p, unsigned seed)'
+        f'extern "C" int run_{name}(const {call.partition(" ")[0]} *p, unsigned seed)'
         f" {{ return run_grid(seed, [&] {{ {call.partition(' ')[2]}; }}); }}\n"
         for name, call in kernels.items()
     )

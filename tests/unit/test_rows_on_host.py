@@ -55,7 +55,7 @@ def test_against_the_reference(tmp_path: Path, changes: dict[str, Any], lengths:
         World(model, lengths, seed, dtype, ReferenceOps(), "cpu") for dtype in (torch.bfloat16, torch.float32)
     )
     numbers = rows.macros(model, BLOCK, ours.view.block_table.shape[1], grid) | tuning
-    text = portable(rows.SOURCE) + launches(step="Params decode_rows(*p)")
+    text = portable(rows.SOURCE) + launches(rows="Params decode_rows(*p)")
     library = compiled(tmp_path, "rows", ["host_grid.h"], text, numbers)
     kept = rows.workspace(numbers, CPU)
     wide(model).forward(planned(theirs), theirs.cache, theirs.scratch, theirs.ops)
@@ -68,7 +68,7 @@ def test_against_the_reference(tmp_path: Path, changes: dict[str, Any], lengths:
             )
         )
         params = rows.pack(pointers, model, len(lengths), grid)
-        assert library.step(ctypes.create_string_buffer(params, len(params)), seed + attempt)
+        assert library.run_rows(ctypes.create_string_buffer(params, len(params)), seed + attempt)
         assert (kept["steps"] == attempt + 1).all()
         assert (kept["words"][(attempt + 1) % 2] == -1).all(), "the next step's words are empty"
         results.append(ours.scratch.logits.clone())

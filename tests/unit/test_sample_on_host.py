@@ -45,7 +45,7 @@ def drawn(
     by_row = [inputs.temperature, inputs.min_p, inputs.top_p, inputs.top_k, inputs.seed]
     numbers = (inputs.seed.stride(0), 0 if largest is None else largest.shape[1], len(inputs.temperature))
     params = addresses([logits, rows, positions, *by_row, out, largest]) + struct.pack("<iii", *numbers)
-    assert library.draw(ctypes.create_string_buffer(params, len(params)), seed)
+    assert library.run_draw(ctypes.create_string_buffer(params, len(params)), seed)
     return out.tolist()
 
 
