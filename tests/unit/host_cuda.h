@@ -60,7 +60,6 @@ static void matrices(u32 (&r)[4], const u16 *p, bool over) {
         auto at = [&](int row) { return (const u16 *)((size_t)of(m * 8 + row, 0) | (size_t)of(m * 8 + row, 1) << 32); };
         own[m] = over ? at(2 * t)[g] | (u32)at(2 * t + 1)[g] << 16 : at(g)[2 * t] | (u32)at(g)[2 * t + 1] << 16;
     }
-    leave_post();
     std::memcpy(r, own, 16);
 }
 static void matrices(u32 (&r)[4], const u16 *p) { matrices(r, p, false); }

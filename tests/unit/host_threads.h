@@ -36,7 +36,7 @@ struct Dim { u32 x; };
 
 // Fibers that could run stand in a queue, the others in the lists of what they wait for.
 static int current, running;
-static u32 chance = 1;
+static u32 chance = 1, calm;
 struct Fiber { jmp_buf at; ucontext_t first; bool begun, done; };
 static std::vector<Fiber> fibers(FIBERS);
 static std::vector<int> ready;
@@ -57,9 +57,11 @@ static void failed(const char *why) {
 }
 static void __trap() { failed("a trap"); }
 static void wake(int fiber) { ready.push_back(fiber); }
+static size_t any_ready() { return chosen() * (u64)ready.size() >> 24; }
+// Mostly the one that was woken last, so that a warp goes on for a while; now and then any.
 static int next_fiber() {
     for (int tries = 0;; ++tries) {
-        const size_t i = chosen() % ready.size();
+        const size_t i = tries || chosen() % calm == 0 ? any_ready() : ready.size() - 1;
         const int fiber = ready[i];
         if (fiber >= resting_from && fiber < resting_to && tries < 64) continue;
         ready[i] = ready.back();
@@ -89,21 +91,24 @@ static void suspend() {
 }
 static void yield() {
     wake(current);
+    std::swap(ready.back(), ready[any_ready()]);
     suspend();
 }
 // Whether all went well.
 template <typename Body> static bool run_fibers(const Body &body) {
     static Body const *now;
-    static std::vector<char> stacks((size_t)FIBERS * STACK);
+    constexpr size_t APART = STACK + 7 * 64;   // no power of two: of all stacks the same lines are in use
+    static std::vector<char> stacks(FIBERS * APART);
     now = &body;
     running = FIBERS;
+    calm = 4 << chosen() % 5;
     ready.clear();
     switches = rest_ends = last_progress = 0;
     for (int f = 0; f < FIBERS; ++f) {
         Fiber &fiber = fibers[f];
         fiber.begun = fiber.done = false;
         getcontext(&fiber.first);
-        fiber.first.uc_stack.ss_sp = stacks.data() + (size_t)f * STACK;
+        fiber.first.uc_stack.ss_sp = stacks.data() + f * APART;
         fiber.first.uc_stack.ss_size = STACK;
         fiber.first.uc_link = &home;
         void (*entry)() = [] { (*now)(); fibers[current].done = true; --running; progress(); suspend(); };
@@ -130,23 +135,24 @@ struct Meeting {
     }
 };
 static Meeting warp_meeting[FIBERS / 32];
-static u32 posted[FIBERS / 32][32][12];
+// What lanes tell each other, in two places in turn: who is at the next operation has read what was told at this one.
+static u32 posted[FIBERS / 32][2][32][2];
+static bool side[FIBERS];
 
 static int lane() { return current % 32; }
-static void post(int n, const void *words) {
-    std::memcpy(posted[current / 32][lane()], words, 4 * n);
-    warp_meeting[current / 32].wait(32);
-}
-static u32 of(int lane, int n) { return posted[current / 32][lane][n]; }
-static void leave_post() { warp_meeting[current / 32].wait(32); }
-
 static void __syncwarp() { warp_meeting[current / 32].wait(32); }
+static void post(int n, const void *words) {
+    side[current] = !side[current];
+    std::memcpy(posted[current / 32][side[current]][lane()], words, 4 * n);
+    __syncwarp();
+}
+static u32 of(int lane, int n) { return posted[current / 32][side[current]][lane][n]; }
+
 template <typename T> static T take(T v, int from) {
     constexpr int N = sizeof(T) / 4;
     u32 words[N];
     post(N, &v);
     for (int i = 0; i < N; ++i) words[i] = of(from & 31, i);
-    leave_post();
     std::memcpy(&v, words, sizeof(T));
     return v;
 }
@@ -157,7 +163,6 @@ template <typename Join> static u32 joined_by(u32 v, const Join &join) {
     post(1, &v);
     u32 all = of(0, 0);
     for (int i = 1; i < 32; ++i) all = join(all, of(i, 0));
-    leave_post();
     return all;
 }
 static u32 __reduce_max_sync(u32, u32 v) { return joined_by(v, [](u32 a, u32 b) { return max(a, b); }); }
@@ -203,25 +208,31 @@ extern "C" void write_at_the_wait(void *at, const void *before, const void *afte
 extern "C" void forget() { written.clear(); }
 
 // m16n8k16: a0 a1 are rows g, g + 8 of inner indices 2t, 2t + 1; a2 a3 and b1 of those 8 further on.
+static float factors[FIBERS / 32][2][24][16];   // of a warp: rows of the larger operand, then columns of the smaller one
 template <typename Number> static void product(float *c, const u32 (&own)[6], const Number &number) {
-    float numbers[12];
-    for (int i = 0; i < 6; ++i) { numbers[2 * i] = number(own[i] & 0xffff); numbers[2 * i + 1] = number(own[i] >> 16); }
-    post(12, numbers);
-    const auto value = [&](int lane, int n) { return (double)__uint_as_float(of(lane, n)); };
-    for (int i = 0; i < 4; ++i) {
-        const int row = lane() / 4 + i / 2 * 8, column = lane() % 4 * 2 + i % 2;
-        double sum = c[i];
-        for (int k = 0; k < 16; ++k)
-            sum += value(row % 8 * 4 + k % 8 / 2, (row / 8 + k / 8 * 2) * 2 + k % 2) * value(column * 4 + k % 8 / 2, (4 + k / 8) * 2 + k % 2);
-        c[i] = (float)sum;
+    side[current] = !side[current];
+    float (&f)[24][16] = factors[current / 32][side[current]];
+    const int g = lane() / 4, t = lane() % 4;
+    for (int i = 0; i < 6; ++i) {
+        float *to = &f[i < 4 ? g + i % 2 * 8 : 16 + g][(i < 4 ? i / 2 : i - 4) * 8 + 2 * t];
+        to[0] = number(own[i] & 0xffff);
+        to[1] = number(own[i] >> 16);
     }
-    leave_post();
+    __syncwarp();
+    const float *up = f[g], *low = f[g + 8], *left = f[16 + 2 * t], *right = left + 16;
+    double sum[4] = {c[0], c[1], c[2], c[3]};
+    for (int k = 0; k < 16; ++k) {
+        sum[0] += up[k] * left[k];   // exact
+        sum[1] += up[k] * right[k];
+        sum[2] += low[k] * left[k];
+        sum[3] += low[k] * right[k];
+    }
+    for (int i = 0; i < 4; ++i) c[i] = (float)sum[i];
 }
 static void mma(float *c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) { product(c, {a0, a1, a2, a3, b0, b1}, from_bf16); }
 static u32 transpose(u32 a) {
     post(1, &a);
     const int g = lane() / 4, t = lane() % 4;
     u32 low = of(2 * t * 4 + g / 2, 0), high = of((2 * t + 1) * 4 + g / 2, 0);
-    leave_post();
     return (low >> g % 2 * 16 & 0xffff) | (high >> g % 2 * 16 & 0xffff) << 16;
 }

@@ -47,6 +47,6 @@ def compiled(
     file, library = folder / f"{name}.cpp", folder / f"{name}.so"
     file.write_text("".join(f'#include "{FOLDER / header}"\n' for header in headers) + text)
     defines = [f"-D{key}={int(value)}" for key, value in numbers.items()]
-    command = [str(COMPILER), "-std=c++17", "-O1", "-w", "-U_FORTIFY_SOURCE", "-shared", "-fPIC", *flags, *defines]
-    subprocess.run([*command, str(file), "-o", str(library)], check=True)
+    options = ["-std=c++17", "-O2", "-w", "-U_FORTIFY_SOURCE", "-shared", "-fPIC", *flags, *defines]
+    subprocess.run([str(COMPILER), *options, str(file), "-o", str(library)], check=True)
     return ctypes.CDLL(str(library))

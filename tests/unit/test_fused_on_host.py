@@ -46,10 +46,17 @@ class Case:
 
 
 def shape(
-    like: str, hidden: int, inner: int, heads: int, kv_heads: int, vocab: int = 160, layers: int = 2, **more: Any
-) -> dict[str, Any]:  # fmt: skip
-    sizes = {"hidden_size": hidden, "intermediate_size": inner, "num_attention_heads": heads, "num_key_value_heads": kv_heads}
-    return {**SHAPES[like], "head_dim": 64, "num_hidden_layers": layers, "vocab_size": vocab, **sizes, **more}
+    like: str, hidden: int, inner: int, heads: int, kv_heads: int, vocab: int = 160, **more: Any
+) -> dict[str, Any]:
+    sizes = {"hidden_size": hidden, "intermediate_size": inner, "vocab_size": vocab, "num_hidden_layers": 2}
+    return {
+        **SHAPES[like],
+        **sizes,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": 64,
+        **more,
+    }
 
 
 SHORT = {"CHUNK": 32, "LONGEST": 64}
@@ -59,7 +66,7 @@ TINY = (1, 2, 33, 64, 90, 128, 0, 129, 200, 256, 257, 700, 1100)
 
 CASES = {
     # Halves of the token begin within a head; three tiles of gate and up between two meetings.
-    "smollm": Case(shape("smollm2-135m", 288, 192, 9, 3), 8, TINY, SHORT),
+    "smollm": Case(shape("smollm2-135m", 96, 96, 9, 3), 4, TINY, SHORT),
     # Blocks without a tile, which cannot count the step; a block for each split.
     "llama": Case(shape("llama-3.2-1b", 192, 128, 4, 2, vocab=544), 17, TINY, SHORT | {"ASK": 0}),
     "window": Case(
@@ -67,20 +74,20 @@ CASES = {
         5, (99, 100, 101, 150, 1000), SHORT,
     ),
     # Norms of heads; more weights of an op than a warp holds.
-    "qwen3": Case(shape("qwen3-0.6b", 256, 1056, 2, 1, head_dim=128, vocab=176), 9, (1, 33, 100, 128, 600), {"ASK": 0}),
+    "qwen3": Case(shape("qwen3-0.6b", 128, 1056, 2, 1, head_dim=128, vocab=176), 9, (1, 33, 100, 128, 600), {"ASK": 0}),
     # Biases; two heads in a warp's part of a chunk; splits as the library has them.
     "qwen2": Case(
-        shape("llama-3.2-1b", 512, 192, 16, 4, architectures=["Qwen2ForCausalLM"], rope_scaling=None, use_sliding_window=False),
-        7, (256, 257, 600), {"MOST_SLICES": 32},
+        shape("llama-3.2-1b", 128, 192, 16, 4, architectures=["Qwen2ForCausalLM"], rope_scaling=None, use_sliding_window=False),
+        8, (256, 257, 600), {"MOST_SLICES": 32},
     ),
     # Many small chunks, batches that are not all full.
     "chunks": Case(
-        shape("llama-3.2-1b", 352, 1056, 4, 4, attention_bias=True), 9, (1, 40, 200, 300), SHORT | {"MOST_SLICES": 3}
+        shape("llama-3.2-1b", 576, 576, 2, 2, attention_bias=True), 5, (1, 40, 200), SHORT | {"MOST_SLICES": 2}
     ),
-    "fp8": Case(shape("llama-3.2-1b", 320, 640, 10, 2, attention_bias=True), 7, (1, 70, 0, 200, 300), SHORT, fp8=True),
+    "fp8": Case(shape("llama-3.2-1b", 128, 640, 10, 2, attention_bias=True), 7, (1, 70, 0, 200, 300), SHORT, fp8=True),
     # Halves begin within a head here too.
     "fp8-128": Case(
-        shape("qwen3-0.6b", 192, 192, 9, 3, head_dim=128, layers=1), 7, (1, 100, 500),
+        shape("qwen3-0.6b", 192, 192, 9, 3, head_dim=128), 7, (1, 100, 500),
         {"ASK": 0, "CHUNK": 64, "LONGEST": 64, "MOST_SLICES": 16}, fp8=True,
     ),
 }  # fmt: skip
@@ -147,14 +154,18 @@ def squares(actual: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) ->
 class Host:
     """`FusedDecode` itself, whose kernels run on the CPU."""
 
-    def __init__(self, case: Case, folder: Path, patch: pytest.MonkeyPatch, seed: int) -> None:
-        self.case, self.folder, self.seed = case, folder, seed
+    def __init__(
+        self, case: Case, model: Decoder, folder: Path, patch: pytest.MonkeyPatch, seed: int
+    ) -> None:
+        self.case, self.model, self.folder, self.seed = case, model, folder, seed
         self.library: ctypes.CDLL | None = None
         self.written: list[tuple[torch.Tensor, ...]] = []
         one = SimpleNamespace(multi_processor_count=case.grid)
         patch.setattr(torch.cuda, "get_device_properties", lambda _: one)
         patch.setattr(fused, "build", self.build)
         self.decode = FusedDecode(CPU)
+        self.decode.load(model, BLOCK, TABLE)
+        self.cells = self.decode.workspaces()
 
     def build(self, source: Path, name: str, numbers: dict[str, int], **_: Any) -> SimpleNamespace:
         if self.library is None:
@@ -176,61 +187,73 @@ class Host:
 
         return SimpleNamespace(handle=len(name), launch=launch)
 
-    def step(self, model: Decoder, world: World, *, greedy: bool) -> torch.Tensor:
+    def step(self, world: World, *, greedy: bool) -> torch.Tensor:
         """One step. What a kernel in front writes is something else until it is waited for."""
-        view, steps, length = world.view, self.decode.workspaces()["steps"], int(world.view.seq_lens[0])
+        view, steps, length = world.view, self.cells["steps"], int(world.view.seq_lens[0])
         before = (
             (view.ids, 1), (view.positions, length // 2), (view.seq_lens, length // 2 + 1), (view.rows, 0), (view.slots, 0),
             (view.block_table, 0), (world.cache.data, torch.nan), (steps, int(steps) - 1),
         )  # fmt: skip
         self.written = [(now, torch.full_like(now, old), now.clone()) for now, old in before]
-        return self.decode.run(model, view, world.caches(), world.scratch, greedy=greedy)
+        return self.decode.run(self.model, view, world.caches(), world.scratch, greedy=greedy)
+
+
+@pytest.fixture
+def seed() -> int:
+    return random.SystemRandom().randrange(2**31)
 
 
 @pytest.mark.parametrize("name", list(CASES))
-def test_against_the_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    case, seed = CASES[name], random.SystemRandom().randrange(2**31)
-    print("seed", seed)
+def test_against_the_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int, name: str) -> None:
+    case = CASES[name]
     model = model_of(case, seed)
-    exact, host = wide(model), Host(case, tmp_path, monkeypatch, seed)
-    host.decode.load(model, BLOCK, TABLE)
-    cells = host.decode.workspaces()
-    period = 0xFFFFFFFF // (2 * len(model.layers))
-    steps = int(cells["steps"])
+    exact, host = wide(model), Host(case, model, tmp_path, monkeypatch, seed)
+    cells = host.cells
     errors, usual = [], []
-    for length in case.lengths:
-        expected = plain(exact, world_of(model, length, seed, torch.float32))
-        if length == case.lengths[2]:  # from here on they begin again from zero
-            steps = period - 1
-            cells["steps"].fill_(steps)
-        found = []
-        for attempt in range(2):
-            world = world_of(model, length, seed, torch.bfloat16)
-            others = [part.clone() for layer in world.caches() for part in layer]
+    for number, length in enumerate(case.lengths):
+        if number == 2:  # behind the next step tags begin again
+            cells["steps"].fill_(0xFFFFFFFF // (2 * len(model.layers)) - 1)
+        found, steps = [], int(cells["steps"])
+        for greedy in (False, True):  # in two orders of threads
+            world, before = (world_of(model, length, seed, torch.bfloat16) for _ in range(2))
             world.arena.data.fill_(0xFF)
-            best = host.step(model, world, greedy=False)
-            steps += 1
-            assert int(cells["steps"]) == steps
-            assert not cells["semaphores"].any()
-            found.append(outcome(world))
-            slot = int(world.view.slots[0])
-            for part, old in zip((p for layer in world.caches() for p in layer), others, strict=True):
-                if slot >= 0:
-                    old.flatten(0, 1)[slot] = part.flatten(0, 1)[slot]
-                torch.testing.assert_close(part, old, rtol=0, atol=0, equal_nan=True)
-            assert float(best.max()) == float(found[0][0].max()), attempt
-        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True)), length
-        world = world_of(model, length, seed, torch.bfloat16)
-        world.arena.data.fill_(0xFF)
-        host.step(model, world, greedy=True)
-        steps += 1
-        assert int(world.scratch.tokens[0]) == int(found[0][0].argmax())
-        assert world.scratch.logits.isnan().all(), "nobody asked for them"
-        plainly = plain(model, world_of(model, length, seed, torch.bfloat16))
-        errors.append(squares(found[0], expected))
-        usual.append(squares(plainly, expected))
+            best = host.step(world, greedy=greedy)
+            found.append([best.clone(), *outcome(world)])
+            if greedy:
+                assert int(world.scratch.tokens[0]) == int(found[0][1].argmax())
+                assert found[1].pop(1).isnan().all(), "logits that nobody asked for"
+            others = torch.ones(world.cache.data.shape[2] * BLOCK, dtype=torch.bool)
+            if length:
+                others[int(world.view.slots[0])] = False
+            for now, old in zip(world.caches(), before.caches(), strict=True):
+                for a, b in zip(now, old, strict=True):
+                    assert torch.equal(*(x.flatten(0, 1)[others].view(torch.int16) for x in (a, b)))
+        assert int(cells["steps"]) == steps + 2
+        assert not cells["semaphores"].any()
+        best, logits, *tokens = found[0]
+        assert float(best.max()) == float(logits.max())
+        assert all(torch.equal(a, b) for a, b in zip((best, *tokens), found[1], strict=True)), length
+        expected = plain(exact, world_of(model, length, seed, torch.float32))
+        errors.append(squares([logits, *tokens], expected))
+        usual.append(squares(plain(model, world_of(model, length, seed, torch.bfloat16)), expected))
         print(length, [f"{r:.2f}" for r in (errors[-1] / usual[-1]).sqrt().tolist()])
-        assert (errors[-1] <= 4 * usual[-1]).all(), (length, errors[-1].sqrt(), usual[-1].sqrt())
-    every = torch.cat(errors).mean() / torch.cat(usual).mean()
-    print(f"all {every.sqrt():.2f}")
-    assert every <= 1.3**2
+        assert (errors[-1] <= 2**2 * usual[-1]).all(), (length, errors[-1].sqrt(), usual[-1].sqrt())
+    assert torch.cat(errors).mean() <= 1.3**2 * torch.cat(usual).mean()
+
+
+@pytest.mark.parametrize("ask", [0, 1150])
+def test_the_order_of_threads_does_not_matter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int, ask: int
+) -> None:
+    """Steps of few splits and of many in turn, with and without a guess when words should be there."""
+    case = Case(shape("llama-3.2-1b", 96, 64, 3, 1), 5, (), SHORT | {"ASK": ask})
+    model = model_of(case, seed)
+    host = Host(case, model, tmp_path, monkeypatch, seed)
+    worlds = [world_of(model, n, seed, torch.bfloat16) for n in (100, 300)]
+    first = []
+    for order in range(24):
+        for i, world in enumerate(worlds):
+            world.arena.data.fill_(0xFF)
+            host.step(world, greedy=False)
+            first += [outcome(world)] if order == 0 else []
+            assert all(torch.equal(a, b) for a, b in zip(outcome(world), first[i], strict=True)), (order, i)
