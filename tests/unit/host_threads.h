@@ -34,7 +34,7 @@ static uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
 static uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
 struct Dim { u32 x; };
 
-// Fibers that could run stand in a queue, the others in the lists of what they wait for.
+// Fibers that can go on are in `ready`, the others in the lists of what they wait for.
 static int current, running;
 static u32 chance = 1, calm;
 struct Fiber { jmp_buf at; ucontext_t first; bool begun, done; };
