@@ -61,7 +61,7 @@ def shape(
 
 SHORT = {"CHUNK": 32, "LONGEST": 64}
 """Splits of 32 tokens, up to 64 before there are more than four"""
-TINY = (1, 2, 33, 64, 90, 128, 0, 129, 200, 256, 257, 700, 1100)
+TINY = (1, 33, 90, 128, 0, 200, 256, 257, 700, 1100)
 """For them: one split, one of the new token alone, two to four, more that the last one merges, longer than LONGEST; not live"""
 
 CASES = {
@@ -76,6 +76,8 @@ CASES = {
     ),
     # Norms of heads; more weights of an op than a warp holds.
     "qwen3": Case(shape("qwen3-0.6b", 128, 1056, 2, 1, head_dim=128, vocab=176), 9, (1, 33, 100, 128, 600), {"ASK": 0}),
+    # Where a warp lacks a slice of a chunk, shares of splits have stood.
+    "lacking": Case(shape("llama-3.2-1b", 96, 96, 18, 2), 4, (60, 100), SHORT | {"MOST_SLICES": 9}),
     # Biases; two heads in a warp's part of a chunk; splits as the library has them.
     "qwen2": Case(
         shape("llama-3.2-1b", 128, 192, 16, 4, architectures=["Qwen2ForCausalLM"], rope_scaling=None, use_sliding_window=False),
@@ -166,6 +168,8 @@ class Host:
         one = SimpleNamespace(multi_processor_count=case.grid)
         patch.setattr(torch.cuda, "get_device_properties", lambda _: one)
         patch.setattr(fused, "build", self.build)
+        stream, own = fused.tuning, {k: v for k, v in case.tuning.items() if k in fused.TUNING[case.fp8]}
+        patch.setattr(fused, "tuning", lambda *sizes, fp8: stream(*sizes, fp8=fp8) | own)
         self.decode = FusedDecode(CPU)
         self.decode.load(model, BLOCK, TABLE)
         self.cells = self.decode.workspaces()
@@ -244,12 +248,11 @@ def test_against_the_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     assert (ours <= 1.3**2 * theirs).all(), (ours / theirs).sqrt()
 
 
-@pytest.mark.parametrize("ask", [0, 1150])
 def test_the_order_of_threads_does_not_matter(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int, ask: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
-    """Steps of few splits and of many in turn, with and without a guess when words should be there."""
-    case = Case(shape("llama-3.2-1b", 96, 64, 3, 1), 5, (), SHORT | {"ASK": ask})
+    """Steps of few splits and of many in turn. Sometimes words are there when a warp asks for all, sometimes not."""
+    case = Case(shape("llama-3.2-1b", 96, 64, 3, 1), 5, (), SHORT)
     model = model_of(case, seed)
     host = Host(case, model, tmp_path, monkeypatch, seed)
     worlds = [world_of(model, n, seed, torch.bfloat16) for n in (100, 300)]

@@ -398,7 +398,8 @@ __device__ __forceinline__ float stage(const Params &p, const Context &context, 
     const u32 to = shared_at(memory) + X_AT + warp * X_WARP + lane / QUADS * (SW * 2) + lane % QUADS / (QUADS / 4) * (SW / 2) + lane % (QUADS / 4) * 4;
 #pragma unroll
     for (int u = 0; u < PER; ++u) {
-        if (!there(u)) continue;
+        // Zeros where shares stood, which need not be numbers. Elsewhere what a warp lacks stays what it was.
+        if (FROM == ATTENTION ? COUNT % 32 && lane + 32 * u >= COUNT : !there(u)) continue;
         sts(to + u * (32 / QUADS * SW * 2), w[u].x);
         sts(to + u * (32 / QUADS * SW * 2) + SW / 4, w[u].y);
     }
@@ -440,6 +441,7 @@ __device__ __forceinline__ void consume(Ring &ring, Share &share, Turn &use, con
     constexpr int MEET = O::MEET;
     constexpr bool ALL = MEET > TOGETHER || TURNS * MEET <= HELD;   // the tiles between two meetings wait; more than TOGETHER only where they can
     constexpr int TILES_HELD = ALL ? MEET : 1;
+    static_assert(!ALL || BATCHES == 1, "tiles that wait do so whole");
     const int tid = thread(), warp = tid >> 5, lane = tid & 31, g = lane >> 2, t = lane & 3, row = tid & 15;
     int tile = share.first();
     share.pass(O::TILES);
