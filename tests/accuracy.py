@@ -1,0 +1,61 @@
+"""How exact a fast kernel has to be: about as exact as the plain one, from the same inputs.
+
+A fixed tolerance is several times the rounding of a step, and so are many mistakes: one token of 600 that attention leaves out
+changes its result by 4 %, a neighbour's share of a split by 2 %. What plain ops in the same precision are off is the rounding itself.
+"""
+
+from __future__ import annotations
+
+import torch
+
+FACTOR = 1.3
+TINY = 2.0**-12
+"""Of a row's size: what may be lost where the plain ops happen to be exact, a sixteenth of a bfloat16's rounding"""
+
+
+def error(actual: torch.Tensor, exact: torch.Tensor) -> float:
+    """Relative, in float64."""
+    return float((actual.double() - exact.double()).norm() / exact.double().norm())
+
+
+def errors(actual: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
+    """[rows] relative errors of rows, in float64; NaN where a number is."""
+    difference = (actual.double() - exact.double()).flatten(1)
+    return difference.norm(dim=1) / exact.double().flatten(1).norm(dim=1).clamp(min=1e-30)
+
+
+def no_worse(
+    actual: torch.Tensor,
+    plain: torch.Tensor,
+    exact: torch.Tensor,
+    factor: float = FACTOR,
+    what: object = "",
+    tiny: float = TINY,
+) -> None:
+    """Each row's error is at most `factor` times that of `plain`, and no single number is far off.
+
+    Args:
+        actual: [rows, ...] of the kernel under test.
+        plain: the same of the plain ops, in the same precision and from the same inputs.
+        exact: the same in float32 or float64.
+        factor: of errors; a few numbers may differ by chance as their number suggests.
+        what: for the message.
+        tiny: of a row's size, always allowed.
+    """
+    assert actual.shape == plain.shape == exact.shape
+    assert not actual.isnan().any(), f"{what}: {int(actual.isnan().sum())} NaN"
+    ours, theirs = errors(actual, exact), errors(plain, exact)
+    count = exact[0].numel()
+    # The norms of two errors of n random numbers are 1 / sqrt(n) apart.
+    allowed = (factor + 4 / count**0.5) * theirs + tiny
+    worst = int((ours / allowed).argmax())
+    assert (ours <= allowed).all(), f"{what}: row {worst} is {ours[worst]:.3%} off, plain {theirs[worst]:.3%}"
+    size = exact.double().flatten(1).square().mean(1).sqrt().unsqueeze(1)
+
+    def farthest(t: torch.Tensor) -> torch.Tensor:
+        return ((t.double() - exact.double()).flatten(1).abs() / size.clamp(min=1e-30)).amax(1)
+
+    most, by_plain = farthest(actual), farthest(plain)
+    bound = 2 * by_plain.clamp(min=float(by_plain.median())) + 16 * tiny
+    worst = int((most / bound).argmax())
+    assert (most <= bound).all(), f"{what}: a number of row {worst} is {most[worst]:.3} off, plain {by_plain[worst]:.3}"
