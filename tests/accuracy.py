@@ -10,7 +10,7 @@ import torch
 
 FACTOR = 1.3
 TINY = 2.0**-12
-"""Of a row's size: what may be lost where the plain ops happen to be exact, a sixteenth of a bfloat16's rounding"""
+"""Of a row's size: what may be lost where the plain ops happen to be exact; an eighth of what rounding to bfloat16 loses at most"""
 
 
 def error(actual: torch.Tensor, exact: torch.Tensor) -> float:
@@ -29,33 +29,50 @@ def no_worse(
     plain: torch.Tensor,
     exact: torch.Tensor,
     factor: float = FACTOR,
+    *,
     what: object = "",
     tiny: float = TINY,
 ) -> None:
-    """Each row's error is at most `factor` times that of `plain`, and no single number is far off.
+    """Each row's error is about that of `plain`, and no single number is much farther off than any of `plain`.
 
     Args:
         actual: [rows, ...] of the kernel under test.
         plain: the same of the plain ops, in the same precision and from the same inputs.
         exact: the same in float32 or float64.
-        factor: of errors; a few numbers may differ by chance as their number suggests.
+        factor: of errors; more where a row has so few numbers that they differ by chance.
         what: for the message.
         tiny: of a row's size, always allowed.
     """
     assert actual.shape == plain.shape == exact.shape
     assert not actual.isnan().any(), f"{what}: {int(actual.isnan().sum())} NaN"
     ours, theirs = errors(actual, exact), errors(plain, exact)
-    count = exact[0].numel()
-    # The norms of two errors of n random numbers are 1 / sqrt(n) apart.
-    allowed = (factor + 4 / count**0.5) * theirs + tiny
+    # The norms of n random numbers each are 1 / sqrt(n) apart.
+    allowed = (factor + 4 / exact[0].numel() ** 0.5) * theirs + tiny
     worst = int((ours / allowed).argmax())
     assert (ours <= allowed).all(), f"{what}: row {worst} is {ours[worst]:.3%} off, plain {theirs[worst]:.3%}"
-    size = exact.double().flatten(1).square().mean(1).sqrt().unsqueeze(1)
+    size = exact.double().flatten(1).square().mean(1).sqrt().unsqueeze(1).clamp(min=1e-30)
 
     def farthest(t: torch.Tensor) -> torch.Tensor:
-        return ((t.double() - exact.double()).flatten(1).abs() / size.clamp(min=1e-30)).amax(1)
+        return ((t.double() - exact.double()).flatten(1).abs() / size).amax(1)
 
     most, by_plain = farthest(actual), farthest(plain)
     bound = 2 * by_plain.clamp(min=float(by_plain.median())) + 16 * tiny
     worst = int((most / bound).argmax())
     assert (most <= bound).all(), f"{what}: a number of row {worst} is {most[worst]:.3} off, plain {by_plain[worst]:.3}"
+
+
+def loud(length: int, window: int | None, rng: torch.Generator) -> list[int]:
+    """Old tokens of a context at places where something may begin or end: both ends, the window's, multiples of 16 and of 256.
+
+    With larger values than the others have (see `loudness`) each changes the result by far more than rounding does.
+    """
+    first = max(0, length - window) if window else 0
+    tens = (torch.randint(1 + length // 16, (6,), generator=rng) * 16).tolist()
+    found = {0, 1, first - 1, first, first + 1, length - 3, length - 2}
+    found |= {at + side for at in (*tens, *range(0, min(length, 2048) + 1, 256)) for side in (-1, 0)}
+    return sorted(at for at in found if 0 <= at < length - 1)
+
+
+def loudness(length: int, window: int | None) -> float:
+    """Factor of the values of `loud` tokens: a few dozen count as much as thousands of others."""
+    return max(1.0, min(length, window or length) ** 0.5 / 4)

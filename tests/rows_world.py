@@ -14,7 +14,7 @@ from ostinato.kv_cache import KVCache
 from ostinato.models.decoder import Decoder
 from ostinato.ops import Linear, OpSet, Scratch, StepView
 from ostinato.ops.reference import ReferenceOps
-from tests.accuracy import no_worse
+from tests.accuracy import loud, loudness, no_worse
 
 BLOCK = 16
 
@@ -92,21 +92,10 @@ def telling(model: Decoder, seed: int) -> Decoder:
     return dataclasses.replace(model, layers=layers, final_norm=final_norm, head=scaled(model.head))
 
 
-def loud(length: int, window: int | None, rng: torch.Generator) -> list[int]:
-    """Tokens of a context at places where something may begin or end: both ends, those of the window, multiples of 16 and of 256."""
-    first = max(0, length - window) if window else 0
-    tens = (torch.randint(1 + length // 16, (6,), generator=rng) * 16).tolist()
-    hundreds = [*range(0, min(length, 2048) + 1, 256)]
-    found = {0, 1, first - 1, first, first + 1, length - 3, length - 2}
-    found |= {at + side for at in (*tens, *hundreds) for side in (-1, 0)}
-    return sorted(at for at in found if 0 <= at < length - 1)
-
-
 class World:
     """Sequences of given lengths (0: padding) with blocks of their own.
 
-    The cache has random numbers where it has tokens, larger values at some of them (see `loud`): to leave out one, or to take it
-    twice, changes the result by far more than rounding does. All else in it is NaN.
+    The cache has random numbers where it has tokens, larger values at some of them (`loud`). All else in it is NaN.
     """
 
     def __init__(
@@ -147,8 +136,7 @@ class World:
         known = torch.zeros(flat.shape[2], dtype=torch.bool)
         for mine, length in zip(slots, lengths, strict=True):
             known[mine[:-1]] = True
-            seen = min(length, window or length)
-            flat[:, 1, mine[loud(length, window, rng)].to(device)] *= max(1.0, seen**0.5 / 4)
+            flat[:, 1, mine[loud(length, window, rng)].to(device)] *= loudness(length, window)
         flat[:, :, ~known.to(device)] = torch.nan
         self.cache.data.copy_(values.bfloat16())
         self.ops = ops
@@ -197,16 +185,20 @@ def run_plain(model: Decoder, lengths: Sequence[int], seed: int, dtype: torch.dt
     return world
 
 
+STEP_FACTOR = 1.5
+"""Of whole steps: a few heads share most of a small model's errors, which differ by chance."""
+
+
 def check(ours: World, plain: World, exact: World, what: object = "") -> None:
     """Logits, and keys and values of the new tokens, are about as exact as the plain ops'; see `no_worse`."""
     live = ours.view.seq_lens > 0
     if not live.any():
         return
-    no_worse(*(w.scratch.logits[live] for w in (ours, plain, exact)), what=(what, "logits"))
+    no_worse(*(w.scratch.logits[live] for w in (ours, plain, exact)), STEP_FACTOR, what=(what, "logits"))
     slots = ours.view.slots[live].long()
     for layer, caches in enumerate(zip(*(w.caches() for w in (ours, plain, exact)), strict=True)):
         for name, parts in zip(("keys", "values"), zip(*caches, strict=True), strict=True):
-            no_worse(*(part.flatten(0, 1)[slots] for part in parts), what=(what, name, layer))
+            no_worse(*(part.flatten(0, 1)[slots] for part in parts), STEP_FACTOR, what=(what, name, layer))
 
 
 def untouched(ours: World, before: World) -> bool:
