@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -15,11 +15,15 @@ from ostinato.models.decoder import Decoder
 from ostinato.ops import Linear, OpSet, Scratch, StepView
 from ostinato.ops.reference import ReferenceOps
 from tests.accuracy import loud, loudness, no_worse
+from tests.stack import Model
 
 BLOCK = 16
 
 
-def wide(model: Decoder) -> Decoder:
+AnyModel = TypeVar("AnyModel", Decoder, Model)
+
+
+def wide(model: AnyModel) -> AnyModel:
     """The same weights in float32."""
 
     def up(part: Any) -> Any:
@@ -130,7 +134,9 @@ class World:
             for row, length in zip(order, lengths, strict=True)
         ]
         noise = torch.Generator(device).manual_seed(seed)
-        values = torch.randn(self.cache.data.shape, generator=noise, device=device)  # [layers, 2, blocks, block, ...]
+        values = torch.randn(
+            self.cache.data.shape, generator=noise, device=device
+        )  # [layers, 2, blocks, block, ...]
         window = spec.attention.sliding_window
         flat = values.flatten(2, 3)
         known = torch.zeros(flat.shape[2], dtype=torch.bool)

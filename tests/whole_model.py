@@ -79,13 +79,24 @@ def shapes(case: Case) -> Model:
         weight = empty(out, inner, dtype=torch.float8_e4m3fn if fp8 else torch.bfloat16)
         return Linear(weight, empty(out) if bias else None, empty(out, dtype=torch.float32) if fp8 else None)
 
-    hidden, inner, norm = spec.hidden_size, spec.intermediate_size, empty(a.head_dim) if spec.qk_norm else None
+    hidden, inner, norm = (
+        spec.hidden_size,
+        spec.intermediate_size,
+        empty(a.head_dim) if spec.qk_norm else None,
+    )
     layer = LayerWeights(
         empty(hidden), linear(a.qkv_size, hidden, spec.qkv_bias), norm, norm, linear(hidden, a.q_size, spec.output_bias),
         empty(hidden), linear(2 * inner, hidden), linear(hidden, inner),
     )  # fmt: skip
     table = empty(spec.vocab_size, hidden)
-    return Model(table, (layer,), empty(hidden), linear(spec.vocab_size, hidden), empty(2, 2, 1, dtype=torch.float32), a)
+    return Model(
+        table,
+        (layer,),
+        empty(hidden),
+        linear(spec.vocab_size, hidden),
+        empty(2, 2, 1, dtype=torch.float32),
+        a,
+    )
 
 
 def length(rng: random.Random, longest: int = LONGEST) -> int:
@@ -95,11 +106,15 @@ def length(rng: random.Random, longest: int = LONGEST) -> int:
         return rng.randint(1, 20)
     if kind < 0.5:
         unit = rng.choice((16, 32, 64, 128, 256, 512, 1024))
-        return max(1, min(longest, unit * rng.randint(1, max(1, min(longest, 2304) // unit)) + rng.randint(-1, 1)))
+        return max(
+            1, min(longest, unit * rng.randint(1, max(1, min(longest, 2304) // unit)) + rng.randint(-1, 1))
+        )
     return rng.randint(1, rng.choice((256, 600, 2048, longest)))
 
 
-def one_row(case: Case, model: Decoder, exact: Decoder, kernel: fused.FusedDecode, count: int) -> Iterator[str]:
+def one_row(
+    case: Case, model: Decoder, exact: Decoder, kernel: fused.FusedDecode, count: int
+) -> Iterator[str]:
     """`count` contexts through `decode.cu`; what has been tried."""
     rng = random.Random(case.seed + 1)
     for _ in range(count):
@@ -108,7 +123,9 @@ def one_row(case: Case, model: Decoder, exact: Decoder, kernel: fused.FusedDecod
         yield f"fused {lengths}"
 
 
-def few_rows(case: Case, model: Decoder, exact: Decoder, kernel: rows.RowsDecode, count: int) -> Iterator[str]:
+def few_rows(
+    case: Case, model: Decoder, exact: Decoder, kernel: rows.RowsDecode, count: int
+) -> Iterator[str]:
     """`count` steps of two to eight rows through `rows.cu`."""
     rng = random.Random(case.seed + 2)
     for _ in range(count):
