@@ -120,6 +120,17 @@ def test_a_row_that_is_not_live_writes_no_kv(fused: FusedDecode, seed: int) -> N
     assert not live.scratch.logits.isnan().any()
 
 
+def test_logits_that_are_no_numbers_are_never_the_best(fused: FusedDecode, seed: int) -> None:
+    spec = spec_of("llama-3.2-1b", tie_word_embeddings=False)
+    model = random_decoder(spec, dtype=torch.bfloat16, device=torch.device("cuda"), positions=POSITIONS)
+    model.head.weight[: spec.vocab_size // 3] = torch.nan  # the first that every thread sees, too
+    world = world_of(model, 300, seed)
+    fused.run(model, world.view, world.caches(), world.scratch, greedy=False)
+    expected = world.scratch.logits.nan_to_num(nan=-torch.inf).argmax(1)
+    fused.run(model, world.view, world.caches(), world.scratch, greedy=True)
+    assert torch.equal(world.scratch.tokens.long(), expected)
+
+
 def test_semaphores_are_zero_behind_every_step(fused: FusedDecode, seed: int) -> None:
     """Of contexts that the last split merges, whatever number of splits they have."""
     model = random_decoder(

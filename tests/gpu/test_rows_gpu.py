@@ -98,6 +98,17 @@ def test_neighbours_change_no_bit(decode: RowsDecode, seed: int) -> None:
     assert torch.equal(world.scratch.logits[0], all_rows[0])
 
 
+def test_logits_that_are_no_numbers_are_never_the_best(decode: RowsDecode, seed: int) -> None:
+    spec = spec_from_config({**SHAPES["llama-3.2-1b"], "num_hidden_layers": 2, "tie_word_embeddings": False})
+    model = random_decoder(spec, dtype=torch.bfloat16, device=torch.device("cuda"), positions=6000)
+    model.head.weight[: spec.vocab_size // 3] = torch.nan  # the first that every thread sees, too
+    world = World(model, MIXED, seed, torch.bfloat16, ReferenceOps(), width=WIDTH)
+    decode.run(model, world.view, world.caches(), world.scratch, greedy=False)
+    expected = world.scratch.logits.nan_to_num(nan=-torch.inf).argmax(1)
+    decode.run(model, world.view, world.caches(), world.scratch, greedy=True)
+    assert torch.equal(world.scratch.tokens.long(), expected)
+
+
 def test_a_graph_replays_the_same(decode: RowsDecode, seed: int) -> None:
     spec = spec_from_config({**SHAPES["llama-3.2-1b"], "num_hidden_layers": 2})
     model = random_decoder(spec, dtype=torch.bfloat16, device=torch.device("cuda"), positions=6000)
