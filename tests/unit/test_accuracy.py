@@ -11,7 +11,13 @@ from ostinato.models.shapes import SHAPES
 from tests.accuracy import loud, no_worse
 from tests.rows_world import World, check, planned, run_plain, telling, untouched, wide
 
-CHANGES = {"num_hidden_layers": 2, "vocab_size": 512, "intermediate_size": 256, "hidden_size": 192, "head_dim": 64}
+CHANGES = {
+    "num_hidden_layers": 2,
+    "vocab_size": 512,
+    "intermediate_size": 256,
+    "hidden_size": 192,
+    "head_dim": 64,
+}
 LENGTH = 1100
 
 
