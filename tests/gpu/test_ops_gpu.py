@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 sys.path.append(str(Path(__file__).parents[1] / "unit"))
 from test_triton_ops import ABSURD, EPS, Seq, World, alone, make_world, standard
 
-from ostinato.ops import AttentionShape, Linear, NextNorm, OpSet, Scratch, StepView
+from ostinato.ops import AttentionShape, Linear, NextNorm, OpSet, Peaks, Scratch, StepView
 from ostinato.ops.reference import ReferenceOps
 from ostinato.ops.triton import TritonOps
 from ostinato.types import SamplerVariant, StepKind
@@ -103,17 +103,25 @@ def test_a_decode_row_has_the_same_bits_alone_and_in_company(
         assert torch.equal(alone(world(), row).attend(TritonOps())[0], expected[row])
 
 
+@pytest.mark.parametrize("parts", [0, 1, 132])
 @pytest.mark.parametrize("kind", [StepKind.DECODE, StepKind.MIXED])
-def test_prepare_and_advance(seed: int, kind: StepKind) -> None:
+def test_prepare_and_advance(seed: int, kind: StepKind, parts: int) -> None:
     ours, theirs = (
         standard(seed, LLAMA, kind, seqs=random_step(seed, kind), pad_seqs=95, device=d)
         for d in ("cuda", "cpu")
     )
     sampled = torch.randint(6, (ours.batch.num_seqs,), dtype=torch.int32)
+    values = torch.randint(-3, 3, (ours.batch.num_seqs, parts)).float()
+    values[torch.rand_like(values) < 0.2] = torch.nan
+    places, chosen = torch.randint(6, values.shape, dtype=torch.int32), []
     for world, ops in ((ours, TritonOps()), (theirs, ReferenceOps())):
         view = ops.prepare(world.batch, world.scratch)
-        tokens = torch.where(view.seq_lens > 0, sampled.to(view.seq_lens.device), ABSURD)
-        ops.advance(world.batch, view, tokens)
+        device = view.seq_lens.device
+        tokens = torch.where(view.seq_lens > 0, sampled.to(device), ABSURD)
+        peaks = Peaks(values.to(device), places.to(device)) if parts else None  # of which tokens are picked
+        ops.advance(world.batch, view, tokens, peaks)
+        chosen.append(tokens.cpu())
+    assert torch.equal(*chosen)
     for field in fields(StepView):
         if isinstance(expected := getattr(theirs.scratch, field.name, None), torch.Tensor):
             assert torch.equal(getattr(ours.scratch, field.name).cpu(), expected), field.name

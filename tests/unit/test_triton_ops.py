@@ -28,7 +28,7 @@ sys.path.append(str(Path(__file__).parents[2]))  # where it runs as a script
 from ostinato.inputs import FLAG_PENALTIES, Batch, BufferShapes, StepBuffers
 from ostinato.ops import AttentionShape, Linear, NextNorm, OpSet, Peaks, Scratch, StepView, squares_words
 from ostinato.ops.cuda.linear import Product
-from ostinato.ops.reference import ReferenceOps, rms_norm
+from ostinato.ops.reference import ReferenceOps, pick, rms_norm
 from ostinato.ops.triton import TritonOps, pointwise
 from ostinato.ops.triton.tune import Table, Version
 from ostinato.types import GraphKey, Route, SamplerVariant, StepKind
@@ -550,7 +550,10 @@ def test_greedy_without_logits(seed: int) -> None:
     results = []
     for which in (ops, ReferenceOps()):
         tokens = torch.full((seqs,), ABSURD, dtype=torch.int32)
-        which.best_token(x, index, norm, EPS, head, rows=rows, out=tokens, **given)
+        peaks = which.best_token(x, index, norm, EPS, head, rows=rows, out=tokens, **given)
+        assert (peaks is None) == (which is not ops)
+        if peaks is not None:
+            pick(peaks, rows, tokens)
         results.append(tokens.tolist())
     assert results[0] == results[1]
     assert results[0][1] == results[0][2] == results[0][5] == 0
@@ -558,8 +561,8 @@ def test_greedy_without_logits(seed: int) -> None:
     logits = torch.full((seqs, vocab), torch.nan)
     largest = ops.norm_head(x, index, norm, EPS, head, logits=logits, **given)
     assert largest is not None
-    assert largest.shape[0] == seqs
-    assert torch.equal(largest.amax(1), logits.nan_to_num(nan=-torch.inf, neginf=-torch.inf).amax(1))
+    assert largest.values.shape[0] == seqs
+    assert torch.equal(largest.values.amax(1), logits.nan_to_num(nan=-torch.inf, neginf=-torch.inf).amax(1))
 
 
 def test_norm_is_rounded_before_its_weight(seed: int) -> None:
@@ -600,6 +603,39 @@ def test_advance(seed: int, kind: StepKind) -> None:
     assert number == (1, 7, 0)[seed % 3]
     place = ours.buffers.state.posted[1 + (number - 1) % 2 if number else 0]
     assert place[: 1 + len(emitted)].tolist() == [number, *emitted]
+
+
+@pytest.mark.parametrize("parts", [1, 5, 132, 264])
+@pytest.mark.parametrize("kind", [StepKind.DECODE, StepKind.MIXED])
+def test_advance_picks_the_best_of_peaks(seed: int, kind: StepKind, parts: int) -> None:
+    """The first of equals, 0 for padding, NaN and -inf as less than any number; otherwise as if the token had been there."""
+    ours, theirs = both(seed, SMOLLM, kind, pad_seqs=9)
+    seqs = ours.batch.num_seqs
+    g = torch.Generator().manual_seed(seed)
+    values = torch.randint(-3, 3, (seqs, parts), generator=g).float()
+    values[torch.rand(seqs, parts, generator=g) < 0.3] = torch.nan
+    values[0] = torch.nan
+    values[1] = -torch.inf
+    places = torch.stack([torch.randperm(6 * parts, generator=g)[:parts] for _ in range(seqs)]).int() % 6
+    tokens = torch.full((seqs,), ABSURD, dtype=torch.int32)
+    ops = TritonOps()
+    view = ops.prepare(ours.batch, ours.scratch)
+    ops.advance(ours.batch, view, tokens, Peaks(values, places))
+    plain = ReferenceOps()
+    view = plain.prepare(theirs.batch, theirs.scratch)
+    picked = torch.full((seqs,), ABSURD, dtype=torch.int32)
+    pick(Peaks(values, places), theirs.batch.rows, picked)
+    plain.advance(theirs.batch, view, picked)
+    assert torch.equal(tokens, picked)
+    best = [
+        min((-v if v == v else torch.inf, t) for v, t in zip(row, at, strict=True))[1]
+        for row, at in zip(values.tolist(), places.tolist(), strict=True)
+    ]
+    assert picked.tolist() == [
+        b if r >= 0 else 0 for b, r in zip(best, ours.batch.rows.tolist(), strict=True)
+    ]
+    for name, expected in theirs.buffers.tensors().items():
+        assert torch.equal(ours.buffers.tensors()[name], expected), name
 
 
 @pytest.mark.slow
@@ -651,6 +687,7 @@ def compile_launches() -> None:
             s = world.scratch
             view = ops.prepare(world.batch, s)
             ops.advance(world.batch, view, s.tokens)
+            ops.advance(world.batch, view, s.tokens, Peaks(s.logits[:, :132], s.logits[:, :132].int()))
         hidden, inner, vocab = s.x.shape[1], s.act.shape[1], s.logits.shape[1]
         qkv, up, head, down = (
             torch.zeros(n, k, dtype=dtype)
