@@ -23,6 +23,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton")
+sys.path.append(str(Path(__file__).parents[2]))  # where it runs as a script
 
 from ostinato.inputs import FLAG_PENALTIES, Batch, BufferShapes, StepBuffers
 from ostinato.ops import AttentionShape, Linear, NextNorm, OpSet, Peaks, Scratch, StepView, squares_words
@@ -31,6 +32,7 @@ from ostinato.ops.reference import ReferenceOps, rms_norm
 from ostinato.ops.triton import TritonOps, pointwise
 from ostinato.ops.triton.tune import Table, Version
 from ostinato.types import GraphKey, Route, SamplerVariant, StepKind
+from tests.accuracy import loud, loudness
 
 # The interpreter works on CPU tensors; with a GPU the kernels are compiled and tests/gpu runs them.
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu covers this on a GPU")
@@ -182,7 +184,12 @@ def make_world(
         if seq.live:
             past = torch.arange(seq.context - seq.length)
             block = torch.tensor(own)[past // block_size]
-            cache[:, block, past % block_size] = normal(2, len(past), shape.kv_heads, shape.head_dim)
+            parts = normal(2, len(past), shape.kv_heads, shape.head_dim)
+            if len(past):
+                parts[1, loud(len(past) + 1, shape.sliding_window, rng)] *= loudness(
+                    len(past), shape.sliding_window
+                )
+            cache[:, block, past % block_size] = parts
             if seq.decode:
                 state.position[row] = seq.context - 1
                 state.last_token[row] = column + 1
@@ -208,6 +215,12 @@ def make_world(
     half = shape.head_dim // 2
     angle = torch.arange(max(q.context for q in seqs) + 1)[:, None] / 100 ** (torch.arange(half) / half)
     qkv = normal(tokens, shape.qkv_size)
+    # In every other KV head a query looks for its own token, which would else count as little as one of thousands.
+    heads = qkv.view(tokens, -1, shape.head_dim)
+    for kv in range(0, shape.kv_heads, 2):
+        heads[:, shape.heads + kv] = heads[:, kv * (shape.heads // shape.kv_heads)] * (
+            5 / shape.head_dim**0.5
+        )
     q_norm, k_norm = normal(shape.head_dim), normal(shape.head_dim)
     if target.type != "cpu":
         moved = StepBuffers(shapes, target, depth=1)

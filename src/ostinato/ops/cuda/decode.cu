@@ -310,6 +310,12 @@ __device__ __forceinline__ float stage(const Params &p, const Context &context, 
             }
         }
         __syncwarp();   // all have read what the token overwrites
+        if (O::SLICES % NW) {   // slices that a warp lacks keep what stood there, and it must be numbers: a head without lanes has no share
+#pragma unroll
+            for (int k = 0; k < LOOKS; ++k)
+                if (lane + 32 * k < UNITS * FEW) shares[lane + 32 * k] = 0.f;
+            __syncwarp();
+        }
     } else {
         Pair v[PER] = {};
         uint2 gain[NORM ? PER : 1];
