@@ -25,10 +25,10 @@ from ostinato.types import SamplerVariant
 if __name__ == "__main__":  # see test_launches_compile_for_a_gpu
     sys.path.insert(0, str(Path(__file__).parent))
     from compiled import Compiled, compile_launches
-    from test_sampling import full_case, make_inputs, make_state, run
+    from test_sampling import extreme_case, full_case, make_inputs, make_state, run
 else:
     from .compiled import Compiled, compile_launches
-    from .test_sampling import full_case, make_inputs, make_state, run
+    from .test_sampling import extreme_case, full_case, make_inputs, make_state, run
 
 GREEDY, SAMPLE, FULL = SamplerVariant.GREEDY, SamplerVariant.SAMPLE, SamplerVariant.FULL
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -163,6 +163,16 @@ def test_broken_logits() -> None:
 def test_full(vocab: int, n: int) -> None:
     logits, rows, positions, inputs, state = full_case(n, vocab, vocab)
     assert_same(logits, inputs, state, rows=rows, positions=positions, variant=FULL)
+
+
+@pytest.mark.parametrize("vocab", [41, 1100])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numbers overflow, as they do on a GPU
+def test_extremes(vocab: int) -> None:
+    seed = torch.seed() % 2**31
+    print("seed", seed)
+    logits, rows, positions, inputs, state = extreme_case(6, vocab, seed)
+    assert_same(logits, inputs, state, rows=rows, positions=positions, variant=FULL)
+    assert_same(logits, inputs, rows=rows, positions=positions, variant=SAMPLE)
 
 
 def test_padding_changes_nothing() -> None:
