@@ -59,7 +59,7 @@ def no_worse(
         return (((t.double().flatten(1) - wide).abs() - apart * wide.abs()) / size).amax(1)
 
     most, by_plain = farthest(actual), farthest(plain).clamp(min=0)
-    bound = 2 * by_plain.clamp(min=float(by_plain.median())) + 16 * tiny
+    bound = 4 * by_plain.clamp(min=float(by_plain.median())) + 16 * tiny
     worst = int((most - bound).argmax())
     assert (most <= bound).all(), (
         f"{what}: a number of row {worst} is {most[worst]:.3} off, plain {by_plain[worst]:.3}"

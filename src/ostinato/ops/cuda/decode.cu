@@ -214,6 +214,20 @@ __device__ __forceinline__ u32 now() {
     return t;
 }
 
+// Whether STEP slices side by side of what each warp keeps are of one head, wherever a half, a chunk or a warp's part begins.
+template <typename O, int STEP> constexpr bool of_one_head() {
+    for (int warp = 0; warp < NW; ++warp)
+        for (int kept = 0; kept < O::KEPT; ++kept) {
+            int head[2] = {};
+            for (int i = 0; i < 2; ++i) {
+                const int which = i ? kept : kept / STEP * STEP, at = which % O::TURNS;
+                head[i] = (which / O::TURNS * O::INNER + at / O::EACH * O::CK + (warp * O::EACH + at % O::EACH) * SW) / HD;
+            }
+            if (head[0] != head[1] && warp * O::EACH + kept % O::TURNS % O::EACH < O::SLICES) return false;
+        }
+    return O::KEPT % STEP == 0;
+}
+
 // Brings what a warp needs of an op's input to its part of shared memory, times the norm's weights where there is a norm.
 // Tag 0: the embedding. Returns this lane's sum of squares, and `inverse` of what FP8's token is multiplied by.
 template <typename O, bool NORM, int FROM>
@@ -243,6 +257,7 @@ __device__ __forceinline__ float stage(const Params &p, const Context &context, 
         constexpr int UNITS = O::KEPT / STEP;
         constexpr int LOOKS = cdiv(UNITS * FEW, 32), AT_ONCE = 2;
         static_assert(FROM != ATTENTION || UNITS * FEW * 4 <= X_WARP, "room");
+        static_assert(FROM != ATTENTION || of_one_head<O, STEP>(), "a share is a head's");
         float *const shares = (float *)(memory + X_AT + warp * X_WARP);   // [UNITS][FEW]
         float log[LOOKS];
 #pragma unroll
