@@ -24,15 +24,15 @@ from ostinato.ops import AttentionShape, Linear, OpSet, Scratch
 from ostinato.ops.cuda import chain
 from ostinato.ops.reference import ReferenceOps
 from ostinato.ops.triton import TritonOps
-from ostinato.ops.triton.tune import Table, Version, bucket, candidates, problem_of
+from ostinato.ops.triton.tune import Kind, Table, Version, bucket, candidates, problem_of
 from ostinato.types import StepKind
-from tests.accuracy import TINY, no_worse
+from tests.accuracy import TINY, errors, no_worse
 from tests.rows_world import STEP_FACTOR, telling, wide
 
 sys.path.append(str(Path(__file__).parent / "unit"))
 from test_triton_ops import Seq, World, make_world
 
-TINIES = {torch.bfloat16: TINY, torch.float16: TINY / 8, torch.float32: 2e-5}
+TINIES = {torch.bfloat16: TINY, torch.float16: TINY / 4, torch.float32: 1e-5}
 EDGES = (1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 511, 512, 513, 1000, 2048)
 """Tokens of a step, around what products are chosen for."""
 HEADS = ((9, 3), (14, 2), (15, 5), (32, 8), (5, 1), (8, 8), (7, 7), (12, 4), (28, 4), (71, 1), (3, 1), (16, 2), (1, 1), (40, 8))  # fmt: skip
@@ -107,7 +107,10 @@ def schedule(rng: random.Random, tokens: int, small: bool) -> tuple[tuple[Seq, .
 
 
 class Dice(Table):
-    """Any version that a measurement could have chosen; the same for the same problem and seed."""
+    """Any version that a measurement could have chosen; the same for the same problem and seed.
+
+    Seldom one of `linear.cu`, which takes seconds to compile.
+    """
 
     def __init__(self, seed: int, tiles: bool) -> None:
         super().__init__(tiles=tiles)
@@ -118,7 +121,9 @@ class Dice(Table):
             problem = problem_of(op, linear, size, dtype)
             if problem not in self.decided:
                 rng = random.Random(f"{self._seed} {problem}")
-                self.decided[problem] = rng.choice(candidates(problem, self._tiles))
+                found = candidates(problem, self._tiles)
+                others = [version for version in found if version.kind not in (Kind.TILE, Kind.CHAIN)]
+                self.decided[problem] = rng.choice(found if rng.random() < 0.3 else others)
         return super().__call__(op, linear, rows, dtype)
 
 
@@ -159,7 +164,7 @@ def ops_for(case: Case, model: Decoder, device: str) -> TritonOps:
     """Ops with versions at random, and with `chain.cu` where that takes the model."""
     ops = TritonOps(device=None if device == "cpu" else torch.device(device, torch.cuda.current_device()))
     ops._table = Dice(case.seed, ops._products is not None)
-    if ops._products is not None and case.dtype is torch.bfloat16:
+    if ops._products is not None and case.dtype is torch.bfloat16 and case.seed % 4 == 0:
         try:
             ops._chain = chain.Chain(ops._device, model)
         except KernelError:
@@ -178,7 +183,11 @@ def check(case: Case, device: str) -> TritonOps:
     steps, tiny = (ours, plain, exact), TINIES[case.dtype]
 
     def beside(what: str, *parts: torch.Tensor) -> None:
+        """Row by row; and all of many together, whose chances even out."""
         no_worse(*parts, STEP_FACTOR, what=what, tiny=tiny)  # type: ignore[misc]
+        mine, theirs = (float(errors(part, parts[2]).mean()) for part in parts[:2])
+        if len(parts[0]) >= 64:
+            assert mine <= 1.1 * theirs + tiny / 8, f"{what}: {mine:.4%} off, plain {theirs:.4%}"
 
     s = ours.scratch
     for name in ("ids", "positions", "slots", "seq_lens", "last_index"):

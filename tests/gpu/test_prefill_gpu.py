@@ -21,16 +21,15 @@ TEXT = Path(__file__).parents[2] / "benchmarks" / "data" / "prose.txt"
 WINDOWS = (1, 64, 512, 1500)
 
 
-@pytest.mark.parametrize("turn", range(6))
+@pytest.mark.parametrize("turn", range(3))
 def test_no_worse_than_the_ops(turn: int) -> None:
     """A fresh seed each time; `tests.prompt_steps.draw(seed, tokens=...)` is the step again."""
     seed = random.SystemRandom().randrange(2**31)
-    sizes = random.Random(seed).sample(EDGES, 4)
-    for tokens in sizes:
+    for tokens in random.Random(seed).sample(EDGES, 4):
         case = draw(seed, tokens=tokens)
         print(seed, tokens, case)  # shown when it fails
         check(case, "cuda")
-    replayed(draw(seed, tokens=sizes[0]), "cuda")
+    replayed(case, "cuda")
     torch.cuda.empty_cache()
 
 
@@ -98,6 +97,7 @@ def by_transformers(text: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
 def test_a_text_whole_in_pieces_behind_prefixes_and_in_company() -> None:
     """The real model: as close to transformers in float32 as transformers in bfloat16 is, early in the text and late."""
     seed = random.SystemRandom().randrange(2**31)
+    rng = random.Random(seed)
     runs: dict[str, torch.Tensor] = {}
     llm = engine(enable_prefix_caching=True)
     try:
@@ -108,18 +108,19 @@ def test_a_text_whole_in_pieces_behind_prefixes_and_in_company() -> None:
         assert llm.engine.scheduler.prefix_cache_hits > 0
     finally:
         llm.close()
-    for size in (33, 200):
-        llm = engine(max_num_batched_tokens=size)
-        try:
-            runs[f"pieces of {size}"] = logarithms(llm, text, text[50:90], text[len(text) // 2 :])
-        finally:
-            llm.close()
+    llm = engine(max_num_batched_tokens=rng.randint(60, 250))
+    try:
+        runs["in pieces"] = logarithms(llm, text, text[50:90], text[len(text) // 2 :])
+    finally:
+        llm.close()
     exact, theirs = by_transformers(text)
     for name, ours in runs.items():
         for start, end in zip(WINDOWS, WINDOWS[1:], strict=False):
             part = slice(start - 1, end - 1)
             off = (ours - exact)[part].abs()
             mine, plain = float(off.nanmean()), float((theirs - exact)[part].abs().mean())
-            print(seed, name, start, end, mine, plain)
-            few = 1 + 3 / int((~off.isnan()).sum()) ** 0.5
-            assert mine <= 1.2 * few * plain, (seed, name, start, end, mine, plain)
+            if (count := int((~off.isnan()).sum())) == 0:
+                continue
+            few = 1 + 3 / count**0.5
+            print(f"{seed} {name}, tokens {start} to {end}: {mine:.5f} off, transformers {plain:.5f}")
+            assert mine <= 1.2 * few * plain
