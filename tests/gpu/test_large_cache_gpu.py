@@ -41,7 +41,9 @@ def test_attention(monkeypatch: pytest.MonkeyPatch, kind: StepKind, kernels: str
     expected = small.attend(ops).clone()
     count = len(large.cache[0])
     # Every other block at the 2^31st number, before it and behind; what lies between is never touched.
-    cache = tuple(torch.empty(PLACES // size + count, *t.shape[1:], dtype=t.dtype, device="cuda") for t in large.cache)
+    cache = tuple(
+        torch.empty(PLACES // size + count, *t.shape[1:], dtype=t.dtype, device="cuda") for t in large.cache
+    )
     moved = torch.arange(count, device="cuda")
     moved[1:] += (moved[1:] % 2) * (PLACES // size - 8)
     for old, new in zip(large.cache, cache, strict=True):

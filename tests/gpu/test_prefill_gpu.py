@@ -58,7 +58,9 @@ def behind_prefixes(llm: LLM, text: list[int], seed: int) -> torch.Tensor:
     for size in rng.sample(range(1, len(text)), 60):
         prompts.append(text[:size])
         # Only this token may come, and what is reported is of the distribution before that.
-        params.append(SamplingParams(max_tokens=1, logprobs=0, allowed_token_ids=[text[size]], detokenize=False))
+        params.append(
+            SamplingParams(max_tokens=1, logprobs=0, allowed_token_ids=[text[size]], detokenize=False)
+        )
         if rng.random() < 0.3:
             prompts.append(text[size : size + 1 + rng.randrange(99)])
             params.append(SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True, detokenize=False))
