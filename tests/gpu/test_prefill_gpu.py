@@ -12,6 +12,7 @@ import torch
 pytest.importorskip("triton")
 
 from ostinato import LLM, SamplingParams
+from ostinato.types import StepKind
 from tests.prompt_steps import EDGES, check, draw, replayed
 
 from .test_engine_gpu import default_model, make, random_prompts
@@ -108,6 +109,7 @@ def test_a_text_whole_in_pieces_behind_prefixes_and_in_company() -> None:
         runs["in company"] = logarithms(llm, text, text[100:700], *random_prompts(49152, 9, seed), text[:333])
         runs["behind prefixes"] = behind_prefixes(llm, text, seed)
         assert llm.engine.scheduler.prefix_cache_hits > 0
+        on_graphs = sum(n for key, n in llm.engine.plan.graph_steps.items() if key.kind is StepKind.MIXED)
     finally:
         llm.close()
     llm = engine(max_num_batched_tokens=rng.randint(60, 250))
@@ -126,3 +128,4 @@ def test_a_text_whole_in_pieces_behind_prefixes_and_in_company() -> None:
             few = 1 + 3 / count**0.5
             print(f"{seed} {name}, tokens {start} to {end}: {mine:.5f} off, transformers {plain:.5f}")
             assert mine <= 1.2 * few * plain
+    assert on_graphs > 0
