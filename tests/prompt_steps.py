@@ -187,7 +187,7 @@ def check(case: Case, device: str) -> TritonOps:
         """Row by row; and all of many together, whose chances even out."""
         no_worse(*parts, STEP_FACTOR, what=what, tiny=tiny)  # type: ignore[misc]
         mine, theirs = (float(errors(part, parts[2]).mean()) for part in parts[:2])
-        if len(parts[0]) >= 64:
+        if len(parts[0]) >= 64 and theirs:  # none where the plain ones are the exact ones
             assert mine <= 1.1 * theirs + tiny / 8, f"{what}: {mine:.4%} off, plain {theirs:.4%}"
 
     s = ours.scratch
