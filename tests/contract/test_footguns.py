@@ -52,8 +52,8 @@ def around_advance(llm: LLM, monkeypatch: pytest.MonkeyPatch, extra: Callable[[B
     ops = llm.engine.runner.eager.program.ops
     original = ops.advance
 
-    def advance(batch: Batch, view: Any, tokens: torch.Tensor) -> None:
-        original(batch, view, tokens)
+    def advance(batch: Batch, *step: Any) -> None:
+        original(batch, *step)
         extra(batch)
 
     monkeypatch.setattr(ops, "advance", advance)
@@ -127,7 +127,7 @@ def test_a_step_that_advances_a_row_it_should_not(llm: LLM, monkeypatch: pytest.
 
 def test_a_step_that_forgets_to_emit(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """The previous step's output is clobbered, so a stale result cannot pass for a fresh one."""
-    monkeypatch.setattr(llm.engine.runner.eager.program.ops, "advance", lambda batch, view, tokens: None)
+    monkeypatch.setattr(llm.engine.runner.eager.program.ops, "advance", lambda *step: None)
     with pytest.raises(StrictError, match="out of range"):
         run(llm)
 

@@ -297,8 +297,8 @@ def test_whoever_reads_padding_does_not_get_the_same_twice(
     program = runner._program
     advance = program.ops.advance
 
-    def reads_padding(batch: Any, view: Any, tokens: torch.Tensor) -> None:
-        advance(batch, view, tokens)
+    def reads_padding(batch: Any, *step: Any) -> None:
+        advance(batch, *step)
         batch.state.last_token[0] += getattr(batch, name)[-1]
 
     key = GraphKey(kind, 8 if kind is StepKind.DECODE else 64, 8, SamplerVariant.GREEDY)

@@ -299,6 +299,56 @@ def test_default_model_against_transformers(pair: Any) -> None:
         assert gap < 0.35, f"step {step}: token {token} is {gap} below transformers' best"
 
 
+WINDOWS = (1, 256, 1024, 1600)
+"""Of contexts: decode attention cuts them into one part, a few, many."""
+PLAIN = ("OSTINATO_FUSED", "OSTINATO_TILES", "OSTINATO_CUDA_ATTENTION")
+
+
+def decode_against_prefill(llm: LLM, batch: int, length: int = WINDOWS[-1]) -> list[float]:
+    """How far the logarithms of the same tokens' probabilities lie apart in a decode step and in a prompt: means over windows of contexts."""
+    prompts = random_prompts(llm.engine.spec.vocab_size, batch, seed=batch)
+    draw = SamplingParams(
+        temperature=1.0, seed=3, max_tokens=length - 60, ignore_eos=True, logprobs=0, detokenize=False
+    )
+    outputs = llm.generate(prompts, draw, use_tqdm=False)
+    apart: list[list[float]] = [[] for _ in WINDOWS[1:]]
+    for prompt, output in list(zip(prompts, outputs, strict=True))[:4]:
+        (found,) = output.outputs
+        known = prompt + found.token_ids
+        again = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
+        (whole,) = llm.generate([known], again, use_tqdm=False)
+        for at in range(len(prompt) + 1, len(known)):  # the first one came out of a prompt too
+            token, window = known[at], sum(at > end for end in WINDOWS[1:])
+            decoded, read = found.logprobs[at - len(prompt)][token], whole.prompt_logprobs[at][token]
+            apart[window].append(abs(decoded.logprob - read.logprob))
+    return [sum(window) / len(window) for window in apart]
+
+
+@pytest.fixture(scope="module")
+def plain_deviations() -> list[float]:
+    """Of Triton's kernels, op by op."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in PLAIN:
+            patch.setenv(name, "0")
+        llm = make(max_model_len=2048, max_num_batched_tokens=2048)
+    try:
+        return decode_against_prefill(llm, 4)
+    finally:
+        llm.close()
+
+
+@pytest.mark.parametrize("batch", [1, 4, 12, 40])
+def test_decode_agrees_with_prefill_at_every_length(batch: int, plain_deviations: list[float]) -> None:
+    """The real model far into its context: no more apart than rounding explains."""
+    llm = make(max_model_len=2048, max_num_batched_tokens=2048)
+    try:
+        ours = decode_against_prefill(llm, batch)
+    finally:
+        llm.close()
+    for mine, plain in zip(ours, plain_deviations, strict=True):
+        assert mine <= 1.3 * plain, (ours, plain_deviations)
+
+
 @pytest.mark.parametrize("how", ["raise", "synchronise", "allocate", "out of memory"])
 def test_a_failed_capture_leaves_the_engine_serving(how: str) -> None:
     llm = make()

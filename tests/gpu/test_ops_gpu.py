@@ -1,4 +1,4 @@
-"""Triton ops on a GPU: against float64, bit for bit where promised, and under capture."""
+"""Triton ops on a GPU: beside the plain ones, bit for bit where promised, and under capture."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ pytest.importorskip("triton")
 sys.path.append(str(Path(__file__).parents[1] / "unit"))
 from test_triton_ops import ABSURD, EPS, Seq, World, alone, make_world, standard
 
-from ostinato.ops import AttentionShape, Linear, NextNorm, OpSet, Scratch, StepView
+from ostinato.ops import AttentionShape, Linear, NextNorm, OpSet, Peaks, Scratch, StepView
 from ostinato.ops.reference import ReferenceOps
 from ostinato.ops.triton import TritonOps
 from ostinato.types import SamplerVariant, StepKind
+from tests.accuracy import FACTOR, TINY, no_worse
+from tests.rows_world import STEP_FACTOR
 
 pytestmark = pytest.mark.gpu
 
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
-REFERENCE = "cuda"
-"""Where the float64 reference runs; "cpu" works too, and takes longer."""
+TINIES = {torch.float32: 1e-5, torch.bfloat16: TINY}
 LLAMA = AttentionShape(32, 8, 128)
 
 
@@ -35,13 +35,11 @@ def seed() -> int:
     return int(torch.empty((), dtype=torch.int64).random_(2**31))  # in every failing assertion's locals
 
 
-def assert_near(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
-    """Same places of NaN, and a small error relative to the whole and at every place."""
-    actual, expected = actual.double().cpu(), expected.double().cpu()
-    assert torch.equal(actual.isnan(), expected.isnan())
-    error, size = (actual - expected).nan_to_num(), expected.nan_to_num()
-    assert error.norm() <= tolerance * size.norm()
-    assert error.abs().max() <= 5 * tolerance * size.abs().max()
+def beside(actual: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor, factor: float = FACTOR) -> None:
+    """NaN in the same places, and else as `no_worse`; [rows, ...], NaN by the row."""
+    assert torch.equal(actual.isnan(), exact.isnan())
+    real = ~exact.flatten(1).isnan().any(1)
+    no_worse(actual[real], plain[real], exact[real], factor, tiny=TINIES[actual.dtype])
 
 
 def random_step(seed: int, kind: StepKind, count: int = 33) -> list[Seq]:
@@ -75,13 +73,18 @@ def random_step(seed: int, kind: StepKind, count: int = 33) -> list[Seq]:
 )
 def test_attention(seed: int, shape: AttentionShape, norm: bool, kind: StepKind, dtype: torch.dtype) -> None:
     seqs = random_step(seed, kind, count=14)
-    ours = standard(seed, shape, kind, seqs=seqs, device="cuda", dtype=dtype)
-    theirs = standard(seed, shape, kind, seqs=seqs, device=REFERENCE, dtype=torch.float64)
-    actual, expected = ours.attend(TritonOps(), norm), theirs.attend(ReferenceOps(), norm)
-    assert_near(actual, expected, TOLERANCE[dtype])
-    assert (actual[ours.scratch.slots < 0] == 0).all()
-    for mine, other in zip(ours.cache, theirs.cache, strict=True):
-        assert_near(mine, other, TOLERANCE[dtype])
+    ours, plain, best = (
+        standard(seed, shape, kind, seqs=seqs, device="cuda", dtype=d) for d in (dtype, dtype, torch.float64)
+    )
+    results = [
+        world.attend(ops, norm)
+        for world, ops in ((ours, TritonOps()), (plain, ReferenceOps()), (best, ReferenceOps()))
+    ]
+    live = ours.scratch.slots >= 0
+    beside(*(result[live] for result in results))
+    assert (results[0][~live] == 0).all()
+    for parts in zip(ours.cache, plain.cache, best.cache, strict=True):
+        beside(*(part.flatten(0, 1) for part in parts))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -100,17 +103,25 @@ def test_a_decode_row_has_the_same_bits_alone_and_in_company(
         assert torch.equal(alone(world(), row).attend(TritonOps())[0], expected[row])
 
 
+@pytest.mark.parametrize("parts", [0, 1, 132])
 @pytest.mark.parametrize("kind", [StepKind.DECODE, StepKind.MIXED])
-def test_prepare_and_advance(seed: int, kind: StepKind) -> None:
+def test_prepare_and_advance(seed: int, kind: StepKind, parts: int) -> None:
     ours, theirs = (
         standard(seed, LLAMA, kind, seqs=random_step(seed, kind), pad_seqs=95, device=d)
         for d in ("cuda", "cpu")
     )
     sampled = torch.randint(6, (ours.batch.num_seqs,), dtype=torch.int32)
+    values = torch.randint(-3, 3, (ours.batch.num_seqs, parts)).float()
+    values[torch.rand_like(values) < 0.2] = torch.nan
+    places, chosen = torch.randint(6, values.shape, dtype=torch.int32), []
     for world, ops in ((ours, TritonOps()), (theirs, ReferenceOps())):
         view = ops.prepare(world.batch, world.scratch)
-        tokens = torch.where(view.seq_lens > 0, sampled.to(view.seq_lens.device), ABSURD)
-        ops.advance(world.batch, view, tokens)
+        device = view.seq_lens.device
+        tokens = torch.where(view.seq_lens > 0, sampled.to(device), ABSURD)
+        peaks = Peaks(values.to(device), places.to(device)) if parts else None  # of which tokens are picked
+        ops.advance(world.batch, view, tokens, peaks)
+        chosen.append(tokens.cpu())
+    assert torch.equal(*chosen)
     for field in fields(StepView):
         if isinstance(expected := getattr(theirs.scratch, field.name, None), torch.Tensor):
             assert torch.equal(getattr(ours.scratch, field.name).cpu(), expected), field.name
@@ -212,13 +223,15 @@ SIZES = {"hidden": 576, "intermediate": 1536, "vocab": 4096}
 @pytest.mark.parametrize("kind", [StepKind.DECODE, StepKind.MIXED])
 def test_a_layer_and_a_head(seed: int, kind: StepKind, dtype: torch.dtype) -> None:
     shape = AttentionShape(9, 3, 64)
-    ours = standard(seed, shape, kind, device="cuda", dtype=dtype, **SIZES)
-    theirs = standard(seed, shape, kind, device=REFERENCE, dtype=torch.float64, **SIZES)
-    for world, ops in ((ours, TritonOps()), (theirs, ReferenceOps())):
+    worlds = [
+        standard(seed, shape, kind, device="cuda", dtype=d, **SIZES) for d in (dtype, dtype, torch.float64)
+    ]
+    for world, ops in zip(worlds, (TritonOps(), ReferenceOps(), ReferenceOps()), strict=True):
         forward(ops, world, Weights.make(seed, world))
-    assert not ours.scratch.logits.isnan().any()
-    assert_near(ours.scratch.x, theirs.scratch.x, 2 * TOLERANCE[dtype])
-    assert_near(ours.scratch.logits, theirs.scratch.logits, 3 * TOLERANCE[dtype])
+    assert not worlds[0].scratch.logits.isnan().any()
+    live, seqs = worlds[0].scratch.slots >= 0, worlds[0].scratch.seq_lens > 0
+    beside(*(world.scratch.x[live] for world in worlds), STEP_FACTOR)
+    no_worse(*(world.scratch.logits[seqs] for world in worlds), STEP_FACTOR, tiny=TINIES[dtype])
 
 
 def test_torch_multiplies_into_float32() -> None:
@@ -234,7 +247,8 @@ def test_our_own_product_for_the_head(seed: int) -> None:
     norm, index = torch.ones(576, device="cuda", dtype=torch.bfloat16), torch.arange(137, device="cuda").int()
     last, logits = torch.empty_like(x), torch.empty(137, 5003, device="cuda")
     ops.norm_head(x, index, norm, EPS, Linear(w), last=last, logits=logits)
-    assert_near(logits, last.double() @ w.double().t(), 1e-5)
+    exact = last.double() @ w.double().t()
+    no_worse(logits, exact.float(), exact, tiny=2e-5)
 
 
 @contextmanager

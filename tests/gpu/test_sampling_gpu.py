@@ -19,6 +19,7 @@ from ostinato.types import SamplerVariant
 
 from ..unit.test_sampling import (
     assert_is_draw,
+    extreme_case,
     full_case,
     make_inputs,
     make_state,
@@ -193,6 +194,25 @@ def test_full_equals_the_cpu(vocab: int) -> None:
         device.state.logprob_values.cpu()[same], state.logprob_values[same], rtol=1e-5, atol=1e-4
     )
     assert torch.equal(device.state.output_counts.cpu(), state.output_counts)
+
+
+@pytest.mark.parametrize("vocab", [*VOCABS, 1001])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numbers overflow
+def test_extremes(vocab: int) -> None:
+    """Fresh mixtures of the ends of every range and of broken logits."""
+    seed, n = torch.seed() % 2**31, 33
+    print("seed", seed)
+    logits, rows, positions, inputs, state = extreme_case(n, vocab, seed)
+    for variant in (SAMPLE, FULL):
+        device = OnDevice(logits, rows, positions, inputs, state, variant)
+        tokens = device.tokens()
+        expected = run(logits, inputs, rows=rows, positions=positions, state=state, variant=variant)
+        same = torch.tensor([a == b for a, b in zip(tokens, expected, strict=True)])
+        assert (~same).sum() <= 1, (variant, (~same).nonzero())
+    assert torch.equal(device.state.logprob_ids.cpu()[same], state.logprob_ids[same])
+    assert torch.equal(device.state.logprob_rank.cpu()[same], state.logprob_rank[same])
+    values = (s.logprob_values.cpu()[same] for s in (device.state, state))
+    torch.testing.assert_close(*values, rtol=1e-5, atol=1e-4, equal_nan=True)
 
 
 @pytest.mark.parametrize("name", FILTERS)

@@ -24,7 +24,7 @@ from ostinato.models.shapes import SHAPES
 from ostinato.ops.cuda import fused
 from ostinato.ops.cuda.fused import FusedDecode
 from ostinato.ops.reference import ReferenceOps
-from tests.rows_world import BLOCK, World, planned, wide
+from tests.rows_world import BLOCK, World, planned, untouched, wide
 from tests.unit.on_host import compiled, launches, needs_compiler, portable
 
 pytestmark = needs_compiler
@@ -117,24 +117,13 @@ def model_of(case: Case, seed: int) -> Decoder:
 
 
 def world_of(model: Decoder, length: int, seed: int, dtype: torch.dtype) -> World:
-    """One sequence. What is no token of it is NaN in the cache, and no block in the table; what its window leaves out is large."""
+    """One sequence, in the last row of a block table that is full of what is no block."""
     world = World(model, [length], seed, dtype, ReferenceOps(), "cpu")
     (blocks,) = world.view.block_table
     table = torch.full((ROW + 1, TABLE), 1 << 24, dtype=torch.int32)
     table[ROW, : len(blocks)] = blocks
     rows = torch.where(world.view.rows < 0, world.view.rows, ROW)
     world.view = dataclasses.replace(world.view, block_table=table, rows=rows)
-    token = torch.arange(max(length - 1, 0))
-    old = blocks[token // BLOCK].long() * BLOCK + token % BLOCK
-    for keys, values in world.caches():
-        keys.mul_(2)
-        values.flatten(0, 1)[old[-1:]] *= 1 + length / 16  # one of many, but it should be missed
-        for part in (keys.flatten(0, 1), values.flatten(0, 1)):
-            kept = part[old]
-            part.fill_(torch.nan)
-            part[old] = kept
-        if (window := model.spec.attention.sliding_window) is not None:
-            values.flatten(0, 1)[old[: max(length - window, 0)]] = 1e4
     return world
 
 
@@ -230,12 +219,7 @@ def test_against_the_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
             if greedy:
                 assert int(world.scratch.tokens[0]) == int(found[0][1].argmax())
                 assert found[1].pop(1).isnan().all(), "logits that nobody asked for"
-            others = torch.ones(world.cache.data.shape[2] * BLOCK, dtype=torch.bool)
-            if length:
-                others[int(world.view.slots[0])] = False
-            for now, old in zip(world.caches(), before.caches(), strict=True):
-                for a, b in zip(now, old, strict=True):
-                    assert torch.equal(*(x.flatten(0, 1)[others].view(torch.int16) for x in (a, b)))
+            assert untouched(world, before)
         assert int(cells["steps"]) == steps + 2
         assert not cells["semaphores"].any()
         best, logits, *tokens = found[0]

@@ -19,7 +19,7 @@ from ostinato.models.registry import spec_from_config
 from ostinato.models.shapes import SHAPES
 from ostinato.ops.cuda import rows
 from ostinato.ops.reference import ReferenceOps
-from tests.rows_world import BLOCK, World, error, planned, wide
+from tests.rows_world import BLOCK, World, check, run_plain, telling, untouched, wide
 from tests.unit.on_host import compiled, launches, needs_compiler, portable
 
 CPU = torch.device("cpu")
@@ -50,15 +50,16 @@ TINY = {"vocab_size": 160, "hidden_size": 128, "intermediate_size": 192, "num_hi
 def test_against_the_reference(tmp_path: Path, changes: dict[str, Any], lengths: list[int], grid: int, tuning: dict[str, int]) -> None:  # fmt: skip
     seed = random.SystemRandom().randrange(2**31)
     changes = dict(changes)
-    model = model_of(changes.pop("qk", False), **changes)
-    ours, theirs = (
-        World(model, lengths, seed, dtype, ReferenceOps(), "cpu") for dtype in (torch.bfloat16, torch.float32)
+    model = telling(model_of(changes.pop("qk", False), **changes), seed)
+    ours, before = (World(model, lengths, seed, torch.bfloat16, ReferenceOps(), "cpu") for _ in range(2))
+    plain, exact = (
+        run_plain(which, lengths, seed, dtype, device="cpu")
+        for which, dtype in ((model, torch.bfloat16), (wide(model), torch.float32))
     )
     numbers = rows.macros(model, BLOCK, ours.view.block_table.shape[1], grid) | tuning
     text = portable(rows.SOURCE) + launches(rows="Params decode_rows(*p)")
     library = compiled(tmp_path, "rows", ["host_grid.h"], text, numbers)
     kept = rows.workspace(numbers, CPU)
-    wide(model).forward(planned(theirs), theirs.cache, theirs.scratch, theirs.ops)
     results = []
     for attempt in range(3):
         ours.arena.data.fill_(0xFF)
@@ -77,8 +78,6 @@ def test_against_the_reference(tmp_path: Path, changes: dict[str, Any], lengths:
         assert torch.equal(tokens.long(), results[0].argmax(1))
     assert torch.equal(results[0], results[1])
     assert results[2].isnan().all()
-    for row, length in enumerate(lengths):
-        assert error(results[0][row], theirs.scratch.logits[row]) < 0.03, (row, length)
-    for (keys, values), (other_keys, other_values) in zip(ours.caches(), theirs.caches(), strict=True):
-        assert error(keys, other_keys) < 0.01
-        assert error(values, other_values) < 0.01
+    ours.scratch.logits.copy_(results[0])
+    check(ours, plain, exact, lengths)
+    assert untouched(ours, before)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from types import SimpleNamespace
 from typing import Any
 
@@ -121,6 +122,37 @@ def full_case(
     logits = torch.randn(num, vocab, generator=g) * scale
     rows = torch.randperm(num, generator=g).to(torch.int32)
     positions = integers(0, 200).to(torch.int32)
+    return logits, rows, positions, inputs, state
+
+
+def extreme_case(
+    num: int, vocab: int, seed: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, SimpleNamespace, SimpleNamespace]:
+    """`full_case` with the ends of every range, broken logits, and padding, in mixtures."""
+    logits, rows, positions, inputs, state = full_case(num, vocab, seed)
+    rng, g = random.Random(seed), torch.Generator().manual_seed(seed)
+    values: dict[str, tuple[float, ...]] = {
+        "temperature": (0.0, 1e-45, 1e-30, 1e-6, 0.01, 0.7, 1.0, 5.0, 1e6, 3e38),
+        "top_p": (1.0, 1.0, 1e-45, 1e-9, 0.3, 0.9, 0.999, 1 - 2.0**-24),
+        "top_k": (0, 0, 1, 2, 40, vocab - 1, vocab, vocab + 7, 2**31 - 1),
+        "min_p": (0.0, 0.0, 1e-45, 1e-9, 0.1, 0.999, 1.0),
+        "presence_penalty": (0.0, 2.0, -2.0, 1e-20),
+        "frequency_penalty": (0.0, 2.0, -2.0),
+        "repetition_penalty": (1.0, 1.3, 0.01, 100.0, 1e-30, 1e30),
+    }
+    for name, choices in values.items():
+        getattr(inputs, name).copy_(torch.tensor(rng.choices(choices, k=num)))
+    for s in range(num):
+        scale, digits = rng.choice((0.0, 1e-6, 0.1, 1.0, 4.0, 1e4)), rng.choice((0, 3, 9))
+        logits[s] = (logits[s] * scale).round(decimals=digits)
+        if rng.random() < 0.4:
+            bad = rng.choice((torch.nan, -torch.inf, torch.inf, 3e38, -3e38, 1e-40, -0.0))
+            logits[s, torch.rand(vocab, generator=g) < rng.choice((0.01, 0.5, 0.999, 1.0))] = bad
+    inputs.mask[torch.rand(num, generator=g) < 0.1] = 0
+    huge = torch.tensor(rng.choices((1.0, 1.0, 1.0, -1e37, 1e37), k=num))
+    inputs.bias_values *= huge[:, None]
+    positions[:] = torch.tensor(rng.choices((0, 1, 77, 149, 2**31 - 1), k=num))
+    rows[rng.randrange(num)] = -1
     return logits, rows, positions, inputs, state
 
 

@@ -29,10 +29,12 @@ from test_triton_ops import DECODE, SMOLLM, Seq, _interpreter_loops, make_world 
 from ostinato.models.quantize import FP8, Quantizer
 from ostinato.ops import AttentionShape, Linear
 from ostinato.ops.cuda import program
+from ostinato.ops.reference import linear_product, rms_norm
 from ostinato.ops.triton import TritonOps, tune
 from ostinato.ops.triton.decode import Workspace, multiply
 from ostinato.ops.triton.tune import CHAIN, LIBRARY, TILES, Kind, Problem, Store, Table, Timing, Version
 from ostinato.types import StepKind
+from tests.accuracy import no_worse
 
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu covers this on a GPU")
 CPU = torch.device("cpu")
@@ -71,6 +73,17 @@ def exact(x: torch.Tensor, linear: Linear, norm: torch.Tensor | None, gate: bool
     return out
 
 
+def by_ops(x: torch.Tensor, linear: Linear, norm: torch.Tensor | None, gate: bool) -> torch.Tensor:
+    """The same by the plain ops, in the dtype of x."""
+    out = linear_product(x if norm is None else rms_norm(x, norm, EPS), linear)
+    if linear.bias is not None:
+        out = out + linear.bias
+    if gate:
+        g, u = out.chunk(2, -1)
+        out = torch.nn.functional.silu(g) * u
+    return out
+
+
 def poisoned_workspace(device: torch.device = CPU) -> Workspace:
     workspace = Workspace.on(device)
     workspace.partials.fill_(NAN)
@@ -86,15 +99,14 @@ def check(
     *,
     fp8: bool,
     device: torch.device = CPU,
-    tolerance: float,
     pdl: bool = False,
 ) -> None:
     """Every op that a version serves, with NaN around all that it may read and write."""
 
-    def near(actual: torch.Tensor, expected: torch.Tensor) -> None:
-        error = actual.double() - expected
-        assert error.norm() <= tolerance * expected.norm()
-        assert error.abs().max() <= 5 * tolerance * expected.abs().max()
+    def near(actual: torch.Tensor, *args: Any, before: torch.Tensor | float = 0) -> None:
+        # A rounding: where there are so few numbers, plain ops may be exact by chance; one input of hundreds is ten times that.
+        tiny = 1e-5 if dtype is torch.float32 else torch.finfo(dtype).eps / 2
+        no_worse(actual, before + by_ops(*args), before + exact(*args), tiny=tiny)
 
     def poison(*size: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.full(size, NAN, dtype=dtype, device=device)
@@ -112,24 +124,24 @@ def check(
         linear = make_linear(columns, depth, dtype, bias=bias, fp8=fp8, device=device)
         whole = poison(rows + 2, columns)
         run(linear, whole[:rows], norm=fused)
-        near(whole[:rows], exact(x, linear, fused, False))
+        near(whole[:rows], x, linear, fused, False)
         assert whole[rows:].isnan().all()
         residual = torch.randn(rows, columns, device=device).to(dtype)
-        before = residual.double()
+        before = residual.clone()
         run(linear, residual, add=True)
-        near(residual, exact(x, linear, None, False) + before)
+        near(residual, x, linear, None, False, before=before)
 
     pair = make_linear(2 * columns, depth, dtype, bias=False, fp8=fp8, device=device)
     whole = poison(rows + 2, columns)
     run(pair, whole[:rows], norm=fused, gate=True)
-    near(whole[:rows], exact(x, pair, fused, True))
+    near(whole[:rows], x, pair, fused, True)
     assert whole[rows:].isnan().all()
 
     linear = make_linear(columns, depth, dtype, bias=False, fp8=fp8, device=device)
     index = torch.randperm(rows, device=device).int()
     logits, again = (poison(rows, columns, dtype=torch.float32) for _ in range(2))
     run(linear, logits, norm=fused, index=index)
-    near(logits, exact(x[index.long()], linear, fused, False))
+    near(logits, x[index.long()], linear, fused, False)
     run(linear, again, norm=fused, index=index)
     assert torch.equal(logits, again)
 
@@ -156,11 +168,10 @@ STREAM = Version(Kind.STREAM, True, 16, 16, 32, warps=4, stages=3)
     ],
     ids=str,
 )
-def test_products_against_float64(
+def test_products_beside_the_plain_ones(
     version: Version, rows: int, columns: int, depth: int, dtype: torch.dtype, fp8: bool
 ) -> None:
-    tolerance = 1e-5 if dtype is torch.float32 else 4e-3
-    check(version, rows, columns, depth, dtype, fp8=fp8, tolerance=tolerance)
+    check(version, rows, columns, depth, dtype, fp8=fp8)
 
 
 @interpreted

@@ -25,10 +25,10 @@ from ostinato.types import SamplerVariant
 if __name__ == "__main__":  # see test_launches_compile_for_a_gpu
     sys.path.insert(0, str(Path(__file__).parent))
     from compiled import Compiled, compile_launches
-    from test_sampling import full_case, make_inputs, make_state, run
+    from test_sampling import extreme_case, full_case, make_inputs, make_state, run
 else:
     from .compiled import Compiled, compile_launches
-    from .test_sampling import full_case, make_inputs, make_state, run
+    from .test_sampling import extreme_case, full_case, make_inputs, make_state, run
 
 GREEDY, SAMPLE, FULL = SamplerVariant.GREEDY, SamplerVariant.SAMPLE, SamplerVariant.FULL
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -79,7 +79,9 @@ def assert_same(
     assert run_kernels(logits, inputs, state=ours, **how) == expected
     assert torch.equal(ours.logprob_ids, theirs.logprob_ids)
     assert torch.equal(ours.logprob_rank, theirs.logprob_rank)
-    torch.testing.assert_close(ours.logprob_values, theirs.logprob_values, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        ours.logprob_values, theirs.logprob_values, rtol=1e-5, atol=1e-5, equal_nan=True
+    )
     assert torch.equal(ours.output_counts, theirs.output_counts)
     assert torch.equal(ours.prompt_mask, theirs.prompt_mask)
     return expected
@@ -154,8 +156,10 @@ def test_broken_logits() -> None:
     inputs = make_inputs(1, 1100, top_k=30, top_p=0.9, flags=FLAG_LOGPROBS)
     for variant in (GREEDY, FULL):
         state = make_state(6, 1100)
+        plain = make_state(6, 1100)
         ours = run_kernels(logits, inputs, rows=[0] * 5 + [-1], state=state, variant=variant)
-        assert ours == run(logits, inputs, rows=[0] * 5 + [-1], state=make_state(6, 1100), variant=variant)
+        assert ours == run(logits, inputs, rows=[0] * 5 + [-1], state=plain, variant=variant)
+        torch.testing.assert_close(state.logprob_values, plain.logprob_values, equal_nan=True)
         assert (state.logprob_rank[5] == -77).all()
 
 
@@ -163,6 +167,16 @@ def test_broken_logits() -> None:
 def test_full(vocab: int, n: int) -> None:
     logits, rows, positions, inputs, state = full_case(n, vocab, vocab)
     assert_same(logits, inputs, state, rows=rows, positions=positions, variant=FULL)
+
+
+@pytest.mark.parametrize("vocab", [41, 1100])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numbers overflow, as they do on a GPU
+def test_extremes(vocab: int) -> None:
+    seed = torch.seed() % 2**31
+    print("seed", seed)
+    logits, rows, positions, inputs, state = extreme_case(6, vocab, seed)
+    assert_same(logits, inputs, state, rows=rows, positions=positions, variant=FULL)
+    assert_same(logits, inputs, rows=rows, positions=positions, variant=SAMPLE)
 
 
 def test_padding_changes_nothing() -> None:

@@ -118,9 +118,9 @@ class StepProgram:
         view = ops.prepare(batch, scratch, None if fuses else self.model)
         if fuses:
             caches = [self.cache.layer(index) for index in range(len(self.model.layers))]
-            largest = ops.fused(self.model, view, caches, scratch, greedy=greedy)
+            peaks = ops.fused(self.model, view, caches, scratch, greedy=greedy)
         else:
-            largest = self.model.forward(view, self.cache, scratch, ops, greedy=greedy)
+            peaks = self.model.forward(view, self.cache, scratch, ops, greedy=greedy)
         # A sampled token stands right after its context, so its position is the context's length.
         if not greedy:
             ops.sample(
@@ -132,9 +132,9 @@ class StepProgram:
                 variant=batch.key.sampler,
                 workspace=scratch.sampler,
                 out=scratch.tokens,
-                largest=largest,
+                largest=peaks.values if peaks else None,
             )
-        ops.advance(batch, view, scratch.tokens)
+        ops.advance(batch, view, scratch.tokens, peaks if greedy else None)
 
     def fuses(self, key: GraphKey) -> bool:
         """Whether the op set does this step's model in one go."""

@@ -13,7 +13,7 @@ import torch
 
 from ..errors import CheckpointError
 from ..kv_cache import KVCache
-from ..ops import AttentionShape, LayerWeights, Linear, NextNorm, OpSet, Scratch, StepView
+from ..ops import AttentionShape, LayerWeights, Linear, NextNorm, OpSet, Peaks, Scratch, StepView
 from .checkpoint import Checkpoint
 from .quantize import Quantizer, stored_scales
 from .spec import ModelSpec
@@ -69,14 +69,14 @@ class Decoder:
 
     def forward(
         self, view: StepView, cache: KVCache, scratch: Scratch, ops: OpSet, *, greedy: bool = False
-    ) -> torch.Tensor | None:
+    ) -> Peaks | None:
         """Run the tokens of a step.
 
         Leaves float32 logits of each sequence's last token in `scratch.logits` or, greedy, only the best tokens in
         `scratch.tokens`: where the op set `picks`.
 
         Returns:
-            What `OpSet.norm_head` does.
+            What `OpSet.norm_head` or, greedy, `OpSet.best_token` does.
         """
         spec, s = self.spec, scratch
         eps = spec.norm_eps
@@ -123,8 +123,9 @@ class Decoder:
         head = (s.x, view.last_index, self.final_norm, eps, self.head)
         begun = begun if view.decode else None
         if greedy:
-            ops.best_token(*head, rows=view.rows, last=s.last, workspace=s.sampler, out=s.tokens, begun=begun)
-            return None
+            return ops.best_token(
+                *head, rows=view.rows, last=s.last, workspace=s.sampler, out=s.tokens, begun=begun
+            )
         return ops.norm_head(*head, last=s.last, logits=s.logits, begun=begun, workspace=s.sampler)
 
 

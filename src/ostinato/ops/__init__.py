@@ -296,15 +296,14 @@ class OpSet(Protocol):
         scratch: Scratch,
         *,
         greedy: bool,
-    ) -> torch.Tensor | None:
+    ) -> Peaks | None:
         """The whole model in one go, for a decode step that it `fuses`.
 
         Leaves float32 logits in `scratch.logits` or, greedy, only the best tokens in
         `scratch.tokens`.
 
         Returns:
-            [S, N] float32, where it is known: the largest logits of parts of each row, any cut, for `sample`; until
-            the next step.
+            Where they are known, for `sample`, until the next step. Greedy: nothing.
         """
         ...
 
@@ -406,7 +405,7 @@ class OpSet(Protocol):
         logits: torch.Tensor,
         begun: NextNorm | None = None,
         workspace: torch.Tensor | None = None,
-    ) -> torch.Tensor | None:
+    ) -> Peaks | None:
         """logits[s] = linear(rms_norm(x[last_index[s]])), float32, without bias; logits [S, vocab].
 
         `begun` only where every token is a sequence's last: `last_index` is then not looked at. `workspace`, that
@@ -434,10 +433,13 @@ class OpSet(Protocol):
         workspace: torch.Tensor,
         out: torch.Tensor,
         begun: NextNorm | None = None,
-    ) -> None:
+    ) -> Peaks | None:
         """out[s] = what a greedy `sample` makes of the logits of `norm_head`; only where it `picks`.
 
         rows [S] int32, -1 for padding; `workspace`, that of `sample`; out [S] int32; the rest as in `norm_head`.
+
+        Returns:
+            Peaks with tokens, in the workspace: `out` is not written yet, `advance` does it. None: it is.
         """
         ...
 
@@ -454,11 +456,13 @@ class OpSet(Protocol):
         out: torch.Tensor,
         largest: torch.Tensor | None = None,
     ) -> None:
-        """Choose a token for each sequence; see `ostinato.sampling.sample`. `largest`: what `fused` or `norm_head` returned."""
+        """Choose a token for each sequence; see `ostinato.sampling.sample`. `largest`: values of the peaks that `fused` or `norm_head` returned."""
         ...
 
-    def advance(self, batch: Batch, view: StepView, tokens: torch.Tensor) -> None:
+    def advance(self, batch: Batch, view: StepView, tokens: torch.Tensor, peaks: Peaks | None = None) -> None:
         """Store sampled tokens as the next inputs, move positions, deactivate rows that ended, post what was emitted.
+
+        `peaks`: what `best_token` returned; `tokens` are the best of them, 0 for padding, and written here.
 
         A live sequence with `samples` set writes `emitted` by column and, by row, `last_token`,
         `position`, `active` and (with FLAG_PENALTIES) its count; the rest only emit -1. What was emitted

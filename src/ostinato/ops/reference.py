@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from .. import sampling
 from ..inputs import FLAG_PENALTIES, POST_CYCLE, Batch, StaticInputs, StepState
 from ..types import SamplerVariant
-from . import AttentionShape, Linear, NextNorm, Scratch, Stack, StepView, VersionLine
+from . import AttentionShape, Linear, NextNorm, Peaks, Scratch, Stack, StepView, VersionLine
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ class ReferenceOps:
         scratch: Scratch,
         *,
         greedy: bool,
-    ) -> torch.Tensor | None:
+    ) -> Peaks | None:
         raise NotImplementedError("no step is fused in plain torch")
 
     def embed(
@@ -310,11 +310,12 @@ class ReferenceOps:
         workspace: torch.Tensor,
         out: torch.Tensor,
         begun: NextNorm | None = None,
-    ) -> None:
+    ) -> Peaks | None:
         logits = torch.empty((len(rows), linear.out_features), device=x.device)
         self.norm_head(x, last_index, norm, eps, linear, last=last, logits=logits)
         best = logits.masked_fill_(logits.isnan(), -torch.inf).argmax(1)
         out.copy_(torch.where(rows >= 0, best, 0))
+        return None
 
     def sample(
         self,
@@ -331,8 +332,10 @@ class ReferenceOps:
     ) -> None:
         sampling.sample(logits, rows, positions, inputs, state, variant=variant, out=out)
 
-    def advance(self, batch: Batch, view: StepView, tokens: torch.Tensor) -> None:
+    def advance(self, batch: Batch, view: StepView, tokens: torch.Tensor, peaks: Peaks | None = None) -> None:
         static, state = batch.static, batch.state
+        if peaks is not None:
+            pick(peaks, batch.rows, tokens)
         samples = torch.ones_like(view.seq_lens) if batch.decode else batch.samples
         live = (view.seq_lens > 0) & (samples != 0)
         emitted = state.emitted[: batch.num_seqs].copy_(torch.where(live, tokens, -1))
@@ -356,6 +359,15 @@ class ReferenceOps:
         state.output_counts[rows, tokens] = (
             (state.output_counts[rows, tokens].int() + 1).clamp(max=32767).short()
         )
+
+
+def pick(peaks: Peaks, rows: torch.Tensor, out: torch.Tensor) -> None:
+    """out[s] = the first token among the largest of row s, 0 where rows[s] is -1."""
+    assert peaks.tokens is not None
+    values = peaks.values.masked_fill(peaks.values.isnan(), -torch.inf)
+    largest = values == values.amax(1, keepdim=True)
+    first = peaks.tokens.masked_fill(~largest, torch.iinfo(torch.int32).max).amin(1)
+    out.copy_(torch.where(rows >= 0, first, 0))
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

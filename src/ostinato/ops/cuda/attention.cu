@@ -45,6 +45,7 @@ constexpr int LOOPED = ALIGNED ? 1 : PIECES;   // one code for all pieces, where
 static_assert(HD == 64 || HD == 128, "head dimensions that lanes share evenly");
 static_assert(GROUP >= 1 && GROUP <= 8, "query heads are the eight columns of a tile");
 static_assert(CHUNK % (WARPS * WHOLE) == 0, "whole steps of all warps");
+static_assert(32 % TILES == 0 && (ALIGNED || WHOLE <= 32), "lanes for a step's tiles, or for its tokens where they lie apart");
 
 struct Params {
     const u16 *qkv;                // [S, QKV]

@@ -234,6 +234,20 @@ struct Turn {
     u32 met;   // when the warps met last
 };
 
+// Whether STEP slices side by side of what each warp keeps are of one head, wherever a half, a chunk or a warp's part begins.
+template <typename O, int STEP> constexpr bool of_one_head() {
+    for (int warp = 0; warp < NW; ++warp)
+        for (int kept = 0; kept < O::KEPT; ++kept) {
+            int head[2] = {};
+            for (int i = 0; i < 2; ++i) {
+                const int which = i ? kept : kept / STEP * STEP, at = which % O::TURNS;
+                head[i] = (which / O::TURNS * O::INNER + at / O::EACH * O::CK + (warp * O::EACH + at % O::EACH) * SW) / HD;
+            }
+            if (head[0] != head[1] && warp * O::EACH + kept % O::TURNS % O::EACH < O::SLICES) return false;
+        }
+    return O::KEPT % STEP == 0;
+}
+
 // Brings what a warp needs of an op's input to its part of shared memory, times the norm's weights where there is a norm.
 // Tag 0: the embedding. Returns this lane's sum of squares, and `inverse` of what FP8's token is multiplied by.
 template <typename O, bool NORM, int FROM>
@@ -263,6 +277,7 @@ __device__ __forceinline__ float stage(const Params &p, const Context &context, 
         constexpr int UNITS = O::KEPT / STEP;
         constexpr int LOOKS = cdiv(UNITS * FEW, 32), AT_ONCE = 2;
         static_assert(FROM != ATTENTION || UNITS * FEW * 4 <= X_WARP, "room");
+        static_assert(FROM != ATTENTION || of_one_head<O, STEP>(), "a share is a head's");
         float *const shares = (float *)(memory + X_AT + warp * X_WARP);   // [UNITS][FEW]
         float log[LOOKS];
 #pragma unroll
@@ -330,6 +345,12 @@ __device__ __forceinline__ float stage(const Params &p, const Context &context, 
             }
         }
         __syncwarp();   // all have read what the token overwrites
+        if (O::SLICES % NW) {   // slices that a warp lacks keep what stood there, and it must be numbers: a head without lanes has no share
+#pragma unroll
+            for (int k = 0; k < LOOKS; ++k)
+                if (lane + 32 * k < UNITS * FEW) shares[lane + 32 * k] = 0.f;
+            __syncwarp();
+        }
     } else {
         Pair v[PER] = {};
         uint2 gain[NORM ? PER : 1];
@@ -398,8 +419,7 @@ __device__ __forceinline__ float stage(const Params &p, const Context &context, 
     const u32 to = shared_at(memory) + X_AT + warp * X_WARP + lane / QUADS * (SW * 2) + lane % QUADS / (QUADS / 4) * (SW / 2) + lane % (QUADS / 4) * 4;
 #pragma unroll
     for (int u = 0; u < PER; ++u) {
-        // Zeros where shares stood, which need not be numbers. Elsewhere what a warp lacks stays what it was.
-        if (FROM == ATTENTION ? COUNT % 32 && lane + 32 * u >= COUNT : !there(u)) continue;
+        if (!there(u)) continue;
         sts(to + u * (32 / QUADS * SW * 2), w[u].x);
         sts(to + u * (32 / QUADS * SW * 2) + SW / 4, w[u].y);
     }

@@ -31,6 +31,8 @@ FLIGHT_BYTES = 48 << 10
 """Of weights, under way to a multiprocessor; of the head's, which nothing waits behind, twice as many."""
 LEAD_BYTES = 64 << 10
 """Of a block's weights, not yet asked for, when a product that adds launches its successor."""
+TOGETHER = (32, 64)
+"""Rows of x with which all blocks begin at the same inner index: measured, docs/log.md."""
 AT_ONCE = 1 << 20
 """LEAD of a product whose successor is launched as early as can be."""
 
@@ -232,7 +234,8 @@ class Products:
             macros = {
                 "KIND": int(kind), "TOK": tile.rows, "MW": tile.groups, "SPLIT": tile.splits, "SHARE": tile.share,
                 "LINES": lines, "KA": tile.depth // 64, "STAGES": tile.stages, "X_STAGES": tile.x_stages, "LAG": tile.lag,
-                "FLIGHT": max(1, min(under_way, tile.stages - 1)), "LEAD": lead, "PACE": pace, "ROTATE": 1,
+                "FLIGHT": max(1, min(under_way, tile.stages - 1)), "LEAD": lead, "PACE": pace,
+                "ROTATE": int(tile.rows not in TOGETHER),
             }  # fmt: skip
             found = self._kernels[kind, tile, lines, lead] = build(
                 SOURCE, "linear", macros, device=self._device, grid=1, block=tile.threads,

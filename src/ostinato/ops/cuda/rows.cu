@@ -332,7 +332,7 @@ __device__ __forceinline__ void consume(Ring &ring, Share &share, const Params &
             }
             if (KIND == BEST) {
                 if (p.logits) p.logits[(long long)token * VOCAB + n] = a;
-                if (a > best || best_at < 0) { best = a; best_at = n; }
+                if (a > best || best_at < 0) { best = fmaxf(a, best); best_at = n; }   // NaN is less than any number
             }
         }
         if (KIND != BEST) {

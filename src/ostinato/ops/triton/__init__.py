@@ -251,7 +251,7 @@ class TritonOps:
 
         `rows`: other than the most that the problem's versions serve.
         """
-        from .sampling import greedy, scratch_words
+        from .sampling import greedy, pick, scratch_words
 
         device, rows, dtype = self._device, rows or problem.rows, problem.dtype
 
@@ -282,8 +282,15 @@ class TritonOps:
                 self._norm_gate_up(version, x, norm, 1e-5, linear, normed, wide, out, then)
             elif index is not None:  # what a greedy step does
                 if version.kind is Kind.TILE:
-                    self._best_token(
-                        version, x, index, norm, 1e-5, linear, index, normed, workspace, tokens, then
+                    peaks = self._best_token(version, x, index, norm, 1e-5, linear, normed, workspace, then)
+                    assert peaks.tokens is not None
+                    pick(
+                        peaks.values,
+                        peaks.tokens,
+                        index,
+                        parts=peaks.values.shape[1],
+                        out=tokens,
+                        pdl=self._pdl,
                     )
                     return
                 self._norm_linear(version, x, index, norm, 1e-5, linear, normed, out, then)
@@ -435,13 +442,14 @@ class TritonOps:
         scratch: Scratch,
         *,
         greedy: bool,
-    ) -> torch.Tensor | None:
+    ) -> Peaks | None:
         if view.seq_lens.shape[0] > MOST_TOKENS:
             assert self._rows is not None
             self._rows.run(stack, view, caches, scratch, greedy=greedy)
             return None
         assert self._fused is not None
-        return self._fused.run(stack, view, caches, scratch, greedy=greedy)[None]
+        largest = self._fused.run(stack, view, caches, scratch, greedy=greedy)
+        return None if greedy else Peaks(largest[None])
 
     def embed(
         self, ids: torch.Tensor, table: torch.Tensor, out: torch.Tensor, then: NextNorm | None = None
@@ -574,16 +582,14 @@ class TritonOps:
         logits: torch.Tensor,
         begun: NextNorm | None = None,
         workspace: torch.Tensor | None = None,
-    ) -> torch.Tensor | None:
+    ) -> Peaks | None:
         version, seqs = self._table("norm_head", linear, len(last_index), x.dtype), len(last_index)
         if version.kind is not Kind.TILE or workspace is None:
             self._norm_linear(version, x, last_index, norm, eps, linear, last, logits, begun)
             return None
-        peaks = self._peaks(version, workspace, linear, seqs)
-        self._tile(
-            Product.WIDE, version, x, last_index, norm, eps, linear, last, logits, begun, Peaks(peaks.values)
-        )
-        return peaks.values
+        peaks = Peaks(self._peaks(version, workspace, linear, seqs).values)
+        self._tile(Product.WIDE, version, x, last_index, norm, eps, linear, last, logits, begun, peaks)
+        return peaks
 
     def picks(self, linear: Linear, seqs: int) -> bool:
         dtype = linear.weight.dtype  # of the activations, where nothing is quantised
@@ -602,9 +608,9 @@ class TritonOps:
         workspace: torch.Tensor,
         out: torch.Tensor,
         begun: NextNorm | None = None,
-    ) -> None:
+    ) -> Peaks | None:
         version = self._table("norm_head", linear, len(rows), x.dtype)
-        self._best_token(version, x, last_index, norm, eps, linear, rows, last, workspace, out, begun)
+        return self._best_token(version, x, last_index, norm, eps, linear, last, workspace, begun)
 
     def sample(
         self,
@@ -626,17 +632,19 @@ class TritonOps:
             variant=variant, out=out, scratch=workspace, pdl=self._pdl, draw=self._sampler, largest=largest,
         )  # fmt: skip
 
-    def advance(self, batch: Batch, view: StepView, tokens: torch.Tensor) -> None:
+    def advance(self, batch: Batch, view: StepView, tokens: torch.Tensor, peaks: Peaks | None = None) -> None:
         static, state = batch.static, batch.state
-        pointwise.advance[(cdiv(batch.num_seqs, ADVANCE_BLOCK),)](
-            batch.rows, view.seq_lens, batch.samples, tokens,
+        block, parts = (1, peaks.values.shape[1]) if peaks is not None else (ADVANCE_BLOCK, 0)
+        values, places = (peaks.values, peaks.tokens) if peaks is not None else (tokens, tokens)
+        pointwise.advance[(cdiv(batch.num_seqs, block),)](
+            batch.rows, view.seq_lens, batch.samples, tokens, values, places,
             state.emitted, state.last_token, state.position, state.active, state.output_counts,
             state.number, state.posted,
             static.stop_ids, static.num_stop_ids, static.min_position, static.last_position, static.flags,
             batch.num_seqs,
             DECODE=batch.decode, VOCAB=state.output_counts.shape[1], STOP_IDS=static.stop_ids.shape[1],
             COUNT_FLAG=FLAG_PENALTIES, PLACES=state.posted.shape[0], WIDTH=state.posted.shape[1],
-            BLOCK=ADVANCE_BLOCK, num_warps=4, **self._launch,
+            BLOCK=block, PARTS=parts, PARTS_PADDED=next_power_of_2(max(parts, 1)), num_warps=4, **self._launch,
         )  # fmt: skip
 
     # --- products, in a given version ------------------------------------------------------
@@ -722,18 +730,13 @@ class TritonOps:
         norm: torch.Tensor,
         eps: float,
         linear: Linear,
-        rows: torch.Tensor,
         normed: torch.Tensor,
         workspace: torch.Tensor,
-        out: torch.Tensor,
         begun: NextNorm | None,
-    ) -> None:
-        from .sampling import pick
-
-        peaks = self._peaks(version, workspace, linear, len(rows))
+    ) -> Peaks:
+        peaks = self._peaks(version, workspace, linear, len(index))
         self._tile(Product.BEST, version, x, index, norm, eps, linear, normed, None, begun, peaks)
-        assert peaks.tokens is not None
-        pick(peaks.values, peaks.tokens, rows, parts=peaks.values.shape[1], out=out, pdl=self._pdl)
+        return peaks
 
     def _peaks(self, version: Version, workspace: torch.Tensor, linear: Linear, seqs: int) -> Peaks:
         from .sampling import peaks_in

@@ -302,16 +302,31 @@ def rope_kv_write(
         tl.store(values + place + HALF, tl.load(value + HALF, mask=one).to(kind), mask=one)
 
 
+@triton.jit
+def _pick(values, places, tokens, s, inside, real, PARTS: tl.constexpr, PARTS_PADDED: tl.constexpr):
+    """The first token among the largest of PARTS, 0 for padding; also to `tokens`."""
+    part = tl.arange(0, PARTS_PADDED)[None, :]
+    known = inside[:, None] & (part < PARTS)
+    value = tl.load(values + s[:, None] * PARTS + part, mask=known, other=float("-inf"))
+    place = tl.load(places + s[:, None] * PARTS + part, mask=known, other=0x7FFFFFFF)
+    value = tl.where(value == value, value, float("-inf"))  # NaN is less than any number
+    largest = known & (value == tl.max(value, 1)[:, None])
+    best = tl.where(real, tl.min(tl.where(largest, place, 0x7FFFFFFF), 1), 0)
+    tl.store(tokens + s, best, mask=inside)
+    return best
+
+
 @triton.jit(do_not_specialize=["num_seqs"])
 def advance(
-    rows, seq_lens, samples, tokens,
+    rows, seq_lens, samples, tokens, peak_values, peak_tokens,
     emitted, last_token, position, active, output_counts, number, posted,
     stop_ids, num_stop_ids, min_position, last_position, flags,
     num_seqs,
     DECODE: tl.constexpr, VOCAB: tl.constexpr, STOP_IDS: tl.constexpr, COUNT_FLAG: tl.constexpr,
-    PLACES: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    PLACES: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, PARTS_PADDED: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """Make sampled tokens the next inputs, and post them; see `OpSet.advance`. Grid: (S / BLOCK)."""
+    """Make sampled tokens, or the best of PARTS peaks, the next inputs, and post them; see `OpSet.advance`. Grid: (S / BLOCK)."""
     if PDL:
         gdc_launch_dependents()
     # What the host wrote for these rows, no step does: it is there before the token is.
@@ -332,7 +347,12 @@ def advance(
     live = at > 0
     if not DECODE:
         live &= tl.load(samples + s, mask=inside, other=0) != 0
-    token = tl.load(tokens + s, mask=live, other=-1)
+    if PARTS:
+        token = tl.where(
+            live, _pick(peak_values, peak_tokens, tokens, s, inside, real, PARTS, PARTS_PADDED), -1
+        )
+    else:
+        token = tl.load(tokens + s, mask=live, other=-1)
     tl.store(emitted + s, token, mask=inside)
     n = tl.load(number)
     place = posted + tl.where(n > 0, 1 + (n - 1) % (PLACES - 1), 0) * WIDTH

@@ -1094,7 +1094,8 @@ def _report(
         e = tl.load(chunk_exp + s * CHUNKS + c, mask=c < CHUNKS, other=0.0)
         largest = tl.max(m, axis=0)
         total = tl.sum(tl.where(m == float("-inf"), 0.0, e * tl.exp(m - largest)), axis=0)
-        total = largest + tl.log(total)
+        # Beside +inf nothing else is possible: -inf rather than the NaN of exp(inf - inf).
+        total = tl.where(largest < float("inf"), largest + tl.log(total), largest)
         counts = tl.load(above + s * CHUNKS + c, mask=c < CHUNKS, other=0)
         tl.store(rank + s, 1 + tl.sum(counts, axis=0))
 
