@@ -294,6 +294,7 @@ extern "C" __global__ void __launch_bounds__(BOUND > THREADS ? BOUND : THREADS) 
     if (lane == 0 && warp >= WARPS)
         asm volatile("prefetch.tensormap [%0];" ::"l"(warp == WARPS ? &p.weight_map : &p.x_map) : "memory");
     if (tid == WARPS * 32) {
+        if (w_at & 1023) __trap();
         for (int i = 0; i < KC; ++i) mbar_init(w_full + i * 8, 1);
         for (int i = 0; i < XS; ++i) { mbar_init(x_full + i * 8, 1); mbar_init(x_empty + i * 8, WARPS); }
         mbar_init(go, 1);
