@@ -11,7 +11,7 @@
 //
 // Macros: HD GROUP KVH BLOCK_SIZE WINDOW TABLE_WIDTH NORM as in attention.cu, HID (inner dimension), TOK (32, 64: rows at most), TPW (tiles of a warp
 // group), AW (warps that do attention), TILES PIECES (of a warp's ring), XS (stages of x), PACE (cycles a tile of 8 KB), BOUND (threads that
-// registers must suffice for), LET (when the successor is launched).
+// registers must suffice for), LET (when the successor is launched), EARLY (pieces asked for before the sums), KEEP (cells in the L2 cache).
 
 #include "common.cuh"
 #include "ring.cuh"
@@ -74,8 +74,9 @@ constexpr int RING = AW * PIECES * PIECE * 2;
 constexpr int W_X = W_BYTES + XS * X_BYTES, LATER = RING + (int)sizeof(Misc);
 constexpr int BARS = ((W_X > LATER ? W_X : LATER) + 15) / 16 * 16;
 constexpr int SHARED = BARS + (KC + 2 * XS + 1) * 8;
-static_assert(SHARED <= 115712, "two blocks on a multiprocessor");
+static_assert(SHARED <= 116736, "beside a block of a product");
 static_assert(PIECES * PIECE * 2 >= GROUP * O_STRIDE * 4, "room for a warp's result");
+static_assert(EARLY <= PIECES, "places");
 
 __device__ __forceinline__ void copy16(void *to, const void *from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from) : "memory");
@@ -336,24 +337,22 @@ extern "C" __global__ void __launch_bounds__(BOUND > THREADS ? BOUND : THREADS) 
         }
         return;
     }
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-    // What attention of this warp's row will need, and the factors of the norm.
-    const int item = warp / WPI % R, sub = warp % WPI, s = unit * R + item;
+    // What attention of this warp's row will need is looked up before the wait, and again behind it, when nobody stands still for it.
+    const int item = warp / WPI % R, sub = warp % WPI, s = unit * R + item, known = min(s, p.num_seqs - 1);
     const bool mine = s < p.num_seqs;
-    const int length = mine ? min(ldcg(p.lens + s), TABLE_WIDTH * BLOCK_SIZE) : 0;
-    const int row = mine ? max(ldcg(p.rows + s), 0) : 0;
-    const int position = mine ? ldcg(p.positions + s) : 0, slot = mine ? ldcg(p.slots + s) : 0;
+    int length = min(ldcg(p.lens + known), TABLE_WIDTH * BLOCK_SIZE), row = max(ldcg(p.rows + known), 0);
+    auto first_of = [&](int length) { return WINDOW > 0 && length > WINDOW ? length - WINDOW : 0; };
+    auto start_of = [&](int length) { return first_of(length) / STEP * STEP + sub * WHOLE; };
+    Walk walk = {p.table, p.blocks, min(row, p.table_rows - 1), first_of(length), length - 1, length, start_of(length), 0, 0, 0};
+    const int entry = walk.found(walk.start);
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    const int new_length = min(ldcg(p.lens + known), TABLE_WIDTH * BLOCK_SIZE), new_row = max(ldcg(p.rows + known), 0);
+    const int position = ldcg(p.positions + known), slot = ldcg(p.slots + known);
+    const int new_entry = walk.found(walk.start);
     float factors[R];
 #pragma unroll
-    for (int i = 0; i < R; ++i) {
-        factors[i] = 0.f;
-        const int c = unit * R + i;
-        for (int j = lane; j < p.sums; j += 32) factors[i] += c < p.num_seqs ? ldcg(p.squares + j * p.num_seqs + c) : 0.f;
-    }
-    const int first = WINDOW > 0 && length > WINDOW ? length - WINDOW : 0;
-    const int start = first / STEP * STEP + sub * WHOLE;
-    Walk walk = {p.table, p.blocks, row, first, length - 1, length, start, start, 0, 0};
-    if (length > 0) walk.entry = walk.found(start);
+    for (int i = 0; i < R; ++i)
+        factors[i] = ldcg(p.squares + min(lane, p.sums - 1) * p.num_seqs + min(unit * R + i, p.num_seqs - 1));
 
     // --- Products
     const int group = warp >> 2;
@@ -381,7 +380,7 @@ extern "C" __global__ void __launch_bounds__(BOUND > THREADS ? BOUND : THREADS) 
     if (tid == 0) mark(3);
 
     // --- Parts to whoever adds them
-    const u64 hint = keeping();
+    const u64 hint = KEEP ? keeping() : policy(false);
     auto cell = [&](int pair, int split, int vec) { return p.cells + ((u64)((h * (TOK / 2) + pair) * SPLIT + split) * NVEC + vec) * 4; };
 #pragma unroll
     for (int j = 0; j < TPW; ++j)
@@ -400,8 +399,30 @@ extern "C" __global__ void __launch_bounds__(BOUND > THREADS ? BOUND : THREADS) 
     Misc &sh = *(Misc *)(memory + RING);
     u16 *ring = (u16 *)memory + warp * PIECES * PIECE;
     const int own = (lane / LANES) * ROW + h * HD + lane % LANES * 8;
+    const bool same = new_length == length && new_row == row && new_entry == entry;
+    walk.entry = entry;
+    if (!__all_sync(~0u, same)) {
+        length = new_length;
+        walk.row = row = new_row;
+        walk.first = first_of(length);
+        walk.newest = length - 1;
+        walk.end = length;
+        walk.start = start_of(length);
+        walk.entry = walk.found(walk.start);
+    }
+    if (!mine) length = 0;
+    walk.at = walk.start;
+    if (length <= 0) walk.end = 0;
     const bool works = warp < AW && length > 0;
     auto let = [&] { if (LET == 1 && walk.at >= walk.end) asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); };
+    auto ask = [&](int from, int to) {
+#pragma unroll 1
+        for (int i = from; i < to; ++i) {
+            if (walk.at < walk.end) fetch(ring + i * PIECE, (i % 2 ? p.values : p.keys) + own, walk);
+            commit();
+            if (i % 2) walk.next();
+        }
+    };
     if (works) {
         if (sub == 0) {
             const float *rope = p.rope + (long long)min(max(position, 0), p.angles - 1) * HD;
@@ -410,12 +431,7 @@ extern "C" __global__ void __launch_bounds__(BOUND > THREADS ? BOUND : THREADS) 
                 copy16(sh.gains[0] + lane * 8, (lane < HD / 8 ? p.q_norm : p.k_norm - HD) + lane * 8);
         }
         commit();
-#pragma unroll 1
-        for (int i = 0; i < PIECES; ++i) {
-            if (walk.at < walk.end) fetch(ring + i * PIECE, (i % 2 ? p.values : p.keys) + own, walk);
-            commit();
-            if (i % 2) walk.next();
-        }
+        ask(0, EARLY);
     }
     if (LET == 2) asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
     if (tid == 0) mark(5);
@@ -423,6 +439,8 @@ extern "C" __global__ void __launch_bounds__(BOUND > THREADS ? BOUND : THREADS) 
     // --- Sums of this block's rows
 #pragma unroll
     for (int i = 0; i < R; ++i) {
+        if (lane >= p.sums) factors[i] = 0.f;
+        for (int j = lane + 32; j < p.sums; j += 32) factors[i] += ldcg(p.squares + j * p.num_seqs + min(unit * R + i, p.num_seqs - 1));
 #pragma unroll
         for (int far = 16; far; far >>= 1) factors[i] += __shfl_xor_sync(~0u, factors[i], far);
         factors[i] = rsqrtf(factors[i] / HID + p.eps);
@@ -467,10 +485,11 @@ extern "C" __global__ void __launch_bounds__(BOUND > THREADS ? BOUND : THREADS) 
         }
     }
     if (tid == 0) mark(6);
-    if (works) left<PIECES>();   // cosines, sines, norms
+    if (works) left<EARLY>();   // cosines, sines, norms
     asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory");
     if (tid == 0) mark(7);
     if (warp >= AW || !mine) return;
+    if (works && EARLY < PIECES) ask(EARLY, PIECES);
 
     // --- Attention
     auto out = [&](int i) -> u32 & { return ((u32 *)p.out)[(s * KVH + h) * (GROUP * HD / 2) + i]; };   // two dimensions
