@@ -57,6 +57,7 @@ struct Params {
     u16 *out;                      // [S, HEADS * HD]
     float *cells;                  // [KVH, TOK / 2, SPLIT, NVEC, 4], empty before and after
     u64 *trace;
+    const u16 *x;
     float eps, scale;              // the scale for a softmax in powers of two
     int num_seqs, sums, blocks, angles, table_rows;
     int pad[9];
@@ -303,9 +304,9 @@ extern "C" __global__ void __launch_bounds__(BOUND > THREADS ? BOUND : THREADS) 
     }
     __syncthreads();
     if (warp == WARPS) {
-        if (lane) return;
         const u64 hint = policy(true);
         bool gone = false;
+        if (lane == 0) {
         long long last = clock64() - PACE;
         for (int c = 0; c < KC; ++c) {
             mbar_expect(w_full + c * 8, MT * 8192);
@@ -321,6 +322,60 @@ extern "C" __global__ void __launch_bounds__(BOUND > THREADS ? BOUND : THREADS) 
             }
         }
         mark(10);
+#ifdef TRACE
+        u32 sm_; asm volatile("mov.u32 %0, %smid;" : "=r"(sm_)); p.trace[blockIdx.x * 32 + 12] = sm_;
+#endif
+        }
+        if (PF) {
+            // Keys and values to the L2 cache, at a pace that lets others through.
+            int entries[R], lengths[R];
+#pragma unroll
+            for (int i = 0; i < R; ++i) {
+                const int s = min(unit * R + i, p.num_seqs - 1);
+                lengths[i] = ldcg(p.lens + s);
+                entries[i] = ldcg(p.table + min(max(ldcg(p.rows + s), 0), p.table_rows - 1) * TABLE_WIDTH + min(lane * 16 / BLOCK_SIZE, TABLE_WIDTH - 1));
+            }
+            __syncwarp();
+            if (PF == 2) asm volatile("griddepcontrol.wait;" ::: "memory");
+            long long last = clock64() - PFPACE;
+#pragma unroll 1
+            for (int tile = 0; tile < PFTILES; ++tile)
+#pragma unroll
+                for (int i = 0; i < R; ++i) {
+                    const int token = tile * 16 + lane % 16, block = min((u32)__shfl_sync(~0u, entries[i], tile), (u32)p.blocks - 1);
+                    if (tile * 16 >= lengths[i]) continue;
+                    while (clock64() - last < PFPACE) {}
+                    last = clock64();
+                    const u16 *at = (lane < 16 ? p.keys : p.values) + ((u64)block * BLOCK_SIZE + token % BLOCK_SIZE) * ROW + h * HD;
+                    if (token < lengths[i])
+#pragma unroll
+                        for (int j = 0; j < HD / 64; ++j) asm volatile("prefetch.global.L2 [%0];" ::"l"(at + j * 64));
+                }
+        }
+        return;
+    }
+    if (XC && warp == WARPS + 1) {
+        static_assert(!XC || XS == KC, "all of x at once");
+        asm volatile("griddepcontrol.wait;" ::: "memory");
+        if (lane == 0) { mbar_arrive(go); mark(1); }
+        const int piece = lane % 8;
+#pragma unroll 1
+        for (int c = 0; c < KC; ++c) {
+            const u16 *from = p.x + (split * KC + c) * 64 + piece * 8;
+#pragma unroll
+            for (int r = lane / 8; r < TOK; r += 4)
+                copy16(memory + W_BYTES + c * X_BYTES + r * 128 + (piece ^ r % 8) * 16, from + (long long)min(r, p.num_seqs - 1) * HID);
+            commit();
+        }
+        auto tell = [&](int c) {
+            asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+            __syncwarp();
+            if (lane == 0) mbar_arrive(x_full + c * 8);
+        };
+        if (KC > 3) { left<3>(); tell(KC - 4); }
+        if (KC > 2) { left<2>(); tell(KC - 3); }
+        if (KC > 1) { left<1>(); tell(KC - 2); }
+        left<0>(); tell(KC - 1);
         return;
     }
     if (warp == WARPS + 1) {
@@ -360,8 +415,9 @@ extern "C" __global__ void __launch_bounds__(BOUND > THREADS ? BOUND : THREADS) 
 #pragma unroll
     for (int c = 0; c < KC; ++c) {
         mbar_wait(w_full + c * 8, 0);
+        if (c == KC - 1 && tid == 0) mark(13);
         mbar_wait(x_full + c % XS * 8, c / XS & 1);
-        if (c == 0 && tid == 0) mark(2);
+        if (c == KC - 1 && tid == 0) mark(2);
         begin_products();
 #pragma unroll
         for (int k = 0; k < 4; ++k)
