@@ -308,7 +308,8 @@ extern "C" __global__ void __launch_bounds__(BOUND > THREADS ? BOUND : THREADS) 
         bool gone = false;
         if (lane == 0) {
         long long last = clock64() - PACE;
-        for (int c = 0; c < KC; ++c) {
+        for (int i = 0; i < KC; ++i) {
+            const int c = ROT ? (i + h + sec) % KC : i;
             mbar_expect(w_full + c * 8, MT * 8192);
 #pragma unroll 1
             for (int m = 0; m < MT; ++m) {
@@ -324,6 +325,9 @@ extern "C" __global__ void __launch_bounds__(BOUND > THREADS ? BOUND : THREADS) 
         mark(10);
 #ifdef TRACE
         u32 sm_; asm volatile("mov.u32 %0, %smid;" : "=r"(sm_)); p.trace[blockIdx.x * 32 + 12] = sm_;
+        mbar_wait(w_full, 0); mark(13);
+        for (int c = 1; c < KC; ++c) mbar_wait(w_full + c * 8, 0);
+        mark(14);
 #endif
         }
         if (PF) {
@@ -390,6 +394,9 @@ extern "C" __global__ void __launch_bounds__(BOUND > THREADS ? BOUND : THREADS) 
             mbar_expect(x_full + slot * 8, X_BYTES);
             copy2(x_at + slot * X_BYTES, &p.x_map, (split * KC + c) * 64, 0, x_full + slot * 8, hint);
         }
+#ifdef TRACE
+        mbar_wait(x_full + (KC - 1) % XS * 8, (KC - 1) / XS & 1); mark(15);
+#endif
         return;
     }
     // What attention of this warp's row will need is looked up before the wait, and again behind it, when nobody stands still for it.
@@ -413,17 +420,17 @@ extern "C" __global__ void __launch_bounds__(BOUND > THREADS ? BOUND : THREADS) 
     const int group = warp >> 2;
     float d[TPW][TOK / 2];
 #pragma unroll
-    for (int c = 0; c < KC; ++c) {
+    for (int i = 0; i < KC; ++i) {
+        const int c = ROT ? (i + h + sec) % KC : i;
         mbar_wait(w_full + c * 8, 0);
-        if (c == KC - 1 && tid == 0) mark(13);
         mbar_wait(x_full + c % XS * 8, c / XS & 1);
-        if (c == KC - 1 && tid == 0) mark(2);
+        if (i == 0 && tid == 0) mark(2);
         begin_products();
 #pragma unroll
         for (int k = 0; k < 4; ++k)
 #pragma unroll
             for (int j = 0; j < TPW; ++j)
-                multiply<TOK>(d[j], operand(w_at + ((group * TPW + j) * KC + c) * 8192) + k * 2, operand(x_at + c % XS * X_BYTES) + k * 2, c || k);
+                multiply<TOK>(d[j], operand(w_at + ((group * TPW + j) * KC + c) * 8192) + k * 2, operand(x_at + c % XS * X_BYTES) + k * 2, i || k);
         commit_products();
         if (KC > XS) {
 #pragma unroll
