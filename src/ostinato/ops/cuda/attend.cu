@@ -74,7 +74,9 @@ struct Misc {
 constexpr int RING = AW * PIECES * PIECE * 2;
 constexpr int W_X = W_BYTES + XS * X_BYTES, LATER = RING + (int)sizeof(Misc);
 constexpr int BARS = ((W_X > LATER ? W_X : LATER) + 15) / 16 * 16;
-constexpr int SHARED = BARS + (KC + 2 * XS + 1) * 8;
+// What one warp looks up for all: of rows in turn, and the cache's blocks of their first tokens.
+struct Looked { int length[R], row[R], position[R], slot[R]; float factor[R]; int entries[R][32]; };
+constexpr int SHARED = BARS + (KC + 2 * XS + 2) * 8 + (int)sizeof(Looked);
 static_assert(SHARED <= 116736, "beside a block of a product");
 static_assert(PIECES * PIECE * 2 >= GROUP * O_STRIDE * 4, "room for a warp's result");
 static_assert(EARLY <= PIECES, "places");
@@ -111,14 +113,18 @@ __device__ __forceinline__ void st_cell(float *p, u32 a, u32 b, u32 c, u32 d, u6
 
 // Where a warp's tokens lie in the cache: as in attention.cu, a row's steps shared out to WPI warps.
 struct Walk {
-    const int *table;
+    const int *table, *entries;   // all rows'; the row's first ones
     int blocks, row, first, newest, end, start, at, turn, entry;
 
     __device__ __forceinline__ int found(int at) const {
         const int lane = threadIdx.x & 31;
         const int away = ALIGNED ? lane / TILES * (WPI * WHOLE) + lane % TILES * STEP : lane % WHOLE;
         const int token = ALIGNED ? at + away : max(min(max(at + away, first), newest), 0);
-        const int block = min((u32)ldcg(table + row * TABLE_WIDTH + min(token / BLOCK_SIZE, TABLE_WIDTH - 1)), (u32)blocks - 1);
+        const int place = min(token / BLOCK_SIZE, TABLE_WIDTH - 1);
+        int block = 0;
+        if (place < 32) block = entries[place];
+        else if (token < end) block = ldcg(table + row * TABLE_WIDTH + place);
+        block = min((u32)block, (u32)blocks - 1);
         return ALIGNED ? block : block * BLOCK_SIZE + token % BLOCK_SIZE;
     }
     __device__ __forceinline__ void next() {
@@ -290,7 +296,8 @@ extern "C" __global__ void __launch_bounds__(BOUND > THREADS ? BOUND : THREADS) 
     const int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31, g = lane >> 2, t = lane & 3;
     const int h = blockIdx.x / BLOCKS, unit = blockIdx.x % BLOCKS, sec = unit % SECTIONS, split = unit / SECTIONS;
     const u32 w_at = shared_at(memory), x_at = w_at + W_BYTES;
-    const u32 w_full = w_at + BARS, x_full = w_full + KC * 8, x_empty = x_full + XS * 8, go = x_empty + XS * 8;
+    const u32 w_full = w_at + BARS, x_full = w_full + KC * 8, x_empty = x_full + XS * 8, go = x_empty + XS * 8, told = go + 8;
+    Looked &looked = *(Looked *)(memory + BARS + (KC + 2 * XS + 2) * 8);
     if (tid == 0) mark(0);
     if (LET == 0) asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
     if (lane == 0 && warp >= WARPS)
@@ -300,6 +307,7 @@ extern "C" __global__ void __launch_bounds__(BOUND > THREADS ? BOUND : THREADS) 
         for (int i = 0; i < KC; ++i) mbar_init(w_full + i * 8, 1);
         for (int i = 0; i < XS; ++i) { mbar_init(x_full + i * 8, 1); mbar_init(x_empty + i * 8, WARPS); }
         mbar_init(go, 1);
+        mbar_init(told, 1);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     __syncthreads();
@@ -358,63 +366,58 @@ extern "C" __global__ void __launch_bounds__(BOUND > THREADS ? BOUND : THREADS) 
         }
         return;
     }
-    if (XC && warp == WARPS + 1) {
-        static_assert(!XC || XS == KC, "all of x at once");
-        asm volatile("griddepcontrol.wait;" ::: "memory");
-        if (lane == 0) { mbar_arrive(go); mark(1); }
-        const int piece = lane % 8;
-#pragma unroll 1
-        for (int c = 0; c < KC; ++c) {
-            const u16 *from = p.x + (split * KC + c) * 64 + piece * 8;
-#pragma unroll
-            for (int r = lane / 8; r < TOK; r += 4)
-                copy16(memory + W_BYTES + c * X_BYTES + r * 128 + (piece ^ r % 8) * 16, from + (long long)min(r, p.num_seqs - 1) * HID);
-            commit();
-        }
-        auto tell = [&](int c) {
-            asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-            __syncwarp();
-            if (lane == 0) mbar_arrive(x_full + c * 8);
-        };
-        if (KC > 3) { left<3>(); tell(KC - 4); }
-        if (KC > 2) { left<2>(); tell(KC - 3); }
-        if (KC > 1) { left<1>(); tell(KC - 2); }
-        left<0>(); tell(KC - 1);
-        return;
-    }
     if (warp == WARPS + 1) {
-        if (lane) return;
+        // x; and, once for all warps, as many blocks ask for the same few lines: what attention of this block's rows will need, and the
+        // factors of the norm.
         const u64 hint = policy(false);
+        auto copy = [&](int c) {
+            mbar_expect(x_full + c % XS * 8, X_BYTES);
+            copy2(x_at + c % XS * X_BYTES, &p.x_map, (split * KC + c) * 64, 0, x_full + c % XS * 8, hint);
+        };
         asm volatile("griddepcontrol.wait;" ::: "memory");
-        mbar_arrive(go);
-        mark(1);
-        for (int c = 0; c < KC; ++c) {
-            const int slot = c % XS;
-            if (c >= XS) mbar_wait(x_empty + slot * 8, (c / XS - 1) & 1);
-            mbar_expect(x_full + slot * 8, X_BYTES);
-            copy2(x_at + slot * X_BYTES, &p.x_map, (split * KC + c) * 64, 0, x_full + slot * 8, hint);
+        if (lane == 0) {
+            mbar_arrive(go);
+            mark(1);
+#pragma unroll
+            for (int c = 0; c < XS; ++c) copy(c);
+        }
+        __syncwarp();
+        const int s = min(unit * R + lane % R, p.num_seqs - 1);
+        const int length = ldcg(p.lens + s), row = ldcg(p.rows + s), position = ldcg(p.positions + s), slot = ldcg(p.slots + s);
+        float factors[R];
+#pragma unroll
+        for (int i = 0; i < R; ++i)
+            factors[i] = lane < p.sums ? ldcg(p.squares + lane * p.num_seqs + min(unit * R + i, p.num_seqs - 1)) : 0.f;
+#pragma unroll
+        for (int i = 0; i < R; ++i) {
+            const int at = min(max(__shfl_sync(~0u, row, i), 0), p.table_rows - 1);
+            looked.entries[i][lane] = ldcg(p.table + at * TABLE_WIDTH + min(lane, TABLE_WIDTH - 1));
+        }
+        if (lane < R) {
+            looked.length[lane] = unit * R + lane < p.num_seqs ? min(length, TABLE_WIDTH * BLOCK_SIZE) : 0;
+            looked.row[lane] = min(max(row, 0), p.table_rows - 1);
+            looked.position[lane] = min(max(position, 0), p.angles - 1);
+            looked.slot[lane] = slot;
+        }
+#pragma unroll
+        for (int i = 0; i < R; ++i) {
+            for (int j = lane + 32; j < p.sums; j += 32) factors[i] += ldcg(p.squares + j * p.num_seqs + min(unit * R + i, p.num_seqs - 1));
+#pragma unroll
+            for (int far = 16; far; far >>= 1) factors[i] += __shfl_xor_sync(~0u, factors[i], far);
+            if (lane == 0) looked.factor[i] = rsqrtf(factors[i] / HID + p.eps);
+        }
+        __syncwarp();
+        if (lane) return;
+        mbar_arrive(told);
+        for (int c = XS; c < KC; ++c) {
+            mbar_wait(x_empty + c % XS * 8, (c / XS - 1) & 1);
+            copy(c);
         }
 #ifdef TRACE
         mbar_wait(x_full + (KC - 1) % XS * 8, (KC - 1) / XS & 1); mark(15);
 #endif
         return;
     }
-    // What attention of this warp's row will need is looked up before the wait, and again behind it, when nobody stands still for it.
-    const int item = warp / WPI % R, sub = warp % WPI, s = unit * R + item, known = min(s, p.num_seqs - 1);
-    const bool mine = s < p.num_seqs;
-    int length = min(ldcg(p.lens + known), TABLE_WIDTH * BLOCK_SIZE), row = max(ldcg(p.rows + known), 0);
-    auto first_of = [&](int length) { return WINDOW > 0 && length > WINDOW ? length - WINDOW : 0; };
-    auto start_of = [&](int length) { return first_of(length) / STEP * STEP + sub * WHOLE; };
-    Walk walk = {p.table, p.blocks, min(row, p.table_rows - 1), first_of(length), length - 1, length, start_of(length), 0, 0, 0};
-    const int entry = walk.found(walk.start);
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-    const int new_length = min(ldcg(p.lens + known), TABLE_WIDTH * BLOCK_SIZE), new_row = max(ldcg(p.rows + known), 0);
-    const int position = ldcg(p.positions + known), slot = ldcg(p.slots + known);
-    const int new_entry = walk.found(walk.start);
-    float factors[R];
-#pragma unroll
-    for (int i = 0; i < R; ++i)
-        factors[i] = ldcg(p.squares + min(lane, p.sums - 1) * p.num_seqs + min(unit * R + i, p.num_seqs - 1));
 
     // --- Products
     const int group = warp >> 2;
@@ -441,6 +444,7 @@ extern "C" __global__ void __launch_bounds__(BOUND > THREADS ? BOUND : THREADS) 
 #pragma unroll
     for (int j = 0; j < TPW; ++j) await_products<TOK, 0>(d[j]);
     if (tid == 0) mark(3);
+    asm volatile("griddepcontrol.wait;" ::: "memory");
 
     // --- Parts to whoever adds them
     const u64 hint = KEEP ? keeping() : policy(false);
@@ -462,20 +466,12 @@ extern "C" __global__ void __launch_bounds__(BOUND > THREADS ? BOUND : THREADS) 
     Misc &sh = *(Misc *)(memory + RING);
     u16 *ring = (u16 *)memory + warp * PIECES * PIECE;
     const int own = (lane / LANES) * ROW + h * HD + lane % LANES * 8;
-    const bool same = new_length == length && new_row == row && new_entry == entry;
-    walk.entry = entry;
-    if (!__all_sync(~0u, same)) {
-        length = new_length;
-        walk.row = row = new_row;
-        walk.first = first_of(length);
-        walk.newest = length - 1;
-        walk.end = length;
-        walk.start = start_of(length);
-        walk.entry = walk.found(walk.start);
-    }
-    if (!mine) length = 0;
-    walk.at = walk.start;
-    if (length <= 0) walk.end = 0;
+    mbar_wait(told, 0);
+    const int item = warp / WPI % R, sub = warp % WPI, s = unit * R + item;
+    const bool mine = s < p.num_seqs;
+    const int length = looked.length[item], first = WINDOW > 0 && length > WINDOW ? length - WINDOW : 0, start = first / STEP * STEP + sub * WHOLE;
+    Walk walk = {p.table, looked.entries[item], p.blocks, looked.row[item], first, length - 1, max(length, 0), start, start, 0, 0};
+    if (start < length) walk.entry = walk.found(start);
     const bool works = warp < AW && length > 0;
     auto let = [&] { if (LET == 1 && walk.at >= walk.end) asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); };
     auto ask = [&](int from, int to) {
@@ -488,7 +484,7 @@ extern "C" __global__ void __launch_bounds__(BOUND > THREADS ? BOUND : THREADS) 
     };
     if (works) {
         if (sub == 0) {
-            const float *rope = p.rope + (long long)min(max(position, 0), p.angles - 1) * HD;
+            const float *rope = p.rope + (long long)looked.position[item] * HD;
             if (lane < HD / 4) copy16(sh.rope[item] + lane * 4, rope + lane * 4);
             if (NORM && lane < HD / 4)
                 copy16(sh.gains[0] + lane * 8, (lane < HD / 8 ? p.q_norm : p.k_norm - HD) + lane * 8);
@@ -500,14 +496,6 @@ extern "C" __global__ void __launch_bounds__(BOUND > THREADS ? BOUND : THREADS) 
     if (tid == 0) mark(5);
 
     // --- Sums of this block's rows
-#pragma unroll
-    for (int i = 0; i < R; ++i) {
-        if (lane >= p.sums) factors[i] = 0.f;
-        for (int j = lane + 32; j < p.sums; j += 32) factors[i] += ldcg(p.squares + j * p.num_seqs + min(unit * R + i, p.num_seqs - 1));
-#pragma unroll
-        for (int far = 16; far; far >>= 1) factors[i] += __shfl_xor_sync(~0u, factors[i], far);
-        factors[i] = rsqrtf(factors[i] / HID + p.eps);
-    }
     static_assert(R / 2 * 2 * NVEC % CONSUMERS == 0 && 2 * NVEC % CONSUMERS == 0 && SPLIT % 2 == 0, "all threads add");
 #pragma unroll
     for (int n = 0; n < R / 2 * 2 * NVEC / CONSUMERS; ++n) {
@@ -535,7 +523,7 @@ extern "C" __global__ void __launch_bounds__(BOUND > THREADS ? BOUND : THREADS) 
         }
 #pragma unroll
         for (int i = 0; i < 4; ++i) sum[i] += __shfl_xor_sync(~0u, sum[i], 1);
-        const float factor = half ? factors[pair * 2 + 1] : factors[pair * 2];
+        const float factor = looked.factor[pair * 2 + half];
         const int column = vec / 32 * 64 + vec / 8 % 4 * 16 + vec % 8;
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
@@ -572,7 +560,7 @@ extern "C" __global__ void __launch_bounds__(BOUND > THREADS ? BOUND : THREADS) 
         __syncwarp();
         if (lane < HD / 4) {
             const int d = lane % (HD / 8) * 8;
-            *(uint4 *)((lane < HD / 8 ? p.keys : p.values) + (long long)slot * ROW + h * HD + d) =
+            *(uint4 *)((lane < HD / 8 ? p.keys : p.values) + (long long)looked.slot[item] * ROW + h * HD + d) =
                 *(const uint4 *)((lane < HD / 8 ? sh.k[item] : new_value) + d);
         }
     }
