@@ -374,6 +374,9 @@ extern "C" __global__ void __launch_bounds__(BOUND > THREADS ? BOUND : THREADS) 
             mbar_expect(x_full + c % XS * 8, X_BYTES);
             copy2(x_at + c % XS * X_BYTES, &p.x_map, (split * KC + c) * 64, 0, x_full + c % XS * 8, hint);
         };
+        const int s = min(unit * R + lane % R, p.num_seqs - 1);
+        auto row_of = [&] { return min(max(ldcg(p.rows + s), 0), p.table_rows - 1); };
+        const int guess = row_of();   // looked at again behind the wait
         asm volatile("griddepcontrol.wait;" ::: "memory");
         if (lane == 0) {
             mbar_arrive(go);
@@ -382,20 +385,23 @@ extern "C" __global__ void __launch_bounds__(BOUND > THREADS ? BOUND : THREADS) 
             for (int c = 0; c < XS; ++c) copy(c);
         }
         __syncwarp();
-        const int s = min(unit * R + lane % R, p.num_seqs - 1);
-        const int length = ldcg(p.lens + s), row = ldcg(p.rows + s), position = ldcg(p.positions + s), slot = ldcg(p.slots + s);
+        const int length = ldcg(p.lens + s), row = row_of(), position = ldcg(p.positions + s), slot = ldcg(p.slots + s);
         float factors[R];
 #pragma unroll
         for (int i = 0; i < R; ++i)
             factors[i] = lane < p.sums ? ldcg(p.squares + lane * p.num_seqs + min(unit * R + i, p.num_seqs - 1)) : 0.f;
+        int entries[R];
+        auto find = [&](int row) {
 #pragma unroll
-        for (int i = 0; i < R; ++i) {
-            const int at = min(max(__shfl_sync(~0u, row, i), 0), p.table_rows - 1);
-            looked.entries[i][lane] = ldcg(p.table + at * TABLE_WIDTH + min(lane, TABLE_WIDTH - 1));
-        }
+            for (int i = 0; i < R; ++i) entries[i] = ldcg(p.table + __shfl_sync(~0u, row, i) * TABLE_WIDTH + min(lane, TABLE_WIDTH - 1));
+        };
+        find(guess);
+        if (!__all_sync(~0u, row == guess)) find(row);
+#pragma unroll
+        for (int i = 0; i < R; ++i) looked.entries[i][lane] = entries[i];
         if (lane < R) {
             looked.length[lane] = unit * R + lane < p.num_seqs ? min(length, TABLE_WIDTH * BLOCK_SIZE) : 0;
-            looked.row[lane] = min(max(row, 0), p.table_rows - 1);
+            looked.row[lane] = row;
             looked.position[lane] = min(max(position, 0), p.angles - 1);
             looked.slot[lane] = slot;
         }
