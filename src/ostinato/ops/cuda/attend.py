@@ -125,6 +125,7 @@ class Attend:
         if why is not None:
             raise KernelError(why)
         self._stack, self._shape = stack, stack.attention
+        self.block_size, self.table_width = block_size, table_width
         hidden = stack.layers[0].qkv.in_features
         cut = layout(self._shape, hidden)
         assert cut is not None
