@@ -388,7 +388,7 @@ extern "C" __global__ void __launch_bounds__(BOUND > THREADS ? BOUND : THREADS) 
     auto word = [&](int i) { return i * (GROUP * 4) + lane; };
     u16 *new_value = sh.qkv[item] + (GROUP + 1) * HD;
     Query q = {};
-    int share = 0, count = c.count, job = unit * R + item;
+    int share = 0, count = c.count, job = 0;
     if (works) {
         q = query_in(sh.qkv[item] + min(g, GROUP - 1) * HD);
         rotate(q, sh.gains[0], sh.rope[item], p.eps);
@@ -537,8 +537,21 @@ extern "C" __global__ void __launch_bounds__(BOUND > THREADS ? BOUND : THREADS) 
                 }
             }
         }
-        // Splits beyond the first ones, in turn.
+        // Splits beyond the first ones, in turn; first to those whose own row has none.
         if (!looked.any) return;
+        if (job == 0) {
+            int before = 0, after = 0;
+#pragma unroll
+            for (int i = 0; i < TOK / 32; ++i) {
+                const u32 whole = __ballot_sync(~0u, looked.more[i * 32 + lane] == 0);
+                const int at = unit * R + item - i * 32;    // of this mask's bits those in front of this row's
+                const u32 low = at <= 0 ? 0 : at >= 32 ? ~0u : (1u << at) - 1;
+                before += __popc(whole & low);
+                after += __popc(~whole & low);
+                job += __popc(whole);
+            }
+            job = looked.more[unit * R + item] == 0 ? before : job + after;
+        }
         int skip = job;
         job += TOK;
         for (s = 0; s < p.num_seqs && skip >= looked.more[s]; ++s) skip -= looked.more[s];
