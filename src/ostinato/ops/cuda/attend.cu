@@ -70,8 +70,9 @@ struct Misc {
 constexpr int RING = WARPS * PIECES * PIECE * 2;
 constexpr int W_X = W_BYTES + KC * X_BYTES, LATER = RING + (int)sizeof(Misc);
 constexpr int BARS = ((W_X > LATER ? W_X : LATER) + 15) / 16 * 16;
-// What one warp looks up for all: of rows in turn, and the cache's blocks of their first tokens.
-struct Looked { int length[R], row[R], position[R], slot[R]; float factor[R]; int entries[R][32], more[TOK], any; };
+// What one warp looks up for all: of all rows length, row in the table, splits beyond the first; of its own the rest, and the cache's blocks of
+// their first tokens.
+struct Looked { int lengths[TOK], rows[TOK], more[TOK], position[R], slot[R]; float factor[R]; int entries[R][32], any; };
 constexpr int SHARED = BARS + (2 * KC + 2) * 8 + (int)sizeof(Looked);
 static_assert(SHARED <= 116736, "beside a block of a product");
 static_assert(PIECES * PIECE * 2 >= GROUP * O_STRIDE * 4, "room for a warp's result");
@@ -207,8 +208,8 @@ extern "C" __global__ void __launch_bounds__(BOUND > THREADS ? BOUND : THREADS) 
         // x; and, once for all warps, as many blocks ask for the same few lines: what attention of this block's rows will need, and the
         // factors of the norm.
         const int s = min(unit * R + lane % R, p.num_seqs - 1);
-        auto row_of = [&] { return min(max(ldcg(p.rows + s), 0), p.table_rows - 1); };
-        const int guess = row_of();   // looked at again behind the wait
+        auto row_of = [&](int s) { return min(max(ldcg(p.rows + min(s, p.num_seqs - 1)), 0), p.table_rows - 1); };
+        const int guess = row_of(s);   // looked at again behind the wait
         asm volatile("griddepcontrol.wait;" ::: "memory");
         if (lane == 0) {
             const u64 hint = policy(false);
@@ -220,10 +221,13 @@ extern "C" __global__ void __launch_bounds__(BOUND > THREADS ? BOUND : THREADS) 
             }
         }
         __syncwarp();
-        int lengths[TOK / 32];
+        int lengths[TOK / 32], rows[TOK / 32];
 #pragma unroll
-        for (int i = 0; i < TOK / 32; ++i) lengths[i] = i * 32 + lane < p.num_seqs ? min(ldcg(p.lens + i * 32 + lane), TABLE_WIDTH * BLOCK_SIZE) : 0;
-        const int row = row_of(), position = ldcg(p.positions + s), slot = ldcg(p.slots + s);
+        for (int i = 0; i < TOK / 32; ++i) {
+            lengths[i] = i * 32 + lane < p.num_seqs ? min(ldcg(p.lens + i * 32 + lane), TABLE_WIDTH * BLOCK_SIZE) : 0;
+            rows[i] = row_of(i * 32 + lane);
+        }
+        const int row = row_of(s), position = ldcg(p.positions + s), slot = ldcg(p.slots + s);
         float factors[R];
 #pragma unroll
         for (int i = 0; i < R; ++i)
@@ -240,15 +244,15 @@ extern "C" __global__ void __launch_bounds__(BOUND > THREADS ? BOUND : THREADS) 
         bool any = false;
 #pragma unroll
         for (int i = 0; i < TOK / 32; ++i) {
-            const int at = i * 32 + lane - unit * R, more = cut(lengths[i]).count - 1;
+            const int more = cut(lengths[i]).count - 1;
+            looked.lengths[i * 32 + lane] = lengths[i];
+            looked.rows[i * 32 + lane] = rows[i];
             looked.more[i * 32 + lane] = more;
             any |= more > 0;
-            if (at >= 0 && at < R) looked.length[at] = lengths[i];
         }
         any = __any_sync(~0u, any);
         if (lane == 0) looked.any = any;
         if (lane < R) {
-            looked.row[lane] = row;
             looked.position[lane] = min(max(position, 0), p.angles - 1);
             looked.slot[lane] = slot;
         }
@@ -305,10 +309,10 @@ extern "C" __global__ void __launch_bounds__(BOUND > THREADS ? BOUND : THREADS) 
     mbar_wait(told, 0);
     const int item = warp / WPI % R, sub = warp % WPI;
     int s = unit * R + item;   // its row
-    const int length = looked.length[item];
+    const int length = looked.lengths[s];
     const Cut c = cut(length);
     const int start = c.base + sub * WHOLE;
-    Walk walk = {p.table, looked.entries[item], 32, p.blocks, looked.row[item], c.first, length - 1, max(min(c.base + c.chunk, length), 0), start, start, 0, 0};
+    Walk walk = {p.table, looked.entries[item], 32, p.blocks, looked.rows[s], c.first, length - 1, max(min(c.base + c.chunk, length), 0), start, start, 0, 0};
     if (start < walk.end) walk.entry = walk.found(start);
     const bool works = length > 0;
     auto let = [&] { if (walk.at >= walk.end) asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); };
@@ -537,20 +541,15 @@ extern "C" __global__ void __launch_bounds__(BOUND > THREADS ? BOUND : THREADS) 
                 }
             }
         }
-        // Splits beyond the first ones, in turn; first to those whose own row has none.
+        // Splits beyond the first ones, in turn; first to those whose own rows are short.
         if (!looked.any) return;
         if (job == 0) {
-            int before = 0, after = 0;
+            const int at = unit * R + item, own = looked.lengths[at];
 #pragma unroll
             for (int i = 0; i < TOK / 32; ++i) {
-                const u32 whole = __ballot_sync(~0u, looked.more[i * 32 + lane] == 0);
-                const int at = unit * R + item - i * 32;    // of this mask's bits those in front of this row's
-                const u32 low = at <= 0 ? 0 : at >= 32 ? ~0u : (1u << at) - 1;
-                before += __popc(whole & low);
-                after += __popc(~whole & low);
-                job += __popc(whole);
+                const int other = looked.lengths[i * 32 + lane];
+                job += __popc(__ballot_sync(~0u, other < own || (other == own && i * 32 + lane < at)));
             }
-            job = looked.more[unit * R + item] == 0 ? before : job + after;
         }
         int skip = job;
         job += TOK;
@@ -558,11 +557,11 @@ extern "C" __global__ void __launch_bounds__(BOUND > THREADS ? BOUND : THREADS) 
         if (s >= p.num_seqs) return;
         share = skip + 1;
         together();   // nobody reads the rings any more
-        const int length = min(ldcg(p.lens + s), TABLE_WIDTH * BLOCK_SIZE), row = min(max(ldcg(p.rows + s), 0), p.table_rows - 1);
+        const int length = looked.lengths[s];
         const Cut c = cut(length);
         count = c.count;
         const int start = c.base + share * c.chunk + sub * WHOLE;
-        walk = {p.table, nullptr, 0, p.blocks, row, c.first, length - 1, min(c.base + (share + 1) * c.chunk, length), start, start, 0, 0};
+        walk = {p.table, nullptr, 0, p.blocks, looked.rows[s], c.first, length - 1, min(c.base + (share + 1) * c.chunk, length), start, start, 0, 0};
         walk.entry = walk.found(start);
         ask();
         // From the block that has the row's first split.

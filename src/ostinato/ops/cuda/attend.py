@@ -80,7 +80,7 @@ def _fixed_bytes(shape: AttentionShape, warps: int, chunks: int) -> int:
 
 
 def _looked_bytes() -> int:
-    return ROWS // BLOCKS * (5 * 4 + 32 * 4) + ROWS * 4 + 4
+    return ROWS * 3 * 4 + ROWS // BLOCKS * (3 * 4 + 32 * 4) + 4
 
 
 def shared_bytes(shape: AttentionShape, cut: Layout) -> int:
