@@ -42,6 +42,10 @@ class DebugOps:
     def chain(self, *args: Any) -> None:
         """Nothing, for the same reason."""
 
+    def attend(self, *args: Any) -> bool:
+        """Never, for the same reason."""
+        return False
+
     def picks(self, *args: Any) -> bool:
         """Never: logits are to be looked at, too."""
         return False

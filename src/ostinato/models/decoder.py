@@ -84,22 +84,23 @@ class Decoder:
         begun = view.begun or ops.embed(view.ids, self.embedding, s.x, then)
         chained = False
         for index, layer in enumerate(self.layers):
-            if not chained:
-                ops.norm_linear(
-                    s.x, layer.input_norm, eps, layer.qkv, normed=s.normed, out=s.qkv, begun=begun
+            if chained or not ops.attend(self, index, view, cache.layer(index), s, begun):
+                if not chained:
+                    ops.norm_linear(
+                        s.x, layer.input_norm, eps, layer.qkv, normed=s.normed, out=s.qkv, begun=begun
+                    )
+                ops.rope_paged_attention(
+                    s.qkv,
+                    view,
+                    cache.layer(index),
+                    self.rope,
+                    layer.q_norm,
+                    layer.k_norm,
+                    eps,
+                    spec.attention,
+                    workspace=s.attention,
+                    out=s.attn,
                 )
-            ops.rope_paged_attention(
-                s.qkv,
-                view,
-                cache.layer(index),
-                self.rope,
-                layer.q_norm,
-                layer.k_norm,
-                eps,
-                spec.attention,
-                workspace=s.attention,
-                out=s.attn,
-            )
             begun = ops.chain(self, index, s)
             chained = begun is not None
             if chained:

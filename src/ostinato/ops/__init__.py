@@ -353,6 +353,32 @@ class OpSet(Protocol):
         """
         ...
 
+    def attend(
+        self,
+        stack: Stack,
+        index: int,
+        view: StepView,
+        cache: tuple[torch.Tensor, torch.Tensor],
+        scratch: Scratch,
+        begun: NextNorm | None,
+    ) -> bool:
+        """A layer up to its attention in one go: `norm_linear` and `rope_paged_attention`.
+
+        From `scratch.x`, or the norm that is begun, to `scratch.attn` and the cache.
+
+        Args:
+            stack: the model.
+            index: of the layer.
+            view: of the step.
+            cache: keys and values of the layer, as above.
+            scratch: of the step.
+            begun: the norm in front of the layer.
+
+        Returns:
+            False: nothing was done, it goes op by op.
+        """
+        ...
+
     def linear_add(
         self, x: torch.Tensor, linear: Linear, *, residual: torch.Tensor, then: NextNorm | None = None
     ) -> NextNorm | None:

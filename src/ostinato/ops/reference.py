@@ -253,6 +253,9 @@ class ReferenceOps:
                 )
             result[start:end] = attended[0].transpose(0, 1)
 
+    def attend(self, *args: object) -> bool:
+        return False
+
     def linear_add(
         self, x: torch.Tensor, linear: Linear, *, residual: torch.Tensor, then: NextNorm | None = None
     ) -> None:

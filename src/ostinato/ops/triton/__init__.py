@@ -22,8 +22,19 @@ from triton import cdiv, next_power_of_2
 from ...errors import KernelError
 from ...inputs import FLAG_PENALTIES, POST_CYCLE, Batch, StaticInputs, StepState
 from ...types import SamplerVariant
-from .. import AttentionShape, Linear, NextNorm, Peaks, Scratch, Stack, StepView, VersionLine, squares_words
-from ..cuda import chain
+from .. import (
+    AttentionShape,
+    LayerWeights,
+    Linear,
+    NextNorm,
+    Peaks,
+    Scratch,
+    Stack,
+    StepView,
+    VersionLine,
+    squares_words,
+)
+from ..cuda import attend, chain
 from ..cuda.attention import DecodeAttention
 from ..cuda.fused import MOST_TOKENS, FusedDecode, unsupported
 from ..cuda.linear import Product, Products
@@ -123,8 +134,10 @@ class TritonOps:
         """The same for a few rows, where the model allows it."""
         self._chain: chain.Chain | None = None
         """All products between two attentions, for the model that it was made for"""
+        self._attend: attend.Attend | None = None
+        """QKV and attention in one kernel, for that model"""
         self._claim: FusedDecode | None = None
-        """While `_chain` is there: its blocks wait for each other too."""
+        """While `_chain` or `_attend` is there: their blocks wait for each other too."""
         self._attention = DecodeAttention.claim(self._device) if gpu else None
         self._sampler = ClusterSampler.on(self._device) if gpu else None
         self._wide_mm = gpu and _mm_widens(self._device)
@@ -145,7 +158,9 @@ class TritonOps:
         self._load_whole(stack, block_size, table_width, max_seqs)
         if max_seqs > chain.ROWS[0] // 2 and self._products is not None:
             self._chain = self._load_chain(stack)
-            self._claim = claim if self._chain is not None else None
+        if max_seqs >= attend.LEAST_ROWS and self._products is not None:
+            self._attend = self._load_attend(stack, block_size, table_width)
+        self._claim = claim if self._chain is not None or self._attend is not None else None
 
     def _load_whole(self, stack: Stack, block_size: int, table_width: int, max_seqs: int) -> None:
         assert self._fused is not None
@@ -195,6 +210,15 @@ class TritonOps:
             logger.info("products between two attentions run one by one: %s", str(error))
             return None
 
+    def _load_attend(self, stack: Stack, block_size: int, table_width: int) -> attend.Attend | None:
+        if os.environ.get("OSTINATO_ATTEND") == "0" or self._attention is None:
+            return None
+        try:
+            return attend.Attend(self._device, stack, block_size, table_width)
+        except KernelError as error:
+            logger.info("queries, keys and values and attention run one by one: %s", str(error))
+            return None
+
     def _whole_steps(self) -> list[tuple[str, FusedDecode | RowsDecode, int]]:
         """Kernels that run a whole model: name, kernel, most sequences."""
         both = (("fused", self._fused, MOST_TOKENS), ("rows", self._rows, MOST_ROWS))
@@ -227,6 +251,12 @@ class TritonOps:
             self._table.add(
                 choose(layers, lambda problem: self._layers(stack, problem), store, tiles=has_tiles)
             )
+        if self._attend is not None and attend.ROWS in BUCKETS[: largest + 1]:
+            qkvs = [layer.qkv for layer in stack.layers]
+            whole_layers = {problem_of("attend", qkvs[0], attend.ROWS, stack.embedding.dtype): qkvs}
+            self._table.add(
+                choose(whole_layers, lambda problem: self._layers(stack, problem), store, tiles=has_tiles)
+            )
         torch.cuda.empty_cache()  # what is cached would be missing from the KV cache
 
     def versions(self) -> list[VersionLine]:
@@ -243,6 +273,8 @@ class TritonOps:
             workspace.semaphores.zero_()
         if self._chain is not None:
             self._chain.reset()
+        if self._attend is not None:
+            self._attend.reset()
         for _, kernel, _ in self._whole_steps():
             kernel.reset()
 
@@ -301,9 +333,13 @@ class TritonOps:
         return launch
 
     def _layers(self, stack: Stack, problem: Problem) -> Launch:
-        """What launches attention and all that follows it in a layer, told by its down projection."""
-        a, rows, size, hidden = stack.attention, problem.rows, 16, stack.embedding.shape[1]
+        """What launches all of a layer but what is in front of attention, told by its down projection; or, `attend`, all of it, told by QKV."""
+        a, rows, hidden = stack.attention, problem.rows, stack.embedding.shape[1]
+        whole = problem.op == "attend"
+        size = self._attend.block_size if whole and self._attend is not None else 16
         context = min(256, max(len(stack.rope) // size, 1) * size)
+        each = cdiv(context, size)
+        width = self._attend.table_width if whole and self._attend is not None else each
 
         def make(columns: int) -> torch.Tensor:
             return torch.randn(rows, columns, device=self._device).to(problem.dtype)
@@ -312,36 +348,52 @@ class TritonOps:
             return torch.arange(count, dtype=torch.int32, device=self._device)
 
         lengths = torch.full((rows,), context, dtype=torch.int32, device=self._device)
-        table = numbers(rows * context // size).view(rows, -1)
-        slots = table[:, -1] * size + size - 1
+        table = torch.zeros(rows, max(width, each), dtype=torch.int32, device=self._device)
+        table[:, :each] = numbers(rows * each).view(rows, -1)
+        slots = table[:, each - 1] * size + (context - 1) % size
         index = numbers(rows)
         view = StepView(index, lengths - 1, slots, lengths, index, numbers(rows + 1), index, table, True)
-        blocks = (2, rows * context // size, size, a.kv_heads, a.head_dim)
+        blocks = (2, rows * each, size, a.kv_heads, a.head_dim)
         caches = [torch.randn(blocks, device=self._device).to(problem.dtype) for _ in range(2)]
-        words = self.attention_words(a, rows)
+        words, inner = self.attention_words(a, rows), stack.layers[0].down.in_features
         x, normed, qkv, attn = make(hidden), make(hidden), make(a.qkv_size), make(a.q_size)
-        wide, act = make(2 * problem.depth), make(problem.depth)
+        wide, act = make(2 * inner), make(inner)
         squares, workspace = (
-            torch.empty(n, device=self._device) for n in (squares_words(rows, hidden), words)
+            torch.ones(squares_words(rows, hidden), device=self._device),
+            torch.empty(words, device=self._device),
         )
         scratch = Scratch(
             x, normed, qkv, attn, wide, act, squares, x, squares, index, index, index, index, index, index, index, workspace,
             workspace,
         )  # fmt: skip
-        places = {id(layer.down): index for index, layer in enumerate(stack.layers)}
+        places = {id(layer.qkv if whole else layer.down): index for index, layer in enumerate(stack.layers)}
+        eps = stack.norm_eps
+
+        def multiply(layer: LayerWeights, begun: NextNorm | None) -> None:
+            self.norm_linear(x, layer.input_norm, eps, layer.qkv, normed=normed, out=qkv, begun=begun)
 
         def launch(version: Version, linear: Linear) -> None:
             at = places[id(linear)]
-            layer = stack.layers[at]
-            self.rope_paged_attention(
-                qkv, view, (caches[at % 2][0], caches[at % 2][1]), stack.rope[:context], layer.q_norm, layer.k_norm, stack.norm_eps, a,
-                workspace=workspace, out=attn,
-            )  # fmt: skip
+            layer, following = stack.layers[at], stack.layers[(at + 1) % len(stack.layers)]
+            cache = caches[at % 2][0], caches[at % 2][1]
+            if version.kind is Kind.ATTEND:
+                assert self._attend is not None
+                semaphores = self._workspace(self._device).semaphores
+                norm = NextNorm(layer.input_norm, normed, squares)
+                self._attend.run(
+                    layer, norm, view, cache, workspace=workspace, semaphores=semaphores, out=attn
+                )
+            else:
+                if whole:
+                    multiply(layer, NextNorm(layer.input_norm, normed, squares))
+                self.rope_paged_attention(
+                    qkv, view, cache, stack.rope[:context], layer.q_norm, layer.k_norm, eps, a,
+                    workspace=workspace, out=attn,
+                )  # fmt: skip
             if version.kind is Kind.CHAIN:
                 assert self._chain is not None
                 self._chain.run(at, scratch)
                 return
-            following, eps = stack.layers[(at + 1) % len(stack.layers)], stack.norm_eps
             begun = self.linear_add(
                 attn, layer.output, residual=x, then=NextNorm(layer.mlp_norm, normed, squares)
             )
@@ -351,7 +403,8 @@ class TritonOps:
             begun = self.linear_add(
                 act, layer.down, residual=x, then=NextNorm(following.input_norm, normed, squares)
             )
-            self.norm_linear(x, following.input_norm, eps, following.qkv, normed=normed, out=qkv, begun=begun)
+            if not whole:
+                multiply(following, begun)
 
         return launch
 
@@ -370,6 +423,8 @@ class TritonOps:
             found |= {f"{prefix}.{name}": cells for name, cells in kernel.workspaces().items()}
         if self._chain is not None:
             found |= {f"chain.{name}": cells for name, cells in self._chain.workspaces().items()}
+        if self._attend is not None:
+            found |= {f"attend.{name}": cells for name, cells in self._attend.workspaces().items()}
         return found
 
     def attention_words(self, shape: AttentionShape, max_seqs: int) -> int:
@@ -547,6 +602,26 @@ class TritonOps:
     ) -> NextNorm | None:
         version = self._table("linear_add", linear, len(x), x.dtype)
         return self._linear_add(version, x, linear, residual, then)
+
+    def attend(
+        self,
+        stack: Stack,
+        index: int,
+        view: StepView,
+        cache: tuple[torch.Tensor, torch.Tensor],
+        scratch: Scratch,
+        begun: NextNorm | None,
+    ) -> bool:
+        rows, layer = len(scratch.x), stack.layers[index]
+        if self._attend is None or begun is None or not view.decode or not self._attend.serves(stack, rows):
+            return False
+        if self._table("attend", layer.qkv, rows, scratch.x.dtype).kind is not Kind.ATTEND:
+            return False
+        self._attend.run(
+            layer, begun, view, cache,
+            workspace=scratch.attention, semaphores=self._workspace(scratch.x.device).semaphores, out=scratch.attn,
+        )  # fmt: skip
+        return True
 
     def chain(self, stack: Stack, index: int, scratch: Scratch) -> NextNorm | None:
         x = scratch.x

@@ -61,6 +61,8 @@ class Kind(str, Enum):
     """CUDA C++ on Hopper; begins and ends norms"""
     CHAIN = "chain"
     """All products between two attentions in one kernel; LIBRARY stands for one by one"""
+    ATTEND = "attend"
+    """The QKV product and attention in one kernel; LIBRARY stands for one by one"""
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,8 @@ class Version:
             return "library"
         if self.kind is Kind.CHAIN:
             return "one kernel between two attentions"
+        if self.kind is Kind.ATTEND:
+            return "QKV and attention in one kernel"
         norm = "norm + " if self.norms else ""
         if self.kind is Kind.TILE:
             split = f", {self.splits} blocks share a tile" if self.splits > 1 else ""
@@ -109,7 +113,7 @@ class Problem:
     """All that a choice depends on."""
 
     op: str
-    """Name in `OpSet`: norm_linear, linear_add, norm_gate_up or norm_head; or chain, whose product is down's"""
+    """Name in `OpSet`: norm_linear, linear_add, norm_gate_up or norm_head; chain, whose product is down's; or attend, whose product is QKV"""
     columns: int
     """Of the result"""
     depth: int
@@ -146,6 +150,8 @@ def default(problem: Problem, tiles: bool = False) -> Version:
     """
     if problem.op == "chain":
         return Version(Kind.CHAIN, True, problem.rows) if problem.rows > 64 else LIBRARY
+    if problem.op == "attend":
+        return Version(Kind.ATTEND, True, problem.rows)
     if tiles and (tile := _tile(problem)):
         return tile
     if problem.rows == 1:
@@ -163,6 +169,8 @@ def candidates(problem: Problem, tiles: bool = False) -> list[Version]:
     """Versions worth a measurement; the default and the library are among them."""
     if problem.op == "chain":
         return [LIBRARY, Version(Kind.CHAIN, True, problem.rows)]
+    if problem.op == "attend":
+        return [Version(Kind.ATTEND, True, problem.rows), LIBRARY]
     found: list[Version | None] = [default(problem, tiles), LIBRARY]
     if tiles and (tile := _tile(problem)):
         if problem.op in ("norm_linear", "linear_add"):
@@ -486,9 +494,12 @@ class Store:
             "../cuda/linear.py",
             "../cuda/chain.cu",
             "../cuda/chain.py",
+            "../cuda/attend.cu",
+            "../cuda/attend.py",
             "../cuda/attention.cu",
             "../cuda/attention.py",
             "../cuda/common.cuh",
+            "../cuda/heads.cuh",
             "../cuda/ring.cuh",
             "../cuda/tiles.cuh",
         )
