@@ -415,6 +415,10 @@ class CountingOps:
     prepare = embed = norm_linear = rope_paged_attention = linear_add = norm_gate_up = launch
     norm_head = sample = advance = launch
 
+    def attend(self, serves: bool) -> bool:
+        self.nodes += serves
+        return serves
+
 
 def test_labels_name_op_and_layer() -> None:
     inner = CountingOps()
@@ -440,6 +444,20 @@ def test_labels_name_op_and_layer() -> None:
     assert labelled.labels(len(wanted) + 1)[-1] == Label("", None)
     with pytest.raises(GraphError, match=r"launched 19 nodes, the graph has 18"):
         labelled.labels(18)
+
+
+def test_a_layer_is_known_by_its_attention_in_one_kernel_too() -> None:
+    inner = CountingOps()
+    labelled = LabelledOps(inner, lambda: inner.nodes)  # type: ignore[arg-type]
+    ops: Any = labelled.ops
+    for layer in range(4):
+        if not ops.attend(layer % 2 == 0):
+            ops.norm_linear()
+            ops.rope_paged_attention()
+        ops.linear_add()
+    own = [["attend"], ["norm_linear", "rope_paged_attention"]]
+    wanted = [Label(op, layer) for layer in range(4) for op in (*own[layer % 2], "linear_add")]
+    assert labelled.labels(len(wanted)) == wanted
 
 
 def test_outside_a_capture_ops_work_and_nothing_is_labelled() -> None:

@@ -32,7 +32,7 @@ class LabelledOps:
 
     One object serves one capture: make it before the capture begins, pass `ops` to the step in
     place of the op set, and read `labels` when the capture has ended. A layer is known by its
-    attention: what follows the n-th call, up to the next `norm_linear`, is layer n - 1.
+    attention: what follows the n-th call, up to the next `attend` or `norm_linear`, is layer n - 1.
     """
 
     def __init__(self, ops: OpSet, count: Count | None = None) -> None:
@@ -76,6 +76,7 @@ class LabelledOps:
             self._note(self._count(), Label("", None))
             label = Label(name, self._layer_of(name))
             result = found(*args, **kwargs)
+            self._attention_calls += name == "attend" and result
             self._note(self._count(), label)
             return result
 
@@ -89,7 +90,7 @@ class LabelledOps:
     def _layer_of(self, name: str) -> int | None:
         if name in _OUTSIDE:
             return None
-        if name in ("norm_linear", "rope_paged_attention"):
+        if name in ("attend", "norm_linear", "rope_paged_attention"):
             self._layer = self._attention_calls
         self._attention_calls += name == "rope_paged_attention"
         return self._layer
