@@ -315,6 +315,18 @@ def test_choices_survive_on_disk(tmp_path: Path) -> None:
     assert Store(tmp_path / "new", {"gpu": "b"}).load() == {}
 
 
+def test_versions_with_tiles_are_not_for_those_who_have_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OSTINATO_CACHE", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    problem = Problem("norm_linear", 64, 64, 32, torch.bfloat16, False)
+    tile = Version(Kind.TILE, False, 32, 64, 64)
+    Store.here(tiles=True).save([Timing(problem, {tile: 1.0}, tiles=True)])
+    assert Store.here(tiles=True).load() == {problem: tile}
+    assert Store.here(tiles=False).load() == {}
+
+
 @pytest.mark.parametrize("text", ["", "[]", '{"versions": [{"problem": 3}]}', '{"versions": [{}]}', "\xff"])
 def test_a_file_that_cannot_be_read_is_ignored(tmp_path: Path, text: str) -> None:
     store = Store(tmp_path, {"gpu": "a"})

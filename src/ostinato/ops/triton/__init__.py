@@ -242,7 +242,7 @@ class TritonOps:
                     problem = problem_of(op, linear, rows, stack.embedding.dtype)
                     work.setdefault(problem, []).append(linear)
         has_tiles = self._products is not None
-        store = Store.here()
+        store = Store.here(tiles=has_tiles)
         self._table = choose(work, self.launcher, store, tiles=has_tiles)
         if self._chain is not None:
             downs = [layer.down for layer in stack.layers]

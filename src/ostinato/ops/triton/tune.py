@@ -482,8 +482,8 @@ class Store:
         self._identity = dict(identity)
 
     @classmethod
-    def here(cls) -> Store:
-        """For the current GPU, in the cache folder."""
+    def here(cls, *, tiles: bool) -> Store:
+        """For the current GPU, in the cache folder; another one where `Kind.TILE` is not to be had."""
         folder = cache_dir() / "kernels"
         names = (
             "__init__.py",
@@ -510,6 +510,7 @@ class Store:
                 "gpu": torch.cuda.get_device_name(),
                 "torch": str(torch.__version__),
                 "triton": triton.__version__,
+                "tiles": str(tiles),
                 "source": hashlib.sha256(sources).hexdigest()[:16],
             },
         )
