@@ -412,7 +412,7 @@ class CountingOps:
         self.nodes += nodes
         return nodes
 
-    prepare = embed = norm_linear = rope_paged_attention = linear_add = norm_gate_up = launch
+    prepare = embed = norm_linear = rope_paged_attention = linear_add = norm_gate_up = attend = launch
     norm_head = sample = advance = launch
 
 
@@ -424,22 +424,27 @@ def test_labels_name_op_and_layer() -> None:
     ops.prepare()
     ops.embed()
     for _ in range(2):
+        assert ops.attend(0) == 0  # does nothing
         assert ops.norm_linear(2) == 2
         ops.rope_paged_attention(nodes=3)
         ops.linear_add()
         ops.norm_gate_up(0)
         ops.linear_add()
+    for _ in range(2):
+        assert ops.attend(1) == 1
+        ops.linear_add(2)
     inner.launch()  # by nobody
     ops.norm_head()
     ops.advance()
     layer = [("norm_linear", 2), ("rope_paged_attention", 3), ("linear_add", 2)]
     wanted = [Label("prepare", None), Label("embed", None)]
     wanted += [Label(op, i) for i in range(2) for op, n in layer for _ in range(n)]
+    wanted += [Label(op, i) for i in (2, 3) for op in ("attend", "linear_add", "linear_add")]
     wanted += [Label("", None), Label("norm_head", None), Label("advance", None)]
     assert labelled.labels(len(wanted)) == wanted
     assert labelled.labels(len(wanted) + 1)[-1] == Label("", None)
-    with pytest.raises(GraphError, match=r"launched 19 nodes, the graph has 18"):
-        labelled.labels(18)
+    with pytest.raises(GraphError, match=r"launched 25 nodes, the graph has 24"):
+        labelled.labels(24)
 
 
 def test_outside_a_capture_ops_work_and_nothing_is_labelled() -> None:

@@ -32,7 +32,7 @@ class LabelledOps:
 
     One object serves one capture: make it before the capture begins, pass `ops` to the step in
     place of the op set, and read `labels` when the capture has ended. A layer is known by its
-    attention: what follows the n-th call, up to the next `norm_linear`, is layer n - 1.
+    attention (`attend` where that did it): what follows the n-th, up to the next `norm_linear` or `attend`, is layer n - 1.
     """
 
     def __init__(self, ops: OpSet, count: Count | None = None) -> None:
@@ -77,6 +77,7 @@ class LabelledOps:
             label = Label(name, self._layer_of(name))
             result = found(*args, **kwargs)
             self._note(self._count(), label)
+            self._attention_calls += name == "rope_paged_attention" or (name == "attend" and bool(result))
             return result
 
         self.__dict__[name] = op
@@ -89,7 +90,6 @@ class LabelledOps:
     def _layer_of(self, name: str) -> int | None:
         if name in _OUTSIDE:
             return None
-        if name in ("norm_linear", "rope_paged_attention"):
+        if name in ("attend", "norm_linear", "rope_paged_attention"):
             self._layer = self._attention_calls
-        self._attention_calls += name == "rope_paged_attention"
         return self._layer
