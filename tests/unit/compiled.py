@@ -92,3 +92,14 @@ def assembled(ptx: str, ptxas: str) -> tuple[int, list[int]]:
         said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     (registers,) = re.findall(r"Used (\d+) registers", said)
     return int(registers), [int(size) for size in re.findall(r"(\d+) bytes spill", said)]
+
+
+def struct_fields(source: str) -> tuple[list[str], list[str]]:
+    """Names of the pointers, and of the rest, of a source's `struct Params`, in order."""
+    lines = [
+        line.split("//")[0].strip(" ;")
+        for line in source.split("struct Params {\n")[1].split("};")[0].splitlines()
+    ]
+    pointers = [n.strip(" *") for line in lines if "*" in line for n in line[line.index("*") :].split(",")]
+    numbers = [n.strip() for line in lines if "*" not in line for n in line.split(" ", 1)[1].split(",")]
+    return pointers, numbers

@@ -24,6 +24,7 @@ from ostinato.ops.cuda.program import POINTERS
 from ostinato.ops.triton import tune
 from ostinato.ops.triton.tune import Kind, Problem, Table
 from tests.stack import Model
+from tests.unit.compiled import struct_fields
 
 GPU, BF16 = torch.device("cuda", 0), torch.bfloat16
 MODELS = {
@@ -118,12 +119,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[FakeKernel]:
 def test_a_launch_is_given_what_the_source_reads(made: list[FakeKernel]) -> None:
     """The C++ struct is read here, so that a field moved there cannot go unnoticed."""
     source = attend.SOURCE.read_text()
-    lines = [
-        line.split("//")[0].strip(" ;")
-        for line in source.split("struct Params {\n")[1].split("};")[0].splitlines()
-    ]
-    names = [n.strip(" *") for line in lines if "*" in line for n in line[line.index("*") :].split(",")]
-    numbers = [n.strip() for line in lines if "*" not in line for n in line.split(" ", 1)[1].split(",")]
+    names, numbers = struct_fields(source)
     assert numbers == [
         "eps", "scale", "num_seqs", "sums", "blocks", "angles", "table_rows", "pad[7]", "weight_map", "x_map",
     ]  # fmt: skip

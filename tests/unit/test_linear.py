@@ -18,6 +18,7 @@ from ostinato.ops.cuda.linear import ROWS, SHARED_BYTES, Product, Products, tile
 from ostinato.ops.cuda.program import POINTERS
 from ostinato.ops.triton import tune
 from ostinato.ops.triton.tune import Kind, Problem, Table, Version
+from tests.unit.compiled import struct_fields
 
 GPU = torch.device("cuda", 0)
 BF16 = torch.bfloat16
@@ -138,12 +139,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[FakeKernel]:
 def test_a_launch_is_given_what_the_source_reads(made: list[FakeKernel]) -> None:
     """The C++ struct is read here, so that a field moved there cannot go unnoticed."""
     source = linear.SOURCE.read_text()
-    lines = [
-        line.split("//")[0].strip(" ;")
-        for line in source.split("struct Params {\n")[1].split("};")[0].splitlines()
-    ]
-    names = [n.strip(" *") for line in lines if "*" in line for n in line[line.index("*") :].split(",")]
-    numbers = [n.strip() for line in lines if "*" not in line for n in line.split(" ", 1)[1].split(",")]
+    names, numbers = struct_fields(source)
     assert numbers == [
         "rows",
         "n",
