@@ -69,9 +69,13 @@ static int next_fiber() {
         return fiber;
     }
 }
+// What goes on beside the threads, as copies do: makes a step, if there is one.
+static bool (*machine)();
+static u32 machine_rests = 1;
 // Lets others run until somebody wakes this one.
 static void suspend() {
     if (!running) setcontext(&home);
+    while (machine && (ready.empty() || chosen() % machine_rests == 0) && machine()) {}
     if (ready.empty()) failed("all wait for each other");
     if (++switches - last_progress > FOR_EVER) failed("threads wait for ever");
     if (switches >= rest_ends) {

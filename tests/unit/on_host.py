@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import shutil
+import struct
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
+
+from ostinato.ops.cuda.program import source_text
 
 COMPILER = shutil.which("g++")
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="needs g++")
@@ -26,6 +30,45 @@ def portable(path: Path) -> str:
             source = source.replace(line, portable(path.with_name(header)))
     lines = [line for line in source.splitlines() if not line.startswith("#include")]
     return "\n".join(line for line in lines if "extern __shared__" not in line) + "\n"
+
+
+def without_assembler(path: Path) -> str:
+    """A source and its headers, in a namespace, without the functions in assembler: the stand-ins have them.
+
+    What lies in shared memory by name stands at its end.
+    """
+    text = re.sub(r'asm volatile\("" [^;]*;', "", source_text(path))
+    kept = []
+    for piece in re.split(r"(?m)^(?=(?:template <[^>]*> )?__device__ __forceinline__ )", text):
+        first = piece.partition("\n")[0]
+        end = len(first) + 1 if first.endswith("}") else piece.find("\n}\n") + 3
+        function = piece[:end]
+        kept.append(piece if "asm" not in function else piece[end:])
+    kernel = re.sub(r"(?m)^#define [FPN]\w+.*(?:\\\n.*)*", "", "".join(kept))
+    kernel = re.sub(r"(?m)^.*extern __shared__.*$", "", kernel)
+    at = iter(range(1, 9))
+    kernel = re.sub(
+        r"__shared__ (?:__align__\(\d+\) )?(\w+) (\w+)\[(.+)\];",
+        lambda m: f"auto &{m[2]} = *({m[1]} (*)[{m[3]}])(memory + ::SHARED - {next(at) * 1024});",
+        kernel,
+    )
+    assert "asm" not in kernel
+    return kernel
+
+
+def tiles_launch(path: Path, name: str) -> str:
+    """The source, for `host_tiles.h`, and a C function `run` as `launches` has it."""
+    return without_assembler(path) + (
+        'extern "C" int run(const void *p, unsigned seed) { static Params held; std::memcpy(&held, p, sizeof(Params));'
+        f" return run_tiles(seed, [] {{ {name}(held); }}); }}\n}}\n"
+    )
+
+
+def encoded(address: int, sizes: Sequence[int], strides: Sequence[int], box: Sequence[int]) -> bytes:
+    """A tensor map as `host_tiles.h` reads it, in place of the driver's."""
+    parts = ((sizes, 4), (strides, 3), (box, 4))
+    words = [address, len(sizes), *(n for values, room in parts for n in (*values, *[1] * (room - len(values))))]
+    return struct.pack("<16Q", *words, *[0] * (16 - len(words)))
 
 
 def launches(**kernels: str) -> str:

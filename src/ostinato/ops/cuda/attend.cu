@@ -90,6 +90,8 @@ __device__ __forceinline__ u64 keeping() {
 __device__ __forceinline__ void st_cell(void *p, u32 a, u32 b, u32 c, u32 d, u64 hint) {
     asm volatile("st.relaxed.gpu.global.L2::cache_hint.v4.u32 [%0], {%1,%2,%3,%4}, %5;" ::"l"(p), "r"(a), "r"(b), "r"(c), "r"(d), "l"(hint) : "memory");
 }
+__device__ __forceinline__ void consumers_meet() { asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory"); }
+__device__ __forceinline__ void row_meets(int item) { asm volatile("bar.sync %0, %1;" ::"r"(2 + item), "n"(WPI * 32) : "memory"); }
 __device__ __forceinline__ void st_empty(void *p, u64 hint) { st_cell(p, EMPTY, EMPTY, EMPTY, EMPTY, hint); }
 __device__ __forceinline__ bool full(const uint4 &v) { return v.x != EMPTY && v.y != EMPTY && v.z != EMPTY && v.w != EMPTY; }
 // How a row is cut: one split up to LONG tokens, then more.
@@ -175,13 +177,13 @@ extern "C" __global__ void __launch_bounds__(BOUND > THREADS ? BOUND : THREADS) 
     const u32 w_full = w_at + BARS, x_full = w_full + KC * 8, go = x_full + KC * 8, told = go + 8;
     Looked &looked = *(Looked *)(memory + BARS + (2 * KC + 2) * 8);
     if (lane == 0 && warp >= WARPS)
-        asm volatile("prefetch.tensormap [%0];" ::"l"(warp == WARPS ? &p.weight_map : &p.x_map) : "memory");
+        prepare(warp == WARPS ? &p.weight_map : &p.x_map);
     if (tid == WARPS * 32) {
         if (w_at & 1023) __trap();
         for (int i = 0; i < 2 * KC; ++i) mbar_init(w_full + i * 8, 1);
         mbar_init(go, 1);
         mbar_init(told, 1);
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        barriers_are_there();
     }
     __syncthreads();
     if (warp == WARPS) {
@@ -210,7 +212,7 @@ extern "C" __global__ void __launch_bounds__(BOUND > THREADS ? BOUND : THREADS) 
         const int s = min(unit * R + lane % R, p.num_seqs - 1);
         auto row_of = [&](int s) { return min(max(ldcg(p.rows + min(s, p.num_seqs - 1)), 0), p.table_rows - 1); };
         const int guess = row_of(s);   // looked at again behind the wait
-        asm volatile("griddepcontrol.wait;" ::: "memory");
+        wait_for_predecessor();
         if (lane == 0) {
             const u64 hint = policy(false);
             mbar_arrive(go);
@@ -285,7 +287,7 @@ extern "C" __global__ void __launch_bounds__(BOUND > THREADS ? BOUND : THREADS) 
     }
 #pragma unroll
     for (int j = 0; j < TPW; ++j) await_products<TOK, 0>(d[j]);
-    asm volatile("griddepcontrol.wait;" ::: "memory");
+    wait_for_predecessor();
 
     // --- Parts to whoever adds them
     const u64 hint = keeping();
@@ -300,7 +302,7 @@ extern "C" __global__ void __launch_bounds__(BOUND > THREADS ? BOUND : THREADS) 
                 st_cell(cell(pair, split, (sec * MT + group * TPW + j) * 32 + (warp & 3) * 8 + g), __float_as_uint(v[0]), __float_as_uint(v[1]),
                         __float_as_uint(v[2]), __float_as_uint(v[3]), hint);
         }
-    asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory");   // nobody reads weights or x there any more
+    consumers_meet();   // nobody reads weights or x there any more
 
     // --- Keys and values
     Misc &sh = *(Misc *)(memory + RING);
@@ -315,7 +317,7 @@ extern "C" __global__ void __launch_bounds__(BOUND > THREADS ? BOUND : THREADS) 
     Walk walk = {p.table, looked.entries[item], 32, p.blocks, looked.rows[s], c.first, length - 1, max(min(c.base + c.chunk, length), 0), start, start, 0, 0};
     if (start < walk.end) walk.entry = walk.found(start);
     const bool works = length > 0;
-    auto let = [&] { if (walk.at >= walk.end) asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); };
+    auto let = [&] { if (walk.at >= walk.end) let_successor_start(); };
     auto ask = [&] {
 #pragma unroll 1
         for (int i = 0; i < PIECES; ++i) {
@@ -376,13 +378,13 @@ extern "C" __global__ void __launch_bounds__(BOUND > THREADS ? BOUND : THREADS) 
     }
     if (works) {
         ask();   // not earlier: what queues up in front of memory would delay the parts
-        asm volatile("cp.async.wait_group %0;" ::"n"(PIECES) : "memory");   // cosines, sines, norms
+        copies_left<PIECES>();   // cosines, sines, norms
     }
-    asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory");
+    consumers_meet();
 
     // --- Attention
     auto out = [&](int i) -> u32 & { return ((u32 *)p.out)[(s * KVH + h) * (GROUP * HD / 2) + i]; };   // two dimensions
-    auto together = [&] { asm volatile("bar.sync %0, %1;" ::"r"(2 + item), "n"(WPI * 32) : "memory"); };   // this row's warps
+    auto together = [&] { row_meets(item); };   // this row's warps
     if (s < p.num_seqs && length <= 0)
 #pragma unroll 1
         for (int i = sub * 32 + lane; i < GROUP * HD / 2; i += WPI * 32) out(i) = 0;

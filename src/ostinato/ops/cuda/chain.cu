@@ -90,14 +90,12 @@ struct Params {
     Map attn_map, act_map, y_map, slice_map;    // x; the last one of y for multicast
 };
 
-__device__ __forceinline__ void prepare(const Map *map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
 __device__ __forceinline__ void arrive_often(u32 bar) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "n"(TEAM) : "memory");
 }
 template <int N> __device__ __forceinline__ void arrive_often_there(u32 bar) {
     asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0], %1;" ::"r"(bar), "n"(N) : "memory");
 }
-__device__ __forceinline__ void wait_for_predecessor() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 __device__ __forceinline__ void consumers_meet() { asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory"); }
 // For all consumers, who have written and met.
 __device__ __forceinline__ void announce(u32 *word) {
@@ -203,7 +201,7 @@ __device__ __forceinline__ void bring_weights(const Params &p, const Shared &s) 
     // Stages to ask for.
     constexpr int FIRST = (Output::CHUNKS / PIECES<Output> + GateUp::TURNS * GateUp::CHUNKS / PIECES<GateUp> + Down::CHUNKS / PIECES<Down>) * 2;
     const int total = FIRST + (p.ops == 4 ? Qkv::TURNS * Qkv::CHUNKS * 2 / PIECES<Qkv> : 0);
-    if (total <= LEAD) asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+    if (total <= LEAD) let_successor_start();
     bool gone = false, asked = false;
     int i = 0;
     Turn<STAGES> w;
@@ -224,7 +222,7 @@ __device__ __forceinline__ void bring_weights(const Params &p, const Shared &s) 
                 if (now.gate) copy4(to + a * now.rows * 128, now.map, now.inner() + a * 64, now.row, bar, hint);
                 else copy2(to + a * now.rows * 128, now.map, now.inner() + a * 64, now.row, bar, hint);
             }
-            if (i == total - LEAD) asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+            if (i == total - LEAD) let_successor_start();
             now.next(p);
             ++i;
             w.next();
@@ -506,7 +504,7 @@ extern "C" __global__ void __launch_bounds__(BOUND, 1) chain(const __grid_consta
         mbar_init(s.free(), TEAM * WARPS);
         mbar_init(s.read(), CLUSTER * WARPS);
         mbar_init(s.asked(), 1);
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        barriers_are_there();
     }
     if (tid >= CONSUMERS && tid < CONSUMERS + 8) prepare(&p.out_map + (tid - CONSUMERS));
     __syncwarp();

@@ -85,8 +85,13 @@ struct Params {
 __device__ __forceinline__ void send4(u32 to, u32 bar, int block, const float *v) {
     send4(there(to, block), there(bar, block), v[0], v[1], v[2], v[3]);
 }
-// All but so many groups of copies that this thread has asked for are there.
-template <int LEFT> __device__ __forceinline__ void copies_left() { asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory"); }
+__device__ __forceinline__ void consumers_meet() { asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory"); }
+// Sixteen bytes, or zeros.
+__device__ __forceinline__ void copy_or_zero(u32 to, const u16 *from, u32 bytes) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ __forceinline__ void copies_are_seen() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 extern "C" __global__ void __launch_bounds__(THREADS, MW > 2 || TOK * MW > 128 ? 1 : 2) linear(const __grid_constant__ Params p) {
     extern __shared__ __align__(1024) unsigned char memory[];
@@ -105,9 +110,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, MW > 2 || TOK * MW > 128 ?
     // Blocks begin at different inner indices: rows of weights lie a power of two apart, and the same
     // index of all of them would meet in few channels of memory.
     auto turned = [&](int tile) { return tile / SHARE * ROTATE % count; };
-    if (stages <= LEAD) asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+    if (stages <= LEAD) let_successor_start();
     if (lane == 0 && (warp == CONSUMERS / 32 || warp == CONSUMERS / 32 + 1))
-        asm volatile("prefetch.tensormap [%0];" ::"l"(warp == CONSUMERS / 32 ? &p.weight_map : &p.x_map) : "memory");
+        prepare(warp == CONSUMERS / 32 ? &p.weight_map : &p.x_map);
     if (tid == 0) {
         for (int i = 0; i < STAGES; ++i) {
             mbar_init(w_full + i * 8, 1);
@@ -120,7 +125,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MW > 2 || TOK * MW > 128 ?
         mbar_init(go, 1);
         mbar_init(normed, NORMERS);
         mbar_init(sent, 1);
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        barriers_are_there();
         if (STRAIGHT && SPLIT > 1) mbar_expect(sent, (SPLIT - 1) * EIGHTS * CONSUMERS * 16);
         if (GATHERED && !STRAIGHT) mbar_expect(sent, SPLIT * PAIRED * ROWS * 4);
     }
@@ -152,7 +157,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MW > 2 || TOK * MW > 128 ?
                     if (KIND == ACT) copy4(to + a * W_BYTES, &p.weight_map, inner + a * 64, (tile + share) * (ROWS / 16), bar, hint);
                     else copy2(to + a * W_BYTES, &p.weight_map, inner + a * 64, (tile + share) * LINES, bar, hint);
                 }
-                if (i == stages - LEAD) asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+                if (i == stages - LEAD) let_successor_start();
                 if (++at == count) at = 0;
                 if (++stage == STAGES) { stage = 0; parity ^= 1; }
             }
@@ -160,12 +165,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, MW > 2 || TOK * MW > 128 ?
         return;
     }
     if (LAG && warp == CONSUMERS / 32 + 1) {
-        asm volatile("griddepcontrol.wait;" ::: "memory");
+        wait_for_predecessor();
         if (lane == 0) mbar_arrive(go);
         const int piece = lane % 8;     // of 16 bytes
         int tile = start, n = 0, at = turned(tile), stage = 0, parity = 1, told = 0;
         auto tell = [&]() {
-            asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+            copies_are_seen();
             __syncwarp();
             if (lane == 0) mbar_arrive(x_full + told * 8);
             if (++told == X_STAGES) told = 0;
@@ -180,10 +185,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, MW > 2 || TOK * MW > 128 ?
                 const u32 to = x_ring + (stage * KA + a) * X_BYTES;
 #pragma unroll 8
                 for (int c = lane / 8; c < TOK; c += 4)
-                    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to + c * 128 + (piece ^ c % 8) * 16),
-                                 "l"(from + (long long)min(c, p.rows - 1) * p.k), "r"(bytes) : "memory");
+                    copy_or_zero(to + c * 128 + (piece ^ c % 8) * 16, from + (long long)min(c, p.rows - 1) * p.k, bytes);
             }
-            asm volatile("cp.async.commit_group;" ::: "memory");
+            commit_copies();
             if (i >= LAG) {
                 copies_left<LAG>();
                 tell();
@@ -203,7 +207,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MW > 2 || TOK * MW > 128 ?
         const u64 hint = policy(false);
         u16 sharing = 0;
         for (int i = 0; i < SHARE; ++i) sharing |= 1 << (split + i * SPLIT);
-        asm volatile("griddepcontrol.wait;" ::: "memory");
+        wait_for_predecessor();
         mbar_arrive(go);
         int i = 0, stage = 0, parity = 1;
         for (int tile = start; tile < p.tiles; tile += step) {
@@ -224,7 +228,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MW > 2 || TOK * MW > 128 ?
         return;
     }
     if (warp > CONSUMERS / 32) {
-        asm volatile("griddepcontrol.wait;" ::: "memory");
+        wait_for_predecessor();
         constexpr int LANES = TOK < 32 ? 32 / TOK : 1;     // that share a token
         constexpr int BATCH = 32 / LANES;                  // loads under way
         const int sums = p.squares ? p.sums : 0;
@@ -260,7 +264,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MW > 2 || TOK * MW > 128 ?
     const int half = warp % MW, own = warp / MW, column = (first * MW + half) * 64 + lane * 2;
     u32 old = 0, bias = 0, gain = 0;
     if (STRAIGHT) {
-        asm volatile("griddepcontrol.wait;" ::: "memory");
+        wait_for_predecessor();
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
             const bool inside = row + h * 8 < p.n;
@@ -271,7 +275,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MW > 2 || TOK * MW > 128 ?
                 if (KIND == ADD && pair_at(e, h) >= 0) before[e * 2 + h] = *(const u32 *)((const u16 *)p.out + pair_at(e, h));
         }
     } else if (GATHERED) {
-        asm volatile("griddepcontrol.wait;" ::: "memory");
+        wait_for_predecessor();
         if (column < p.n) {
             const int c = split * OWN + own;
             if (p.bias) bias = *(const u32 *)(p.bias + column);
@@ -356,7 +360,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MW > 2 || TOK * MW > 128 ?
         static_assert(!HEAD || TOK * APART * 8 <= STAGES * KA * W_BYTES, "the ring has room for it");
         float *tops = (float *)(memory + (w_ring - shared_at(memory)));
         int *places = (int *)(tops + TOK * APART);
-        asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory");    // nobody reads weights there any more
+        consumers_meet();    // nobody reads weights there any more
 #pragma unroll
         for (int j = 0; j < TOK / 4; ++j) {
             const int to = (j / 2 * 8 + 2 * t + j % 2) * APART + warp * 8 + g;
@@ -366,7 +370,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MW > 2 || TOK * MW > 128 ?
                 places[to] = number == 0xffff ? NOWHERE : ((int)(number / 2) * step + first) * LINES + warp * 16 + g + number % 2 * 8;
             }
         }
-        asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory");
+        consumers_meet();
 #pragma unroll 1
         for (int c = warp; c < p.rows; c += CONSUMERS / 32) {
             float largest = -infinity();
@@ -453,7 +457,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MW > 2 || TOK * MW > 128 ?
         if (g == 0)
 #pragma unroll
             for (int i = 0; i < EIGHTS * 2; ++i) squared(warp)[i / 2 * 8 + 2 * t + i % 2] = squares[i];
-        asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory");
+        consumers_meet();
         for (int i = tid; i < MW * OWN; i += CONSUMERS) {
             const int c = split * OWN + i % OWN, h = i / OWN;
             float sum = 0.f;

@@ -1,6 +1,14 @@
 // What kernels of Hopper's warp-group products share: tiles copied by TMA, the products, and what blocks of a cluster tell each other.
 
+// --- Launches, and copies of a thread
+__device__ __forceinline__ void wait_for_predecessor() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+__device__ __forceinline__ void let_successor_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+// All but so many groups of copies that this thread has asked for are there.
+template <int LEFT> __device__ __forceinline__ void copies_left() { asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory"); }
+
+// --- Copies of tiles
 struct __align__(64) Map { u64 words[16]; };
+__device__ __forceinline__ void prepare(const Map *map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
 __device__ __forceinline__ u64 policy(bool first) {
     u64 p;
     if (first) asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(p));
@@ -105,6 +113,7 @@ template <int COLS, int PENDING> __device__ __forceinline__ void await_products(
 }
 
 // --- Blocks of a cluster
+__device__ __forceinline__ void barriers_are_there() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 __device__ __forceinline__ u32 there(u32 at, int block) {
     u32 r;
     asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(r) : "r"(at), "r"(block));
