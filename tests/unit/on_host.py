@@ -37,14 +37,13 @@ def without_assembler(path: Path) -> str:
 
     What lies in shared memory by name stands at its end.
     """
-    text = re.sub(r'asm volatile\("" [^;]*;', "", source_text(path))
     kept = []
-    for piece in re.split(r"(?m)^(?=(?:template <[^>]*> )?__device__ __forceinline__ )", text):
+    for piece in re.split(r"(?m)^(?=(?:template <[^>]*> )?__device__ __forceinline__ )", source_text(path)):
         first = piece.partition("\n")[0]
         end = len(first) + 1 if first.endswith("}") else piece.find("\n}\n") + 3
         function = piece[:end]
-        kept.append(piece if "asm" not in function else piece[end:])
-    kernel = re.sub(r"(?m)^#define [FPN]\w+.*(?:\\\n.*)*", "", "".join(kept))
+        kept.append(piece[end:] if "asm" in function or "PRODUCT(" in function else piece)
+    kernel = re.sub(r"(?m)^#define (?:.*\\\n)*.*", "", "".join(kept))
     kernel = re.sub(r"(?m)^.*extern __shared__.*$", "", kernel)
     at = iter(range(1, 9))
     kernel = re.sub(
@@ -52,6 +51,7 @@ def without_assembler(path: Path) -> str:
         lambda m: f"auto &{m[2]} = *({m[1]} (*)[{m[3]}])(memory + ::SHARED - {next(at) * 1024});",
         kernel,
     )
+    kernel = kernel.replace("const __grid_constant__ Params p", "const Params &p")   # outlives its threads' copies of it
     assert "asm" not in kernel
     return kernel
 
