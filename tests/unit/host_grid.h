@@ -31,7 +31,7 @@ template <typename V> static V ldcg(const V *p) { return *p; }
 // Shared memory, filled with NaN, and barriers in it.
 constexpr int SHARED = 227 * 1024;
 static std::vector<unsigned char> shared_memory((size_t)GRID * SHARED + 128);
-#define memory (shared_memory.data() + (128 - (size_t)shared_memory.data() % 128) % 128 + (size_t)blockIdx.x * SHARED)
+#define memory (shared_memory.data() + (128 - (size_t)shared_memory.data() % 128) % 128 + (size_t)blockIdx.x * ::SHARED)
 static u32 shared_at(const void *p) { return (u32)((const unsigned char *)p - memory); }
 static unsigned char *shared(u32 at, u32 bytes) {
     if (at % bytes || at + bytes > SHARED) failed("no place in shared memory");
