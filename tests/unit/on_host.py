@@ -1,4 +1,4 @@
-"""Kernels' sources compiled for the CPU by g++, with small stand-ins for CUDA: `host_grid.h`, `host_cuda.h`."""
+"""Kernels' sources compiled for the CPU by g++, with small stand-ins for CUDA: `host_grid.h`, `host_cuda.h`, `host_tiles.h`."""
 
 from __future__ import annotations
 
@@ -51,7 +51,8 @@ def without_assembler(path: Path) -> str:
         lambda m: f"auto &{m[2]} = *({m[1]} (*)[{m[3]}])(memory + ::SHARED - {next(at) * 1024});",
         kernel,
     )
-    kernel = kernel.replace("const __grid_constant__ Params p", "const Params &p")   # outlives its threads' copies of it
+    # Copies that are under way read maps even when the thread that asked for them has ended.
+    kernel = kernel.replace("const __grid_constant__ Params p", "const Params &p")
     assert "asm" not in kernel
     return kernel
 
@@ -67,7 +68,11 @@ def tiles_launch(path: Path, name: str) -> str:
 def encoded(address: int, sizes: Sequence[int], strides: Sequence[int], box: Sequence[int]) -> bytes:
     """A tensor map as `host_tiles.h` reads it, in place of the driver's."""
     parts = ((sizes, 4), (strides, 3), (box, 4))
-    words = [address, len(sizes), *(n for values, room in parts for n in (*values, *[1] * (room - len(values))))]
+    words = [
+        address,
+        len(sizes),
+        *(n for values, room in parts for n in (*values, *[1] * (room - len(values)))),
+    ]
     return struct.pack("<16Q", *words, *[0] * (16 - len(words)))
 
 

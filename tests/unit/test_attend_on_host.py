@@ -28,7 +28,7 @@ from ostinato.ops.cuda.attend import Attend
 from ostinato.ops.cuda.attention import MOST
 from ostinato.ops.reference import ReferenceOps
 from ostinato.types import StepKind
-from tests.accuracy import no_worse
+from tests.accuracy import FACTOR, errors, no_worse
 from tests.stack import Model
 from tests.unit.on_host import compiled, encoded, needs_compiler, tiles_launch
 
@@ -71,7 +71,9 @@ class Host:
     def __init__(self, case: Case, folder: Path, patch: pytest.MonkeyPatch, seed: int) -> None:
         self.case, self.folder, self.seed = case, folder, seed
         self.written: list[tuple[torch.Tensor, ...]] = []
-        patch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=132))
+        patch.setattr(
+            torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=132)
+        )
         patch.setattr(attend, "build", self.build)
         patch.setattr(linear, "_encode", encoded)
 
@@ -84,7 +86,7 @@ class Host:
         if self.case.long:
             numbers["LONG"] = self.case.long
         text = tiles_launch(source, name)
-        library = compiled(self.folder, name, ["host_grid.h", "host_tiles.h"], text, macros | numbers)
+        library = compiled(self.folder, name, ["host_grid.h", "host_tiles.h"], text, macros | numbers, "-O1")
 
         def launch(params: bytes) -> None:
             self.seed = (self.seed + 1) % 2**31
@@ -159,7 +161,13 @@ def test_against_the_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
 
     def world_of(dtype: torch.dtype) -> World:
         return make_world(
-            seed, case.shape, seqs, StepKind.DECODE, pad_seqs=case.pad, block_size=case.block_size, dtype=dtype
+            seed,
+            case.shape,
+            seqs,
+            StepKind.DECODE,
+            pad_seqs=case.pad,
+            block_size=case.block_size,
+            dtype=dtype,
         )
 
     world = world_of(BF16)
@@ -172,7 +180,9 @@ def test_against_the_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     sums = case.hidden // 64
     y.copy_(torch.randn(y.shape))
     squares[: sums * rows] = torch.rand(sums * rows) * 100
-    factor = torch.rsqrt(squares[: sums * rows].view(sums, rows).double().sum(0) / case.hidden + EPS).unsqueeze(1)
+    factor = torch.rsqrt(
+        squares[: sums * rows].view(sums, rows).double().sum(0) / case.hidden + EPS
+    ).unsqueeze(1)
     view = ReferenceOps().prepare(world.batch, s)
     live, found = s.slots >= 0, []
     assert live.any()
@@ -212,4 +222,9 @@ def test_against_the_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
             result = plain(other, layer, y, factor)
             expected.append([result[live], *(part.flatten(0, 1)[slots] for part in other.cache)])
         for what, *three in zip(("out", "keys", "values"), (out[live], *new), *expected, strict=True):
-            no_worse(*three, what=what)
+            if what == "out":
+                # An error of a loud token's weight is one of the whole row, so rows differ much by chance; all together do not.
+                ours, theirs = (errors(t, three[2]) for t in three[:2])
+                assert (ours <= 4 * theirs.clamp(min=float(theirs.median()))).all(), (ours, theirs)
+                assert ours.square().mean() <= 1.2**2 * theirs.square().mean(), (ours, theirs)
+            no_worse(*three, factor=100 if what == "out" else FACTOR, what=what)

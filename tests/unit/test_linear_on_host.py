@@ -90,6 +90,16 @@ HEADS = [
 ]
 
 
+def rings(macros: dict[str, int], seed: int) -> dict[str, int]:
+    """Short ones, so that all stages are used again and again."""
+    found = (macros["MW"] * 32 + 4) * 8 * macros["TOK"] if macros["KIND"] in (WIDE, BEST) else 0
+    stages = min(macros["STAGES"], max(-(-found // (macros["KA"] * macros["MW"] * 8192)), 2 + seed % 2))
+    return {
+        "STAGES": stages, "X_STAGES": min(macros["X_STAGES"], 3 if macros["LAG"] else 2),
+        "FLIGHT": min(macros["FLIGHT"], stages - 1),
+    }  # fmt: skip
+
+
 class Host:
     """`Products` itself, whose kernels run on the CPU."""
 
@@ -110,20 +120,17 @@ class Host:
         file = f"{name}{self.libraries}"
 
         def launch(params: bytes, grid: int) -> None:
-            numbers = {
-                "WARPS": macros["MW"] * 4, "GRID": grid, "HOST_THREADS": block, "HOST_CLUSTER": cluster,
-            }  # fmt: skip
             assert grid % cluster == 0
-            # Short rings, so that all stages are used again and again.
-            least = -(-macros["TOK"] * (macros["MW"] * 32 + 4) * 8 // (macros["KA"] * macros["MW"] * 8192))
-            numbers["STAGES"] = min(macros["STAGES"], max(least if macros["KIND"] in (WIDE, BEST) else 0, 2 + self.seed % 2))
-            numbers["X_STAGES"] = min(macros["X_STAGES"], 3 if macros["LAG"] else 2)
-            numbers["FLIGHT"] = min(macros["FLIGHT"], numbers["STAGES"] - 1)
             if grid not in made:
-                text = tiles_launch(source, name)
-                made[grid] = compiled(
-                    self.folder, f"{file}_{grid}", ["host_grid.h", "host_tiles.h"], text, macros | numbers
-                )
+                numbers = macros | rings(macros, self.seed)
+                numbers |= {
+                    "WARPS": macros["MW"] * 4,
+                    "GRID": grid,
+                    "HOST_THREADS": block,
+                    "HOST_CLUSTER": cluster,
+                }
+                headers, text = ["host_grid.h", "host_tiles.h"], tiles_launch(source, name)
+                made[grid] = compiled(self.folder, f"{file}_{grid}", headers, text, numbers, "-O1")
             self.seed = (self.seed + 1) % 2**31
             for at in self.written:
                 places = (ctypes.c_void_p(t.data_ptr()) for t in at)
@@ -136,9 +143,7 @@ class Host:
 
     def behind(self, *tensors: torch.Tensor | None) -> None:
         """What a kernel in front of the next ones writes: it is something else until they have waited."""
-        self.written = [
-            (t, torch.full_like(t, torch.nan), t.clone()) for t in tensors if t is not None
-        ]
+        self.written = [(t, torch.full_like(t, torch.nan), t.clone()) for t in tensors if t is not None]
 
 
 @pytest.fixture
@@ -179,9 +184,7 @@ def by_hand(
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_no_worse_than_the_op(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int, case: Case
-) -> None:
+def test_no_worse_than_the_op(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int, case: Case) -> None:
     host = Host(case, tmp_path, monkeypatch, seed)
     n, rows = case.n, case.rows
     x, weights, squares, factor = operands(case)
