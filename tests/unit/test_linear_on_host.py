@@ -273,3 +273,22 @@ def test_the_head_and_its_best(
         assert torch.equal(plain.gather(1, at.clamp(0, n - 1))[numbers], peaks.values[numbers])
         best = torch.where(peaks.values == largest.unsqueeze(1), at, n).amin(1)
         assert torch.equal(best[numbers], plain.argmax(1)[numbers])
+
+
+@pytest.mark.parametrize(
+    "case", [Case(ADD, 128, 256, 32, splits=4), Case(STORE, 64, 256, 16, splits=4)], ids=str
+)
+def test_bits_of_a_row_do_not_depend_on_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int, case: Case
+) -> None:
+    """The first and the last block's parts are large and cancel, so another order of the sum would change all numbers."""
+    host = Host(case, tmp_path, monkeypatch, seed)
+    x, weights, _, _ = operands(case)
+    weights.weight[:, -64:] = weights.weight[:, :64]
+    x[:] = x[0].clone()
+    x[:, :64] *= 1e6
+    x[:, -64:] = -x[:, :64]
+    out = among(torch.zeros(case.rows, case.n, dtype=BF16))
+    host.products.run(case.kind, case.version, x, weights, out, then=None)
+    assert not out.isnan().any()
+    assert torch.equal(out, out[:1].expand_as(out))
