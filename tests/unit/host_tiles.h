@@ -1,4 +1,4 @@
-// What linear.cu and attend.cu need besides host_grid.h: copies of tiles (TMA), products of warp groups, and what blocks of a
+// What linear.cu, attend.cu and chain.cu need besides host_grid.h: copies of tiles (TMA), products of warp groups, and what blocks of a
 // cluster send each other. All of it is done at a random time between the moment when it is asked for and the one when somebody
 // must wait for it: bytes of a copy arrive before the barrier counts them, and a product reads its operands as late as its wait.
 //
@@ -210,15 +210,25 @@ static void send4(u32 to, u32 bar, float a, float b, float c, float d) {
         later([=] { ::copied(block, bar & 0x3ffff, 16); });
     });
 }
-static void arrive_there(u32 bar) {
+static void send2(u32 to, u32 bar, float a, float b) {
+    const float2 v{a, b};
+    const int block = (int)(to >> 18) - 1, place = to & 0x3ffff;
+    if (bar >> 18 != to >> 18) failed("numbers and their barrier are apart");
+    later([=] {
+        *(float2 *)of_block(block, place, 8) = v;
+        later([=] { ::copied(block, bar & 0x3ffff, 8); });
+    });
+}
+template <int N> static void arrive_often_there(u32 bar) {
     const int block = (int)(bar >> 18) - 1;
     later([=] {
-        ::copied(block, bar & 0x3ffff, 0);
+        if (ended[block] == HOST_THREADS) failed("a barrier of a block that has ended");
         Bar &b = bars[block].at(bar & 0x3ffff);
-        --b.pending;
+        b.pending -= N;
         settle(b);
     });
 }
+static void arrive_there(u32 bar) { arrive_often_there<1>(bar); }
 
 // Cells of memory, whose words come one by one.
 static uint4 ld_cell(const void *p) {
@@ -241,4 +251,20 @@ static void st_cell(void *p, u32 a, u32 b, u32 c, u32 d, u64) {
 }
 #ifdef HD
 static void row_meets(int item) { named_meeting[blockIdx.x][2 + item].wait(HOST_ROW_THREADS); }
+#endif
+
+// Words of memory that count on, 32 from one to the next.
+#ifdef TEAM
+static void arrive_often(u32 bar) {
+    Bar &b = bars[blockIdx.x].at(bar);
+    b.pending -= TEAM;
+    settle(b);
+}
+static void announce(u32 *word) { ++*word; progress(); }
+static void poll(const u32 *words, int word, u32 launch, u32 each) {
+    while ((int)(*(volatile const u32 *)(words + word * 32) - launch * each) < 0) yield();
+}
+static u32 this_launch(const u32 *words) { return *words + 1; }
+static void count_launch(u32 *words) { ++*words; }
+static void others_wrote() {}
 #endif

@@ -115,6 +115,9 @@ __device__ __forceinline__ u32 this_launch(const u32 *words) {
     asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(words + EPOCH * LINE) : "memory");
     return v + 1;
 }
+__device__ __forceinline__ void count_launch(u32 *words) {
+    asm volatile("red.relaxed.gpu.global.add.u32 [%0], 1;" ::"l"(words + EPOCH * LINE) : "memory");
+}
 __device__ __forceinline__ void others_wrote() { asm volatile("fence.proxy.async;" ::: "memory"); }
 
 template <int N> struct Turn {
@@ -559,5 +562,5 @@ extern "C" __global__ void __launch_bounds__(BOUND, 1) chain(const __grid_consta
     add<Down>(p, s, c, old, nullptr, p.next_norm, p.words + DOWN_WORD * LINE, p.ops == 3, warp, lane);
     if (p.ops == 4) queries(p, s, c, warp, lane);
     // All have read it before they were through with gate and up.
-    if (blockIdx.x == 0 && tid == 0) asm volatile("red.relaxed.gpu.global.add.u32 [%0], 1;" ::"l"(p.words + EPOCH * LINE) : "memory");
+    if (blockIdx.x == 0 && tid == 0) count_launch(p.words);
 }
