@@ -1,5 +1,5 @@
-// Enough of CUDA to run decode.cu, rows.cu, with host_cluster.h sample.cu, and with host_tiles.h linear.cu and attend.cu, on a CPU, all blocks
-// at once.
+// Enough of CUDA to run decode.cu, rows.cu, with host_cluster.h sample.cu, and with host_tiles.h linear.cu, attend.cu and chain.cu, on a CPU, all
+// blocks at once.
 #ifndef HOST_THREADS
 #define HOST_THREADS (WARPS * 32 + 128)
 #endif

@@ -7,14 +7,18 @@
 #undef __align__
 #define __align__(n) alignas(n)
 #define gridDim (Dim{(u32)GRID})
-#include <functional>
-
 #include "host_heads.h"
 
 static int ended[GRID];   // threads that have
-static std::vector<std::function<void()>> under_way;
+struct Task { virtual void go() = 0; };
+template <typename Body> struct TaskOf : Task {
+    Body body;
+    TaskOf(const Body &body) : body(body) {}
+    void go() override { body(); }
+};
+static std::vector<Task *> under_way;
 static std::vector<int> before_the_wait;   // threads that wait for the kernel in front
-static void later(std::function<void()> what) { under_way.push_back(std::move(what)); }
+template <typename Body> static void later(const Body &body) { under_way.push_back(new TaskOf<Body>(body)); }
 static bool go_on() {
     if (!before_the_wait.empty() && (under_way.empty() || chosen() % 64 == 0) && (ready.empty() || chosen() % 16 == 0)) {
         show(&Written::after);
@@ -25,9 +29,10 @@ static bool go_on() {
     }
     if (under_way.empty()) return false;
     std::swap(under_way[chosen() * (u64)under_way.size() >> 24], under_way.back());
-    const auto what = std::move(under_way.back());
+    Task *task = under_way.back();
     under_way.pop_back();
-    what();
+    task->go();
+    delete task;
     progress();
     return true;
 }

@@ -82,7 +82,7 @@ CASES = [
 ]
 HEADS = [
     Case(WIDE, 8, 64, 2),
-    Case(WIDE, 500, 72, 7, processors=2, sums=2),
+    Case(WIDE, 300, 72, 7, processors=2, sums=2),
     Case(WIDE, 500, 200, 16, groups=2, share=2, processors=1),
     Case(WIDE, 333, 640, 30, depth=128, processors=1),
     Case(WIDE, 700, 136, 40, share=2, processors=2),
