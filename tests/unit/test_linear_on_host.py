@@ -21,7 +21,7 @@ from ostinato.ops import Linear, NextNorm, Peaks, squares_words
 from ostinato.ops.cuda import linear
 from ostinato.ops.cuda.linear import Product, Products
 from ostinato.ops.triton.tune import Kind, Version
-from tests.accuracy import TINY, no_worse
+from tests.accuracy import FACTOR, no_worse
 from tests.unit.on_host import compiled, encoded, needs_compiler, tiles_launch
 
 pytestmark = needs_compiler
@@ -83,7 +83,6 @@ CASES = [
 HEADS = [
     Case(WIDE, 8, 64, 2),
     Case(WIDE, 300, 72, 7, processors=2, sums=2),
-    Case(WIDE, 500, 200, 16, groups=2, share=2, processors=1),
     Case(WIDE, 333, 640, 30, depth=128, processors=1),
     Case(WIDE, 700, 136, 40, share=2, processors=2),
     Case(WIDE, 200, 264, 128, groups=2, share=2, processors=2, sums=5),
@@ -206,7 +205,8 @@ def test_no_worse_than_the_op(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s
         )
         results.append([out.clone()] + ([then.scaled.clone(), then.squares.clone()] if then else []))
     plain, exact = (by_hand(case, x, weights, factor, before, dtype) for dtype in (BF16, torch.float64))
-    no_worse(out, plain, exact, tiny=TINY)
+    # Gates times ups: a row's error is that of its few large numbers.
+    no_worse(out, plain, exact, 3 if case.kind is GATE else FACTOR)
     assert out._base is not None
     assert out._base[BESIDE].isnan().all()
     if then is not None:
