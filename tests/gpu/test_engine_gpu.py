@@ -33,6 +33,23 @@ def make(**options: Any) -> LLM:
     return LLM(**{"model": default_model(), **defaults, **options})
 
 
+def default_by_transformers() -> Any:
+    """The default model as transformers has it, in bfloat16."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from ostinato.models.checkpoint import open_checkpoint
+    from ostinato.models.hub import resolve
+
+    checkpoint = open_checkpoint(resolve(default_model()))
+    keep = {k: v for k, v in checkpoint.config.items() if k not in ("architectures", "model_type", "dtype")}
+    with torch.device("cuda"):
+        model = LlamaForCausalLM(LlamaConfig(**keep)).to(torch.bfloat16).eval()
+    weights = {name: checkpoint.read(name) for name in checkpoint.tensors}
+    weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])
+    model.load_state_dict(weights)
+    return model
+
+
 def random_prompts(vocab: int, count: int, seed: int) -> list[list[int]]:
     g = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, 60, (count,), generator=g).tolist()
@@ -272,19 +289,8 @@ def test_text_of_the_default_model(pair: Any) -> None:
 
 def test_default_model_against_transformers(pair: Any) -> None:
     """bfloat16 on both sides: tokens agree until the two best logits lie close together."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from ostinato.models.checkpoint import open_checkpoint
-    from ostinato.models.hub import resolve
-
     graph, _ = pair
-    checkpoint = open_checkpoint(resolve(default_model()))
-    keep = {k: v for k, v in checkpoint.config.items() if k not in ("architectures", "model_type", "dtype")}
-    with torch.device("cuda"):
-        reference = LlamaForCausalLM(LlamaConfig(**keep)).to(torch.bfloat16).eval()
-    weights = {name: checkpoint.read(name) for name in checkpoint.tensors}
-    weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])
-    reference.load_state_dict(weights)
+    reference = default_by_transformers()
     prompt = graph.get_tokenizer().encode("The history of the city begins with a river, a hill and")
     (output,) = graph.generate(
         [prompt], SamplingParams(temperature=0.0, max_tokens=48, ignore_eos=True), use_tqdm=False

@@ -15,7 +15,7 @@ from ostinato import LLM, SamplingParams
 from ostinato.types import StepKind
 from tests.prompt_steps import EDGES, check, draw, replayed
 
-from .test_engine_gpu import default_model, make, random_prompts
+from .test_engine_gpu import default_by_transformers, make, random_prompts
 
 pytestmark = pytest.mark.gpu
 TEXT = Path(__file__).parents[2] / "benchmarks" / "data" / "prose.txt"
@@ -77,18 +77,7 @@ def behind_prefixes(llm: LLM, text: list[int], seed: int) -> torch.Tensor:
 
 def by_transformers(text: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """The same in float32, and in bfloat16."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from ostinato.models.checkpoint import open_checkpoint
-    from ostinato.models.hub import resolve
-
-    checkpoint = open_checkpoint(resolve(default_model()))
-    keep = {k: v for k, v in checkpoint.config.items() if k not in ("architectures", "model_type", "dtype")}
-    with torch.device("cuda"):
-        model = LlamaForCausalLM(LlamaConfig(**keep)).to(torch.bfloat16).eval()
-    weights = {name: checkpoint.read(name) for name in checkpoint.tensors}
-    weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])
-    model.load_state_dict(weights)
+    model = default_by_transformers()
     ids, found = torch.tensor([text], device="cuda"), []
     for dtype in (torch.bfloat16, torch.float32):  # of the weights as bfloat16 has them
         with torch.inference_mode():

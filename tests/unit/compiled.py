@@ -10,9 +10,11 @@ import tempfile
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 
 @dataclass(frozen=True)
@@ -103,3 +105,21 @@ def struct_fields(source: str) -> tuple[list[str], list[str]]:
     pointers = [n.strip(" *") for line in lines if "*" in line for n in line[line.index("*") :].split(",")]
     numbers = [n.strip() for line in lines if "*" not in line for n in line.split(" ", 1)[1].split(",")]
     return pointers, numbers
+
+
+def no_gpu_needed(monkeypatch: pytest.MonkeyPatch, module: Any, kernel: Callable[..., Any]) -> list[Any]:
+    """A GPU of 132 multiprocessors that compiles anything: `kernel(macros, options)` of each `build` in `module`; all of them."""
+    from ostinato.ops.cuda import linear
+
+    found: list[Any] = []
+
+    def build(source: Any, name: str, macros: dict[str, int], **options: Any) -> Any:
+        found.append(kernel(macros, options))
+        return found[-1]
+
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132)
+    )
+    monkeypatch.setattr(module, "build", build)
+    monkeypatch.setattr(linear, "_encode", lambda *what: repr(what).encode()[:128].ljust(128))
+    return found

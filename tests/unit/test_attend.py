@@ -8,7 +8,6 @@ import struct
 import subprocess
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,7 +23,7 @@ from ostinato.ops.cuda.program import POINTERS
 from ostinato.ops.triton import tune
 from ostinato.ops.triton.tune import Kind, Problem, Table
 from tests.stack import Model
-from tests.unit.compiled import struct_fields
+from tests.unit.compiled import no_gpu_needed, struct_fields
 
 GPU, BF16 = torch.device("cuda", 0), torch.bfloat16
 MODELS = {
@@ -100,20 +99,9 @@ class FakeKernel:
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> list[FakeKernel]:
     """A GPU of 132 multiprocessors that compiles anything."""
-    found: list[FakeKernel] = []
     full = torch.full
-
-    def build(source: Any, name: str, macros: dict[str, int], **options: Any) -> FakeKernel:
-        found.append(FakeKernel(macros, options))
-        return found[-1]
-
-    monkeypatch.setattr(
-        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132)
-    )
     monkeypatch.setattr(torch, "full", lambda *what, device=None, **more: full(*what, **more))
-    monkeypatch.setattr(attend, "build", build)
-    monkeypatch.setattr(linear, "_encode", lambda *what: repr(what).encode()[:128].ljust(128))
-    return found
+    return no_gpu_needed(monkeypatch, attend, FakeKernel)
 
 
 def test_a_launch_is_given_what_the_source_reads(made: list[FakeKernel]) -> None:

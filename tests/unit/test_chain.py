@@ -8,7 +8,6 @@ import struct
 import subprocess
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,13 +17,13 @@ pytest.importorskip("triton")
 
 from ostinato.errors import KernelError
 from ostinato.ops import AttentionShape, LayerWeights, Linear, Scratch
-from ostinato.ops.cuda import chain, linear
+from ostinato.ops.cuda import chain
 from ostinato.ops.cuda.chain import ROWS, TEAM, TUNING, Chain, Sizes, layout, macros, tile_rows
 from ostinato.ops.cuda.program import POINTERS
 from ostinato.ops.triton import tune
 from ostinato.ops.triton.tune import Kind, Problem, Table
 from tests.stack import Model
-from tests.unit.compiled import struct_fields
+from tests.unit.compiled import no_gpu_needed, struct_fields
 
 GPU, BF16 = torch.device("cuda", 0), torch.bfloat16
 MODELS = {
@@ -112,20 +111,9 @@ class FakeKernel:
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> list[FakeKernel]:
     """A GPU of 132 multiprocessors with room for 30 teams, that compiles anything."""
-    found: list[FakeKernel] = []
     zeros = torch.zeros
-
-    def build(source: Any, name: str, macros: dict[str, int], **options: Any) -> FakeKernel:
-        found.append(FakeKernel(macros, options, 30 * TEAM))
-        return found[-1]
-
-    monkeypatch.setattr(
-        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132)
-    )
     monkeypatch.setattr(torch, "zeros", lambda *size, device=None, **more: zeros(*size, **more))
-    monkeypatch.setattr(chain, "build", build)
-    monkeypatch.setattr(linear, "_encode", lambda *what: repr(what).encode()[:128].ljust(128))
-    return found
+    return no_gpu_needed(monkeypatch, chain, lambda macros, options: FakeKernel(macros, options, 30 * TEAM))
 
 
 def scratch_of(m: Model, rows: int) -> Scratch:

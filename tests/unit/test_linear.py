@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +17,7 @@ from ostinato.ops.cuda.linear import ROWS, SHARED_BYTES, Product, Products, tile
 from ostinato.ops.cuda.program import POINTERS
 from ostinato.ops.triton import tune
 from ostinato.ops.triton.tune import Kind, Problem, Table, Version
-from tests.unit.compiled import struct_fields
+from tests.unit.compiled import no_gpu_needed, struct_fields
 
 GPU = torch.device("cuda", 0)
 BF16 = torch.bfloat16
@@ -122,18 +121,7 @@ class FakeKernel:
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> list[FakeKernel]:
     """A GPU that compiles anything, and remembers."""
-    found: list[FakeKernel] = []
-
-    def build(source: Any, name: str, macros: dict[str, int], **options: Any) -> FakeKernel:
-        found.append(FakeKernel(macros, options))
-        return found[-1]
-
-    monkeypatch.setattr(
-        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132)
-    )
-    monkeypatch.setattr(linear, "build", build)
-    monkeypatch.setattr(linear, "_encode", lambda *what: repr(what).encode()[:128].ljust(128))
-    return found
+    return no_gpu_needed(monkeypatch, linear, FakeKernel)
 
 
 def test_a_launch_is_given_what_the_source_reads(made: list[FakeKernel]) -> None:
