@@ -42,7 +42,9 @@ class Kernel:
 
         self._function, self._driver = function, driver
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        _check(driver.cuFuncSetAttribute(function, attribute, shared_bytes), "shared memory")
+        before = _check(driver.cuFuncGetAttribute(attribute, function), "shared memory")
+        if shared_bytes > before:  # another `Kernel` may launch the same function with more
+            _check(driver.cuFuncSetAttribute(function, attribute, shared_bytes), "shared memory")
         if cluster > 8:
             attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
             _check(driver.cuFuncSetAttribute(function, attribute, 1), "cluster size")
