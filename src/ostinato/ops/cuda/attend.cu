@@ -419,75 +419,8 @@ extern "C" __global__ void __launch_bounds__(BOUND > THREADS ? BOUND : THREADS) 
 #pragma unroll 1
     for (bool has = works;; has = true) {
         if (has) {
-            State o;
-#pragma unroll
-            for (int i = 0; i < 2; ++i) { o.best[i] = -infinity(); o.total[i] = 0.f; }
-#pragma unroll
-            for (int i = 0; i < INNER; ++i)
-#pragma unroll
-                for (int j = 0; j < 4; ++j) o.acc[i][j] = 0.f;
-            int turn = 0;
-#pragma unroll 1
-            for (int at = walk.start; at < walk.end; at += WPI * WHOLE) {
-                const int after = turn + 1 == PIECES ? 0 : turn + 1;
-                u16 *keys = ring + turn * PIECE, *values = ring + after * PIECE;
-                const bool ragged = at + WHOLE > walk.newest || at < walk.first;
-                one_arrived();
-                if (ragged) {
-                    two_arrived();
-                    __syncwarp();
-#pragma unroll 1
-                    for (int i = lane; i < WHOLE * LANES; i += 32) {
-                        const int token = at + i / LANES, d = i % LANES;
-                        uint4 *to = (uint4 *)(values + spot(i / LANES, d));
-                        if (token < walk.first || token > walk.newest) *to = make_uint4(0, 0, 0, 0);   // 0 times NaN is NaN
-                        if (token == walk.newest) {
-                            *to = *(const uint4 *)(new_value + d * 8);
-                            *(uint4 *)(keys + spot(i / LANES, d)) = *(const uint4 *)(sh.k[item] + d * 8);
-                        }
-                    }
-                }
-                __syncwarp();
-                float c[TILES][4];
-                scores(c, keys, q);
-                __syncwarp();
-                if (PIECES % 2) {
-                    if (walk.at < walk.end) fetch(keys, p.values + own, walk);
-                    commit();
-                    walk.next();
-                } else {
-                    if (walk.at < walk.end) fetch(keys, p.keys + own, walk);
-                    commit();
-                }
-                weigh(o, c, values, ragged, at, walk.first, walk.newest, p.scale);
-                __syncwarp();
-                if (PIECES % 2) {
-                    if (walk.at < walk.end) fetch(values, p.keys + own, walk);
-                    commit();
-                } else {
-                    if (walk.at < walk.end) fetch(values, p.values + own, walk);
-                    commit();
-                    walk.next();
-                }
-                turn = after + 1 == PIECES ? 0 : after + 1;
-                let();
-            }
-            all_arrived();
-            __syncwarp();
-            // This warp's part in the place of its ring: a lane has dimensions g, g + 8, ... of heads 2t and 2t + 1.
-#pragma unroll
-            for (int far = 4; far < 32; far *= 2)
-#pragma unroll
-                for (int i = 0; i < 2; ++i) o.total[i] += __shfl_xor_sync(~0u, o.total[i], far);
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                const int head = 2 * t + i;
-                if (head >= GROUP) continue;
-                if (g == 0) sh.stats[warp][head] = make_float2(o.best[i] * p.scale, o.total[i]);
-                float *to = (float *)ring + head * O_STRIDE + g;
-#pragma unroll
-                for (int j = 0; j < INNER; ++j) { to[j * 16] = o.acc[j][i]; to[j * 16 + 8] = o.acc[j][i + 2]; }
-            }
+            State o = look<WPI * WHOLE>(ring, walk, q, p.keys + own, p.values + own, sh.k[item], new_value, p.scale, let);
+            leave(o, (float *)ring, sh.stats[warp], p.scale);   // where its ring was
             together();
             float *space = p.parts + (long long)s * (HEADS * MOST * (HD + 2)), *space_stats = space + HEADS * MOST * HD;
 #pragma unroll 1

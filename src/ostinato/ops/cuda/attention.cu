@@ -203,24 +203,6 @@ __device__ __forceinline__ Query query_at(const u16 *p) {
     return q;
 }
 
-// This warp's part to shared memory: a lane has dimensions g, g + 8, ... of heads 2t and 2t + 1.
-__device__ __forceinline__ void leave(State &o, Shared &sh, float scale) {
-    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
-#pragma unroll
-    for (int far = 4; far < 32; far *= 2)
-#pragma unroll
-        for (int i = 0; i < 2; ++i) o.total[i] += __shfl_xor_sync(~0u, o.total[i], far);
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-        const int head = 2 * t + i;
-        if (head >= GROUP) continue;
-        if (g == 0) sh.stats[warp][head] = make_float2(o.best[i] * scale, o.total[i]);
-        float *to = sh.o(warp, head) + g;
-#pragma unroll
-        for (int j = 0; j < INNER; ++j) { to[j * 16] = o.acc[j][i]; to[j * 16 + 8] = o.acc[j][i + 2]; }
-    }
-}
-
 // Of the splits of two dimensions of a head, in order; four are asked for at a time.
 __device__ __forceinline__ float2 merge(const float *part, const float *stats, int count) {
     float best = -infinity(), total = 0.f;
@@ -437,62 +419,8 @@ __device__ __forceinline__ void item(const Params &p, Shared &sh, int s, int h, 
     // What the kernel behind asks for would delay what this one still has to ask for.
     auto let = [&] { if (walk.at >= walk.end) let_successor_start(); };
     let();
-    State o;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) { o.best[i] = -infinity(); o.total[i] = 0.f; }
-#pragma unroll
-    for (int i = 0; i < INNER; ++i)
-#pragma unroll
-        for (int j = 0; j < 4; ++j) o.acc[i][j] = 0.f;
-    int turn = 0;   // slot of the step's keys
-#pragma unroll 1
-    for (int at = walk.start; at < walk.end; at += WARPS * WHOLE) {
-        const int after = turn + 1 == PIECES ? 0 : turn + 1;
-        u16 *keys = ring + turn * PIECE, *values = ring + after * PIECE;
-        const bool ragged = at + WHOLE > walk.newest || at < walk.first;   // has the new token, or others to be left out
-        one_arrived();
-        if (ragged) {
-            two_arrived();
-            __syncwarp();
-#pragma unroll 1
-            for (int i = lane; i < WHOLE * LANES; i += 32) {
-                const int token = at + i / LANES, d = i % LANES;
-                uint4 *to = (uint4 *)(values + spot(i / LANES, d));
-                if (token < walk.first || token > walk.newest) *to = make_uint4(0, 0, 0, 0);   // 0 times NaN is NaN
-                if (token == walk.newest) {
-                    *to = *(const uint4 *)(sh.v + d * 8);
-                    *(uint4 *)(keys + spot(i / LANES, d)) = *(const uint4 *)(sh.k + d * 8);
-                }
-            }
-        }
-        __syncwarp();
-        float c[TILES][4];
-        scores(c, keys, q);
-        __syncwarp();
-        if (PIECES % 2) {
-            if (walk.at < walk.end) fetch(keys, p.values + own, walk);
-            commit();
-            walk.next();
-        } else {
-            if (walk.at < walk.end) fetch(keys, p.keys + own, walk);
-            commit();
-        }
-        weigh(o, c, values, ragged, at, walk.first, walk.newest, p.scale);
-        __syncwarp();
-        if (PIECES % 2) {
-            if (walk.at < walk.end) fetch(values, p.keys + own, walk);
-            commit();
-        } else {
-            if (walk.at < walk.end) fetch(values, p.values + own, walk);
-            commit();
-            walk.next();
-        }
-        turn = after + 1 == PIECES ? 0 : after + 1;
-        let();
-    }
-    all_arrived();
-    __syncwarp();
-    leave(o, sh, p.scale);
+    State o = look<WARPS * WHOLE>(ring, walk, q, p.keys + own, p.values + own, sh.k, sh.v, p.scale, let);
+    leave(o, sh.o(warp, 0), sh.stats[warp], p.scale);
     if (WARPS > 1) __syncthreads();
     else __syncwarp();
     if (c.count > 1) {

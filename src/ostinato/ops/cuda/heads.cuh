@@ -184,3 +184,79 @@ __device__ __forceinline__ void weigh(State &o, float (&c)[TILES][4], const u16 
             mma(o.acc[i], a[0], a[1], a[2], a[3], b[n][0], b[n][1]);
         }
 }
+
+// All steps of a warp, APART tokens from one to the next. The next ones are asked for in the place of what was used. `keys`, `values`: this lane's part of the
+// cache's first token; the new token's own come from shared memory. `asked` is called after each step.
+template <int APART, class Walk, class Asked>
+__device__ __forceinline__ State look(u16 *ring, Walk &walk, const Query &q, const u16 *keys_from, const u16 *values_from,
+                                      const u16 *new_key, const u16 *new_value, float scale, const Asked &asked) {
+    const int lane = threadIdx.x & 31;
+    State o;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) { o.best[i] = -infinity(); o.total[i] = 0.f; }
+#pragma unroll
+    for (int i = 0; i < INNER; ++i)
+#pragma unroll
+        for (int j = 0; j < 4; ++j) o.acc[i][j] = 0.f;
+    auto ask = [&](u16 *to, const u16 *from, bool last) {
+        if (walk.at < walk.end) fetch(to, from, walk);
+        commit();
+        if (last) walk.next();
+    };
+    int turn = 0;   // slot of the step's keys
+#pragma unroll 1
+    for (int at = walk.start; at < walk.end; at += APART) {
+        const int after = turn + 1 == PIECES ? 0 : turn + 1;
+        u16 *keys = ring + turn * PIECE, *values = ring + after * PIECE;
+        const bool ragged = at + WHOLE > walk.newest || at < walk.first;   // has the new token, or others to be left out
+        one_arrived();
+        if (ragged) {
+            two_arrived();
+            __syncwarp();
+#pragma unroll 1
+            for (int i = lane; i < WHOLE * LANES; i += 32) {
+                const int token = at + i / LANES, d = i % LANES;
+                uint4 *to = (uint4 *)(values + spot(i / LANES, d));
+                if (token < walk.first || token > walk.newest) *to = make_uint4(0, 0, 0, 0);   // 0 times NaN is NaN
+                if (token == walk.newest) {
+                    *to = *(const uint4 *)(new_value + d * 8);
+                    *(uint4 *)(keys + spot(i / LANES, d)) = *(const uint4 *)(new_key + d * 8);
+                }
+            }
+        }
+        __syncwarp();
+        float c[TILES][4];
+        scores(c, keys, q);
+        __syncwarp();
+        // With an odd number of pieces values follow where keys were.
+        if (PIECES % 2) ask(keys, values_from, true);
+        else ask(keys, keys_from, false);
+        weigh(o, c, values, ragged, at, walk.first, walk.newest, scale);
+        __syncwarp();
+        if (PIECES % 2) ask(values, keys_from, false);
+        else ask(values, values_from, true);
+        turn = after + 1 == PIECES ? 0 : after + 1;
+        asked();
+    }
+    all_arrived();
+    __syncwarp();
+    return o;
+}
+
+// This warp's part to shared memory: a lane has dimensions g, g + 8, ... of heads 2t and 2t + 1.
+__device__ __forceinline__ void leave(State &o, float *part, float2 *stats, float scale) {
+    const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+#pragma unroll
+    for (int far = 4; far < 32; far *= 2)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) o.total[i] += __shfl_xor_sync(~0u, o.total[i], far);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        const int head = 2 * t + i;
+        if (head >= GROUP) continue;
+        if (g == 0) stats[head] = make_float2(o.best[i] * scale, o.total[i]);
+        float *to = part + head * O_STRIDE + g;
+#pragma unroll
+        for (int j = 0; j < INNER; ++j) { to[j * 16] = o.acc[j][i]; to[j * 16 + 8] = o.acc[j][i + 2]; }
+    }
+}

@@ -244,16 +244,15 @@ class TritonOps:
         has_tiles = self._products is not None
         store = Store.here(tiles=has_tiles)
         self._table = choose(work, self.launcher, store, tiles=has_tiles)
-        if self._chain is not None:
-            downs = [layer.down for layer in stack.layers]
-            several = [rows for rows in BUCKETS[: largest + 1] if rows in chain.ROWS]
-            layers = {problem_of("chain", downs[0], rows, stack.embedding.dtype): downs for rows in several}
-            self._table.add(
-                choose(layers, lambda problem: self._layers(stack, problem), store, tiles=has_tiles)
-            )
-        if self._attend is not None and attend.ROWS in BUCKETS[: largest + 1]:
-            qkvs = [layer.qkv for layer in stack.layers]
-            whole_layers = {problem_of("attend", qkvs[0], attend.ROWS, stack.embedding.dtype): qkvs}
+        whole_layers: dict[Problem, list[Linear]] = {}
+        for rows in BUCKETS[: largest + 1]:
+            for op, kernel, served, told_by in (
+                ("chain", self._chain, chain.ROWS, [layer.down for layer in stack.layers]),
+                ("attend", self._attend, (attend.ROWS,), [layer.qkv for layer in stack.layers]),
+            ):
+                if kernel is not None and rows in served:
+                    whole_layers[problem_of(op, told_by[0], rows, stack.embedding.dtype)] = told_by
+        if whole_layers:
             self._table.add(
                 choose(whole_layers, lambda problem: self._layers(stack, problem), store, tiles=has_tiles)
             )
