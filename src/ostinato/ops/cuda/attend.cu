@@ -419,7 +419,8 @@ extern "C" __global__ void __launch_bounds__(BOUND > THREADS ? BOUND : THREADS) 
 #pragma unroll 1
     for (bool has = works;; has = true) {
         if (has) {
-            State o = look<WPI * WHOLE>(ring, walk, q, p.keys + own, p.values + own, sh.k[item], new_value, p.scale, let);
+            State o;
+            look<WPI * WHOLE>(o, ring, walk, q, p.keys + own, p.values + own, sh.k[item], new_value, p.scale, let);
             leave(o, (float *)ring, sh.stats[warp], p.scale);   // where its ring was
             together();
             float *space = p.parts + (long long)s * (HEADS * MOST * (HD + 2)), *space_stats = space + HEADS * MOST * HD;

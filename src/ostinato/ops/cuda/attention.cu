@@ -419,7 +419,8 @@ __device__ __forceinline__ void item(const Params &p, Shared &sh, int s, int h, 
     // What the kernel behind asks for would delay what this one still has to ask for.
     auto let = [&] { if (walk.at >= walk.end) let_successor_start(); };
     let();
-    State o = look<WARPS * WHOLE>(ring, walk, q, p.keys + own, p.values + own, sh.k, sh.v, p.scale, let);
+    State o;
+    look<WARPS * WHOLE>(o, ring, walk, q, p.keys + own, p.values + own, sh.k, sh.v, p.scale, let);
     leave(o, sh.o(warp, 0), sh.stats[warp], p.scale);
     if (WARPS > 1) __syncthreads();
     else __syncwarp();
