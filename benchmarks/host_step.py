@@ -1,10 +1,10 @@
 """What a decode step costs the host, with nothing behind it: no model, no device work.
 
-    python benchmarks/host_step.py [--batch 1 8 64 256] [--steps 600] [--churn] [--cold]
+    python benchmarks/host_step.py [--batch 1 8 64 256] [--steps 600] [--churn] [--cold] [--text | --stop]
 
 The main loop is `Engine.step` over the engine's own scheduler, plan, buffers, graph runner, result ring
 and outputs; the graphs replay nothing. Prompts of 32 tokens, greedy, token ids only, two steps in
-flight. Microseconds are medians of the decode steps on graphs. `launch` is a round of the main loop less
+flight. `--text`: text is wanted, at the end; `--stop`: and a stop string, which never comes, is watched for. Microseconds are medians of the decode steps on graphs. `launch` is a round of the main loop less
 what comes behind the wait: `read` up to the tokens, `commit` up to the outputs.
 
 A steady step has the rows of the step before it; `--churn` gives requests random lengths and replaces
@@ -40,6 +40,7 @@ from ostinato.graphs.results import ResultRing
 from ostinato.inputs import POST_CYCLE, BufferShapes, StepBuffers
 from ostinato.kv_blocks import BlockAllocator
 from ostinato.scheduler import Scheduler, SchedulerConfig
+from ostinato.tokenizer import Tokenizer
 from ostinato.types import RequestOutputKind, SamplerVariant, SamplingParams, StepKind
 
 PROMPT, DEPTH, BLOCK, VOCAB = 32, 2, 16, 1000
@@ -70,7 +71,7 @@ class NoDevice:
 class Host:
     """An engine over buffers on the CPU, and the time of each part of its last step."""
 
-    def __init__(self, batch: int, output: int, cold: bool) -> None:
+    def __init__(self, batch: int, output: int, cold: bool, text: bool = False, stop: bool = False) -> None:
         longest = PROMPT + output
         per_seq = -(-longest // BLOCK)
         tokens = max(8192, batch)
@@ -113,7 +114,7 @@ class Host:
             name="none",
             config=config,
             spec=spec,
-            tokenizer=None,
+            tokenizer=_bytes() if text or stop else None,
             eos_token_ids=frozenset({1}),
             scheduler=scheduler,
             plan=plan,
@@ -123,6 +124,7 @@ class Host:
             memory=(),
             startup={},
         )
+        self._stop = "never" if stop else None
         self._random = random.Random(0)
         self._touched = np.zeros(CACHES // 8 if cold else 0, np.int64)
         self._stamps: dict[str, float] = {}
@@ -150,7 +152,11 @@ class Host:
 
     def add(self, output: int) -> None:
         params = SamplingParams(
-            temperature=0.0, max_tokens=output, ignore_eos=True, output_kind=RequestOutputKind.FINAL_ONLY
+            temperature=0.0,
+            max_tokens=output,
+            ignore_eos=True,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            stop=self._stop,
         )
         self.engine.add_request([self._random.randrange(VOCAB) for _ in range(PROMPT)], params)
 
@@ -182,6 +188,17 @@ class Host:
         return {name: seconds * 1e6 for name, seconds in spent.items()}
 
 
+def _bytes() -> Tokenizer:
+    """A token is a byte."""
+    from tokenizers import Tokenizer as Library
+    from tokenizers import decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    library = Library(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
+    library.decoder = decoders.ByteLevel()
+    return Tokenizer(library, source="bytes")
+
+
 class NoProgram:
     """A step of nothing."""
 
@@ -191,9 +208,9 @@ class NoProgram:
         pass
 
 
-def measure(batch: int, steps: int, churn: bool = False, cold: bool = False) -> dict[str, Any]:
+def measure(batch: int, steps: int, churn: bool = False, **host_options: bool) -> dict[str, Any]:
     """Medians of each part over the decode steps of a run."""
-    host = Host(batch, steps, cold)
+    host = Host(batch, steps, **{"cold": False, **host_options})
     rng = random.Random(1)
 
     def length() -> int:
@@ -226,6 +243,9 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--churn", action="store_true", help="random lengths; requests that end are replaced")
     parser.add_argument("--cold", action="store_true", help="empty the caches in each step")
+    parser.add_argument("--text", action="store_true", help="text is wanted, at the end")
+    parser.add_argument("--stop", action="store_true", help="and a stop string is watched for")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    print(json.dumps([measure(batch, args.steps, args.churn, args.cold) for batch in args.batch], indent=1))
+    how = {"churn": args.churn, "cold": args.cold, "text": args.text, "stop": args.stop}
+    print(json.dumps([measure(batch, args.steps, **how) for batch in args.batch], indent=1))

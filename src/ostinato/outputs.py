@@ -186,12 +186,16 @@ class OutputAssembler:
 
     @staticmethod
     def _text(entry: _Prompt, request: Request) -> str:
-        if request.sink is None:
+        sink = request.sink
+        if sink is None:
             return ""
-        if not request.finished:
-            return request.sink.text
         if request.index not in entry.final_text:
-            entry.final_text[request.index] = request.sink.finish()
+            if not sink.watches:
+                tokens = request.output_token_ids
+                sink.catch_up(tokens[:-1] if request.silent_end else tokens)
+            if not request.finished:
+                return sink.text
+            entry.final_text[request.index] = sink.finish()
         return entry.final_text[request.index]
 
     def _prompt_logprobs(self, request: Request) -> list[TokenLogprobs | None] | None:

@@ -143,7 +143,7 @@ class _Steady:
         "stop_ids",
         "variant",
         "with_logprobs",
-        "with_sink",
+        "with_stop_strings",
     )
 
     def __init__(self, entries: Sequence[_Entry], first_step: int) -> None:
@@ -153,7 +153,7 @@ class _Steady:
         rows = tuple(request.row for request in requests)
         self.entries, self.requests = entries, requests
         self.with_logprobs = [i for i, r in enumerate(requests) if r.params.logprobs is not None]
-        self.with_sink = [i for i, r in enumerate(requests) if r.sink is not None]
+        self.with_stop_strings = [i for i, r in enumerate(requests) if _watches(r)]
         self.members = Members(
             requests,
             rows,
@@ -197,8 +197,8 @@ class _Steady:
         self.wait_for_event()
 
     def wait_for_event(self) -> None:
-        """Look at rows when the next one fills a block or reaches its length; at every token where there is text."""
-        always = self.with_sink or self.with_logprobs
+        """Look at rows when the next one fills a block or reaches its length; at every token where a stop string may end."""
+        always = self.with_stop_strings or self.with_logprobs
         self.look_from = 0 if always else self.result_events[0][0] if self.result_events else _NEVER
 
     def settle(self) -> int:
@@ -882,7 +882,7 @@ class Scheduler:
     def _look_at(
         self, group: _Steady, tokens: Sequence[int], result: StepResult, done: int, stops: bool
     ) -> None:
-        """Rows whose `done`-th token is more than a token: a stop, a full block, the last one, a piece of text, logprobs."""
+        """Rows whose `done`-th token is more than a token: a stop, a full block, the last one, part of a stop string, logprobs."""
         requests, entries, starts = group.requests, group.entries, group.members.starts
         for i in group.with_logprobs:
             _keep_logprobs(requests[i], tokens[i], result.logprobs.get(group.members.rows[i]))
@@ -900,14 +900,15 @@ class Scheduler:
             else:
                 heapq.heappush(events, (min(entry.next_full, entry.last_start) - starts[i], i))
         group.wait_for_event()
-        for i in sorted(look.union(group.with_sink)) if look else group.with_sink:
+        for i in sorted(look.union(group.with_stop_strings)) if look else group.with_stop_strings:
             self._take(entries[i], tokens[i], starts[i] + done)
 
     def _take(self, entry: _Entry, token: int, end: int) -> None:
-        """A token was appended, `end` tokens are computed: add its text, and end the request if it says so."""
+        """A token was appended, `end` tokens are computed: end the request if it says so."""
         request = entry.request
         params = request.params
         if request.grammar is not None and not request.grammar.accept(token):
+            request.silent_end = True
             self._finish(entry, FinishReason.ERROR)
             return
         # The device masks stop ids before `min_tokens`. Stop strings it does not know: a match
@@ -915,9 +916,10 @@ class Scheduler:
         may_stop = len(request.output_token_ids) >= params.min_tokens
         if may_stop and token in request.stop_token_ids:
             request.stop_reason = token if token in (params.stop_token_ids or ()) else None
+            request.silent_end = True
             self._finish(entry, FinishReason.STOP)
             return
-        if request.sink is not None:
+        if request.sink is not None and request.sink.watches:
             match = request.sink.push(token)
             if match is not None and may_stop:
                 request.stop_reason = match
@@ -953,6 +955,10 @@ class Scheduler:
         request.status = RequestStatus.FINISHED
         request.finish_reason = reason
         del self._entries[request.request_id]  # last: an interrupt in between loses no request
+
+
+def _watches(request: Request) -> bool:
+    return request.sink is not None and request.sink.watches
 
 
 def _keep_logprobs(request: Request, token: int, result: tuple[Logprob, TokenLogprobs] | None) -> None:

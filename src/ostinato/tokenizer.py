@@ -393,9 +393,12 @@ class _Bytes:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token_id: int) -> str:
-        if token_id in self._skip:
-            return ""
-        data = self._piece(token_id)
+        return "" if token_id in self._skip else self._add(self._piece(token_id))
+
+    def push_all(self, token_ids: Sequence[int]) -> str:
+        return self._add(b"".join([self._piece(i) for i in token_ids if i not in self._skip]))
+
+    def _add(self, data: bytes) -> str:
         if self._strip and data:
             self._strip = False
             data = data.removeprefix(b" ")
@@ -422,6 +425,9 @@ class _Window:
     def push(self, token_id: int) -> str:
         self._ids.append(token_id)
         return self._advance(hold=len(self._ids) - self._shown < self.LIMIT)
+
+    def push_all(self, token_ids: Sequence[int]) -> str:
+        return "".join(map(self.push, token_ids))
 
     def flush(self) -> str:
         return self._advance(hold=False)
@@ -457,6 +463,15 @@ class _Sink:
     @property
     def text(self) -> str:
         return self._text
+
+    @property
+    def watches(self) -> bool:
+        return bool(self._stops)
+
+    def catch_up(self, token_ids: Sequence[int]) -> None:
+        assert not self._stops, "each token may end at a stop string"
+        self._text += self._feed.push_all(token_ids[self._count :])
+        self._count = len(token_ids)
 
     def push(self, token_id: int) -> str | None:
         assert not self._stopped, "push after a stop string"

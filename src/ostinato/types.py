@@ -350,7 +350,15 @@ TokenLogprobs = dict[int, Logprob]
 
 
 class TextSink(Protocol):
-    """Turns the tokens of one request into text as they arrive; owned by the request."""
+    """Turns the tokens of one request into text; owned by the request."""
+
+    @property
+    def watches(self) -> bool:
+        """Whether a token may complete a stop string: then each is pushed as it arrives.
+
+        Else nothing is done for a token until somebody wants the text (`catch_up`).
+        """
+        ...
 
     @property
     def text(self) -> str:
@@ -363,6 +371,10 @@ class TextSink(Protocol):
         After a match `text` ends before the stop string (or after it, where the request
         asked for that), and no further push is allowed.
         """
+        ...
+
+    def catch_up(self, token_ids: Sequence[int]) -> None:
+        """Add what is new of all tokens so far; where no stop string is watched for."""
         ...
 
     def finish(self) -> str:
@@ -432,6 +444,8 @@ class Request:
     status: RequestStatus = RequestStatus.WAITING
     output_token_ids: list[int] = field(default_factory=list)
     """Known (committed) tokens."""
+    silent_end: bool = False
+    """The last of them ended it and is no text: a stop token, or one that the grammar refused."""
     num_launched: int = 0
     """Sampled by steps in flight, so not yet known."""
     num_computed: int = 0

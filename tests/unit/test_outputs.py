@@ -63,3 +63,51 @@ def test_whoever_wants_every_token_gets_every_token(kind: RequestOutputKind) -> 
     changed = tuple(requests)
     for _ in range(4):
         assert [o.request_id for o in outputs.make(changed)] == ["1"]
+
+
+class Letters:
+    """Token 1 is "a"; counts how often it was asked to make text."""
+
+    watches = False
+
+    def __init__(self) -> None:
+        self.text, self.times, self._seen = "", 0, 0
+
+    def catch_up(self, token_ids: list[int]) -> None:
+        self.text += "".join(chr(96 + token) for token in token_ids[self._seen :])
+        self._seen, self.times = len(token_ids), self.times + 1
+
+    def push(self, token_id: int) -> None:
+        raise AssertionError("it does not watch for stop strings")
+
+    def finish(self) -> str:
+        return self.text + "."
+
+
+@pytest.mark.parametrize("stopped", [False, True], ids=["length", "stop token"])
+def test_text_is_made_when_it_is_wanted(stopped: bool) -> None:
+    kinds = (RequestOutputKind.FINAL_ONLY, RequestOutputKind.DELTA, RequestOutputKind.CUMULATIVE)
+    outputs, requests = under_way(*kinds)
+    for request in requests:
+        request.sink = Letters()
+    seen: dict[str, list[str]] = {request.request_id: [] for request in requests}
+
+    def made(changed: Any) -> None:
+        for output in outputs.make(changed):
+            seen[output.request_id].append(output.outputs[0].text)
+
+    for token in (2, 3, 4):
+        made(tuple(requests))
+        for request in requests:
+            request.output_token_ids.append(token)
+    for request in requests:
+        request.silent_end = stopped
+        end(request)
+    made(requests)
+    whole = "ebc." if stopped else "ebcd."
+    assert seen == {
+        "0": [whole],
+        "1": ["e", "b", "c", "." if stopped else "d."],
+        "2": ["e", "eb", "ebc", whole],
+    }
+    assert requests[0].sink.times == 1, "once, at its end"  # type: ignore[union-attr]

@@ -65,6 +65,8 @@ def prompt_logprobs_at(slots, token):
 class FakeSink:
     """Matches where two given tokens follow each other, once `after` tokens were pushed."""
 
+    watches = True
+
     def __init__(self, pair, after=0):
         self.pair, self.after, self.tokens, self.matched = pair, after, [], False
 
@@ -942,6 +944,29 @@ def test_a_stop_string_before_min_tokens_does_not_end_the_request():
     engine.finish()
     assert len(request.output_token_ids) == 4
     assert request.stop_reason == "stop!"
+
+
+def test_without_stop_strings_no_token_is_turned_into_text():
+    class Patient(FakeSink):
+        watches = False
+
+        def push(self, token_id):
+            raise AssertionError("nobody wanted the text")
+
+    requests = [Spec((i,), max_tokens=40, seed=i, stop_ids=frozenset({0})).request(str(i)) for i in range(3)]
+    engine = Engine(World(lag=1))
+    looked = []
+    for request in requests:
+        request.sink = Patient((0, 0))
+        engine.add(request)
+    look_at = engine.scheduler._look_at
+    engine.scheduler._look_at = lambda *args: (looked.append(args[3]), look_at(*args))
+    engine.finish()
+    assert len(looked) < engine.scheduler.num_steps / 2, "steady steps look at no row"
+    for request in requests:
+        assert request.silent_end == (request.finish_reason is FinishReason.STOP)
+        assert request.output_token_ids == run_alone(Spec(request.prompt_token_ids, max_tokens=40, seed=request.seed,
+                                                          stop_ids=frozenset({0})).request("x")).output_token_ids  # fmt: skip
 
 
 def test_prompt_logprobs_do_not_use_cached_blocks_and_are_complete():

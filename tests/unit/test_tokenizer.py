@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
 import warnings
@@ -424,6 +425,7 @@ def _run(
 ) -> tuple[str, str | None, int]:
     """(text, stop string, tokens pushed); checks what `TextSink` promises on the way."""
     sink = tokenizer.stream(params, prompt)
+    assert sink.watches == bool(params.stop_strings)
     shown, found, pushed = [sink.text], None, 0
     for token in ids:
         found = sink.push(token)
@@ -438,6 +440,25 @@ def _run(
     if found is not None:
         assert shown[-1] == text
     return text, found, pushed
+
+
+@pytest.mark.parametrize("tokenizer", [SPM, BPE, WORDS], ids=["spm", "bpe", "words"])
+@pytest.mark.parametrize("skip", [True, False])
+def test_tokens_that_come_together_make_the_same_text(tokenizer: Tokenizer, skip: bool) -> None:
+    rng, params = random.Random(), SamplingParams(skip_special_tokens=skip)
+    for _ in range(60):
+        ids = [rng.randrange(tokenizer.vocab_size) for _ in range(rng.randrange(30))]
+        prompt = [rng.randrange(tokenizer.vocab_size) for _ in range(rng.randrange(3))]
+        one, several, last = (tokenizer.stream(params, prompt) for _ in range(3))
+        for n, token in enumerate(ids, 1):
+            assert one.push(token) is None
+            if rng.random() < 0.3:
+                several.catch_up(ids[:n])
+                assert several.text == one.text, (ids, prompt, n)
+        several.catch_up(ids)
+        several.catch_up(ids)  # nothing is new
+        last.catch_up(ids)
+        assert one.finish() == several.finish() == last.finish(), (ids, prompt)
 
 
 def _check(tokenizer: Tokenizer, ids: Sequence[int], stops: Sequence[str], include: bool, skip: bool) -> None:
