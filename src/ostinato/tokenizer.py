@@ -454,15 +454,18 @@ class _Sink:
     ) -> None:
         self._feed, self._stops = feed, tuple(stops)
         self._include, self._min_tokens = include_stop, min_tokens
-        self._text = ""
+        self._firsts = {stop[0] for stop in stops}
+        self._parts: list[str] = []
+        """The text, in pieces: one string that grows would be copied with each token."""
         self._held = ""
-        """Text after `_text` that may be the beginning of a stop string."""
+        """Text after those that may be the beginning of a stop string."""
         self._count = 0
         self._stopped = False
 
     @property
     def text(self) -> str:
-        return self._text
+        self._parts = ["".join(self._parts)]
+        return self._parts[0]
 
     @property
     def watches(self) -> bool:
@@ -470,35 +473,33 @@ class _Sink:
 
     def catch_up(self, token_ids: Sequence[int]) -> None:
         assert not self._stops, "each token may end at a stop string"
-        self._text += self._feed.push_all(token_ids[self._count :])
+        self._parts.append(self._feed.push_all(token_ids[self._count :]))
         self._count = len(token_ids)
 
     def push(self, token_id: int) -> str | None:
         assert not self._stopped, "push after a stop string"
         self._count += 1
         new = self._feed.push(token_id)
-        if not self._stops:
-            self._text += new
-            return None
-        if not new:
-            return None
         window = self._held + new
+        if self._firsts.isdisjoint(window):
+            self._parts.append(window)  # nothing was held, as it would begin a stop string
+            return None
         found = self._find(window, len(self._held)) if self._count > self._min_tokens else None
         if found is not None:
             start, end, stop = found
-            self._text += window[: end if self._include else start]
+            self._parts.append(window[: end if self._include else start])
             self._held, self._stopped = "", True
             return stop
         keep = len(window) - self._held_length(window)
-        self._text += window[:keep]
+        self._parts.append(window[:keep])
         self._held = window[keep:]
         return None
 
     def finish(self) -> str:
         if not self._stopped:
-            self._text += self._held + self._feed.flush()
+            self._parts.append(self._held + self._feed.flush())
             self._held = ""
-        return self._text
+        return self.text
 
     def _find(self, window: str, old: int) -> tuple[int, int, str] | None:
         """(start, end, stop string) of the match that ends first beyond the first `old` characters."""
