@@ -318,8 +318,9 @@ def test_the_op_set_asks_its_table(ops: TritonOps, seed: int) -> None:
     assert not ops.attend(case.model, 0, view, case.world.cache, scratch, None), "a norm that nobody began"
     assert ops.attend(case.model, 0, view, case.world.cache, scratch, case.begun)
     assert torch.equal(s.attn, expected)
-    assert [line.version for line in ops.versions() if line.op == "attend"] == [
-        "QKV and attention in one kernel"
+    said = ops.versions(case.model, 20, decode=True)
+    assert [line.version for line in said if line.op == "attend"] == [
+        "attend.cu: QKV and attention in one kernel"
     ]
     (problem,) = [p for p in ops._table._asked if p.op == "attend"]
     launch = ops._layers(case.model, problem)

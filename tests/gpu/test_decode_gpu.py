@@ -204,11 +204,9 @@ def test_tuning_measures_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     again.tune(stack, 20)  # type: ignore[arg-type]
     assert file.stat().st_mtime_ns == written
     for problem, version in chosen.items():
-        found = again._table(
-            problem.op, _like(problem.columns, problem.depth, problem.gate), problem.rows, BF16
-        )
-        assert found == version
-    assert all(line.measured for line in again.versions())
+        asked = problem.op, _like(problem.columns, problem.depth, problem.gate), problem.rows, BF16
+        assert again._table(*asked) == version
+        assert again._table.why(*asked) == "measured"
 
 
 def _like(columns: int, depth: int, gate: bool) -> Linear:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -96,6 +97,8 @@ def test_explain() -> None:
     done = run("explain", *SMALL, "--batch", "3")
     assert done.returncode == 0, done.stderr
     assert "a decode step of 3 sequences:" in done.stdout
+    assert "    every op: plain torch, the reference\n" in done.stdout
+    assert re.search(r"every op +1 to 32 +1 to 1,024 +plain torch, the reference\n", done.stdout)
     assert "max_model_len" in done.stdout
 
 

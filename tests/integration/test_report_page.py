@@ -91,6 +91,7 @@ def test_the_page_shows_the_report_and_fetches_nothing(page: Page) -> None:
     assert page.text("h1") == page.report.model
     assert len(page.texts("#tiles li")) >= 4
     assert len(page.texts("#keys tbody tr")) == len(page.report.keys)
+    assert len(page.texts("#kernels tbody tr")) == len(page.report.kernels)
     assert page.js("return performance.getEntriesByType('resource').length") == 0
     assert page.js("return document.documentElement.scrollWidth <= innerWidth")
 

@@ -350,7 +350,10 @@ def test_a_model_fuses_once_it_is_loaded(hopper: None, monkeypatch: pytest.Monke
     words.zero_()
     ops.reset()
     assert (words == -1).all(), "nobody takes what a failed step left for results"
-    assert sorted(line.rows for line in ops.versions()) == [1, 8]
+    said = [ops.versions(m, seqs, decode=True)[0] for seqs in (1, 2, 8)]
+    assert [line.op for line in said] == ["fused"] * 3
+    assert [line.version.split(":")[0] for line in said] == ["decode.cu", "rows.cu", "rows.cu"]
+    assert not any(line.shape or line.why for line in said)
 
 
 def test_an_engine_for_one_sequence_does_without_the_kernel_of_a_few(

@@ -20,6 +20,7 @@ from ostinato.graphs.report import (
     ChainNode,
     ConfigValue,
     GraphReport,
+    KernelUse,
     KeyReport,
     decide,
     explain,
@@ -172,6 +173,23 @@ def synthetic_report() -> GraphReport:
             "being_checked": 14,
             "capture_failed": 2,
         },
+        kernels=(
+            KernelUse("fused", "", "decode.cu: the whole model in one kernel", "", ((1, 1),)),
+            KernelUse("attend", "", "attend.cu: QKV and attention in one kernel", "measured", ((17, 32),)),
+            KernelUse("norm_linear", "3072x2048", "Triton: gemv", "by rule", (), ((1, 1),)),
+            KernelUse(
+                "norm_linear",
+                "3072x2048",
+                "linear.cu: tile 64x128",
+                "measured",
+                ((2, 16), (33, 97)),
+                ((2, 128),),
+            ),
+            KernelUse(
+                "norm_linear", "3072x2048", "library (cuBLAS)", "by rule", ((98, 100),), ((129, 8192),)
+            ),
+            KernelUse("sample", "", "sample.cu", "", ((1, 100),), ((1, 8192),)),
+        ),
         buffers=(
             BufferInfo("words", (61_440,), "int32", 245_760),
             BufferInfo("block_tables", (100, 512), "int32", 204_800),
@@ -216,7 +234,7 @@ def test_the_example_reads_and_renders() -> None:
 
 def test_another_version_is_refused_by_name() -> None:
     text = json.dumps({"version": 99, "report": {}})
-    with pytest.raises(GraphError, match="version 99: this ostinato reads version 1"):
+    with pytest.raises(GraphError, match="version 99: this ostinato reads version 2"):
         GraphReport.from_json(text)
 
 
@@ -352,6 +370,37 @@ def test_explain_says_what_a_batch_does_and_why(batch: int, expected: list[str])
     assert all(line in text for line in decide(REPORT, batch))
 
 
+@pytest.mark.parametrize(
+    ("batch", "expected"),
+    [
+        (1, ["fused: decode.cu: the whole model in one kernel", "sample: sample.cu"]),
+        (3, ["norm_linear 3072x2048: linear.cu: tile 64x128 (measured)", "sample: sample.cu"]),
+        (17, ["attend: attend.cu: QKV and attention in one kernel (measured)", "sample: sample.cu"]),
+        (97, ["norm_linear 3072x2048: linear.cu: tile 64x128 (measured)", "sample: sample.cu"]),
+        (98, ["norm_linear 3072x2048: library (cuBLAS) (by rule)", "sample: sample.cu"]),
+        (101, []),
+    ],
+)
+def test_explain_names_the_kernels_of_a_batch(batch: int, expected: list[str]) -> None:
+    """Of the size that it is padded to, on a graph or eager."""
+    lines = decide(REPORT, batch)
+    begin = lines.index("its kernels, by op:") + 1 if expected else len(lines)
+    assert lines[begin:] == [f"  {line}" for line in expected]
+
+
+def test_explain_lists_every_kernel_with_its_steps() -> None:
+    text = explain(REPORT)
+    rows = [cells(line) for line in text.split("kernels, by rows")[1].split("\n\n")[0].splitlines()[2:]]
+    assert rows[0] == ["op (outputs x inputs)", "decode", "prompts", "kernel"]
+    assert rows[1] == ["fused", "1", "-", "decode.cu: the whole model in one kernel"]
+    assert rows[4] == [
+        "norm_linear 3072x2048", "2 to 16, 33 to 97", "2 to 128", "linear.cu: tile 64x128 (measured)"
+    ]  # fmt: skip
+    assert rows[5][1:3] == ["98 to 100", "129 to 8,192"]
+    assert len(rows) == 1 + len(REPORT.kernels)
+    assert "kernels, by rows" not in explain(EMPTY)
+
+
 def test_every_state_says_what_a_step_does() -> None:
     assert {key.state for key in REPORT.keys} == STATES.keys()
 
@@ -445,6 +494,7 @@ def test_names_cannot_become_markup() -> None:
         config=(ConfigValue(EVIL, EVIL, EVIL),),
         buffers=(BufferInfo(EVIL, (1,), EVIL, 4),),
         eager_by_reason={EVIL: 1},
+        kernels=(KernelUse(EVIL, EVIL, EVIL, EVIL, ((1, 1),)),),
         keys=(dataclasses.replace(REPORT.keys[0], key=EVIL, note=EVIL, state=EVIL),),
     )
     outline = Outline(html(nasty))
@@ -473,6 +523,8 @@ def test_the_page_answers_as_explain_does() -> None:
         for batch in (low, top):
             assert decide(REPORT, batch)[1:] == lines
     assert (outcomes[0][0], outcomes[-1][1]) == (1, REPORT.max_num_seqs)
+    said = {line for _, _, lines in outcomes for line in lines}
+    assert {f"  {use}" for use in REPORT.kernels if use.decode} <= said
 
 
 def test_the_report_needs_no_torch() -> None:

@@ -372,10 +372,10 @@ def test_nothing_is_measured_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         work = {t.problem: [] for t in some[:count]}
         return tune.choose(work, lambda problem: pytest.fail("measured"), Store(tmp_path, {}))
 
-    def version(table: tune.Table, p: Problem) -> Version:
+    def asked_for(p: Problem) -> tuple[str, Linear, int, torch.dtype]:
         columns = p.columns * (2 if p.gate else 1)
         weight = torch.empty(1, dtype=torch.float8_e4m3fn if p.fp8 else p.dtype).expand(columns, p.depth)
-        return table(p.op, Linear(weight, None, torch.ones(1) if p.fp8 else None), p.rows, p.dtype)
+        return p.op, Linear(weight, None, torch.ones(1) if p.fp8 else None), p.rows, p.dtype
 
     monkeypatch.setattr(tune, "measure", measure)
     monkeypatch.setattr(tune, "default", lambda problem, tiles: LIBRARY)
@@ -384,14 +384,14 @@ def test_nothing_is_measured_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     second, larger = chosen(4), chosen(6)
     assert asked == [t.problem for t in (*some[:4], *some[4:6])]
     for table in (first, second):
-        found = [version(table, t.problem) for t in some[:4]]
+        found = [table(*asked_for(t.problem)) for t in some[:4]]
         assert found == [some[0].best, some[1].best, LIBRARY, LIBRARY]
-        # As `ostinato explain` prints them; in the order of ops and sizes.
-        notes = {(line.op, line.columns, line.rows): (line.measured, line.note) for line in table.lines()}
-        for i, t in enumerate(some[:4]):
-            measured, note = notes[t.problem.op, t.problem.columns, t.problem.rows]
-            assert measured == (i < 2)
-            assert ("time to measure was up" in note) == (i >= 2)
+        # As `ostinato explain` prints them.
+        why = [table.why(*asked_for(t.problem)) for t in some[:4]]
+        assert why == ["measured"] * 2 + ["by rule: the time to measure was up"] * 2
+        assert table.why(*asked_for(some[5].problem)) == "by rule"
+        op, linear, _, dtype = asked_for(some[0].problem)
+        assert table.why(op, linear, tune.BUCKETS[-1] + 1, dtype) == "by rule: more than 128 rows"
     assert larger.decided == second.decided | {t.problem: t.best for t in some[4:6]}
 
 

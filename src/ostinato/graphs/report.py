@@ -19,7 +19,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from ..errors import ConfigError, GraphError, suggest
 from ..types import Delay, Reason
 
-VERSION = 1
+VERSION = 2
 """Of the JSON; raised when a field changes its meaning or goes."""
 
 REASONS: dict[str, str] = {
@@ -58,6 +58,35 @@ class BufferInfo:
     shape: tuple[int, ...]
     dtype: str
     bytes: int
+
+
+@dataclass(frozen=True)
+class KernelUse:
+    """What runs an op, and in which steps."""
+
+    op: str
+    shape: str
+    """Outputs x inputs of a product; empty for the rest"""
+    kernel: str
+    why: str = ""
+    """Where there was a choice: "measured", or "by rule" and why"""
+    decode: tuple[tuple[int, int], ...] = ()
+    """Decode steps, by their rows, padding included: (first, last), ascending"""
+    prompts: tuple[tuple[int, int], ...] = ()
+    """Steps with prompts, by their tokens; of head and sampling, by their sequences"""
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.chosen}"
+
+    @property
+    def name(self) -> str:
+        """The op, and its shape where it has one."""
+        return f"{self.op} {self.shape}".rstrip()
+
+    @property
+    def chosen(self) -> str:
+        """The kernel, and why where there was a choice."""
+        return f"{self.kernel} ({self.why})" if self.why else self.kernel
 
 
 @dataclass(frozen=True)
@@ -137,8 +166,8 @@ class GraphReport:
     ladder: tuple[int, ...] = ()
     """Sizes that decode steps are padded to, ascending; empty where nothing is padded."""
     holes: tuple[str, ...] = ()
-    products: tuple[str, ...] = ()
-    """Which version of each product serves which rows, a line each; those that have been used."""
+    kernels: tuple[KernelUse, ...] = ()
+    """What runs each op of which steps, in the order of a step."""
     memory: tuple[tuple[str, int], ...] = ()
     """(line, bytes) in the order in which the engine allocates."""
     budget_bytes: int | None = None
@@ -346,12 +375,14 @@ def explain(report: GraphReport, batch: int | None = None) -> str:
     lines += [f"ladder: {', '.join(map(str, report.ladder)) or 'none, steps run at their own size'}"]
     lines += ["holes:", *(f"  {hole}" for hole in report.holes)] if report.holes else ["holes: none"]
     lines += ["", *_what_ran(report)]
-    if report.products:
-        lines += [
-            "",
-            "products (outputs x inputs, rows, version):",
-            *(f"  {line}" for line in report.products),
-        ]
+    if report.kernels:
+        lines += ["", "kernels, by rows of decode steps and tokens of steps with prompts (padding included;"]
+        lines += ["head and sampling: sequences):"]
+        lines += _aligned(
+            [("  op (outputs x inputs)", "decode", "prompts", "kernel")]
+            + [(f"  {k.name}", _ranges(k.decode), _ranges(k.prompts), k.chosen) for k in report.kernels],
+            left=4,
+        )
     lines += ["", "static buffers:"]
     buffers = [(f"  {b.name}", str(list(b.shape)), b.dtype, _size(b.bytes)) for b in report.buffers]
     lines += _aligned(buffers, left=3) or ["  none reported"]
@@ -409,6 +440,10 @@ def _rung(report: GraphReport, batch: int) -> int | None:
     return next((size for size in report.ladder if size >= batch), None)
 
 
+def _ranges(ranges: Iterable[tuple[int, int]]) -> str:
+    return ", ".join(f"{low:,}" if low == top else f"{low:,} to {top:,}" for low, top in ranges) or "-"
+
+
 def _padding(report: GraphReport, batch: int) -> list[str]:
     size = _rung(report, batch)
     if size is None:
@@ -419,7 +454,13 @@ def _padding(report: GraphReport, batch: int) -> list[str]:
 
 
 def _outcome(report: GraphReport, batch: int) -> list[str]:
-    """A graph or eager, for each sampler: the same for all batches that are padded alike."""
+    """A graph or eager, for each sampler, and the kernels: the same for all batches that are padded alike."""
+    rows = _rung(report, batch) or batch
+    ran = [k for k in report.kernels if any(low <= rows <= top for low, top in k.decode)]
+    return _launched(report, batch) + (["its kernels, by op:", *(f"  {k}" for k in ran)] if ran else [])
+
+
+def _launched(report: GraphReport, batch: int) -> list[str]:
     if report.mode == "NONE":
         return [f"eager (disabled): {REASONS['disabled']}"]
     size = _rung(report, batch)
@@ -520,8 +561,9 @@ def html(report: GraphReport, compare: tuple[str, str] | None = None) -> str:
 def _outcomes(report: GraphReport) -> list[tuple[int, int, list[str]]]:
     """(first batch, last batch, lines) for every run of batches with the same outcome."""
     tops = [size for size in report.ladder if size <= report.max_num_seqs]
-    if report.max_num_seqs > (tops[-1] if tops else 0):
-        tops.append(report.max_num_seqs)
+    # What is not padded runs at its own size, which other kernels may serve.
+    ends = {report.max_num_seqs, *(top for use in report.kernels for _, top in use.decode)}
+    tops += sorted(end for end in ends if (tops[-1] if tops else 0) < end <= report.max_num_seqs)
     starts: Iterable[int] = (1, *(top + 1 for top in tops))
     return [(low, top, _outcome(report, top)) for low, top in zip(starts, tops, strict=False)]
 

@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import GraphError
+from ..ops import VersionLine
 from ..types import GraphKey, Route
 from .keys import KeyRecord, KeyState
-from .report import BufferInfo, ChainNode, ConfigValue, GraphReport, KeyReport
+from .report import BufferInfo, ChainNode, ConfigValue, GraphReport, KernelUse, KeyReport
 
 if TYPE_CHECKING:
     from ..engine import Engine
@@ -53,10 +54,7 @@ def survey(engine: Engine, *, chains: bool = False) -> GraphReport:
         ),
         ladder=plan.capture_sizes if padded else (),
         holes=tuple(plan.holes(config.max_num_seqs)) if padded else (),
-        products=tuple(
-            f"{v.op} {v.columns}x{v.depth}, up to {v.rows}: {v.version} ({'measured' if v.measured else v.note or 'by rule'})"
-            for v in engine.program.ops.versions()
-        ),
+        kernels=_kernel_uses(engine),
         memory=tuple((line.name, line.nbytes) for line in engine.memory),
         budget_bytes=config.cudagraph_memory_budget,
         graph_bytes=plan.book.used_bytes,
@@ -71,6 +69,34 @@ def survey(engine: Engine, *, chains: bool = False) -> GraphReport:
             for name, t in buffers(engine).items()
         ),
         keys=tuple(keys),
+    )
+
+
+def _kernel_uses(engine: Engine) -> tuple[KernelUse, ...]:
+    """What the op set says that steps of each size run, by op: what is the same for many sizes in one."""
+    ops, model, config = engine.program.ops, engine.program.model, engine.config
+    most = config.max_num_batched_tokens
+    prompts = sorted({*range(1, min(most, 256) + 1), *(256 << n for n in range(32) if 256 << n < most), most})
+    order: list[tuple[str, str]] = []
+    found: dict[VersionLine, tuple[list[tuple[int, int]], list[tuple[int, int]]]] = {}
+    for decode, sizes in ((False, prompts), (True, range(1, config.max_num_seqs + 1))):
+        above = 0
+        for size in reversed(sizes):  # small steps have the fewest ops: they find their place among the rest
+            place = 0
+            for line in ops.versions(model, size, decode=decode):
+                of_op = line.op, line.shape
+                if of_op not in order:
+                    order.insert(place, of_op)
+                place = order.index(of_op) + 1
+                ranges = found.setdefault(line, ([], []))[not decode]
+                if ranges and ranges[0][0] == above:
+                    ranges[0] = (size, ranges[0][1])
+                else:
+                    ranges.insert(0, (size, size))
+            above = size
+    uses = [KernelUse(v.op, v.shape, v.version, v.why, tuple(d), tuple(p)) for v, (d, p) in found.items()]
+    return tuple(
+        sorted(uses, key=lambda u: (order.index((u.op, u.shape)), not u.decode, u.decode, u.prompts))
     )
 
 

@@ -216,20 +216,15 @@ def squares_words(tokens: int, hidden: int) -> int:
 
 @dataclass(frozen=True)
 class VersionLine:
-    """Which version of an op serves a shape, for people."""
+    """What an op of a step runs, for people."""
 
     op: str
-    columns: int
-    """Outputs"""
-    depth: int
-    """Inputs"""
-    rows: int
-    """The most that it serves"""
+    shape: str
+    """Outputs x inputs of a product; empty for the rest"""
     version: str
-    measured: bool
-    """False: chosen by rules"""
-    note: str = ""
-    """Why it was not measured, where there is a reason"""
+    """Its kernel"""
+    why: str = ""
+    """Where there was a choice: "measured", or "by rule" and why"""
 
 
 class OpSet(Protocol):
@@ -257,8 +252,14 @@ class OpSet(Protocol):
         """
         ...
 
-    def versions(self) -> list[VersionLine]:
-        """The versions of products that have been used so far."""
+    def versions(self, stack: Stack, rows: int, *, decode: bool) -> list[VersionLine]:
+        """What a step of so many rows runs, each op once, in the order of a step; asks whatever the ops ask.
+
+        Args:
+            stack: the model.
+            rows: tokens, padding included; of head and sampling, as many sequences.
+            decode: one token for each sequence.
+        """
         ...
 
     def reset(self) -> None:

@@ -51,8 +51,8 @@ class ReferenceOps:
     def tune(self, stack: Stack, max_rows: int) -> None:
         pass
 
-    def versions(self) -> list[VersionLine]:
-        return []
+    def versions(self, stack: Stack, rows: int, *, decode: bool) -> list[VersionLine]:
+        return [VersionLine("every op", "", "plain torch, the reference")]
 
     def reset(self) -> None:
         pass

@@ -170,6 +170,10 @@ class DecodeAttention:
         self._kernels: dict[tuple[tuple[str, int], ...], Kernel] = {}
         self._broken = False
 
+    def serves(self, dtype: torch.dtype, cache: torch.dtype, shape: AttentionShape) -> bool:
+        """Whether `run` does what it is asked, as far as is known before it compiles."""
+        return not self._broken and unsupported(dtype, cache, shape) is None
+
     def run(
         self,
         qkv: torch.Tensor,
@@ -195,7 +199,7 @@ class DecodeAttention:
             KernelError: it does not compile, load or start.
         """
         keys, values = cache
-        if self._broken or unsupported(qkv.dtype, keys.dtype, shape) is not None:
+        if not self.serves(qkv.dtype, keys.dtype, shape):
             return False
         norms = (q_norm, k_norm) if q_norm is not None and k_norm is not None else (None, None)
         table = view.block_table

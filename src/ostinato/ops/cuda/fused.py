@@ -160,10 +160,6 @@ class FusedDecode:
         """All that it keeps on the device, by name."""
         return {name: cells for bound in self._bound.values() for name, cells in bound.cells.items()}
 
-    def models(self) -> list[tuple[int, int]]:
-        """(vocabulary, hidden size) of each model that has run."""
-        return [(numbers["VOCAB"], numbers["HID"]) for numbers in map(dict, self._bound)]
-
     def reset(self) -> None:
         """Forget what a failed step left: its tags must not be taken for the next step's."""
         for bound in self._bound.values():

@@ -101,10 +101,6 @@ class RowsDecode:
         """All that it keeps on the device, by name."""
         return {name: cells for bound in self._bound.values() for name, cells in bound.cells.items()}
 
-    def models(self) -> list[tuple[int, int]]:
-        """(vocabulary, hidden size) of each model that has run."""
-        return [(numbers["VOCAB"], numbers["HID"]) for numbers in map(dict, self._bound)]
-
     def reset(self) -> None:
         """Forget what a failed step left."""
         for bound in self._bound.values():

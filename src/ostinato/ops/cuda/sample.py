@@ -64,6 +64,12 @@ class ClusterSampler:
         self._kernels: dict[int, dict[Way, Kernel]] = {}
         """By vocabulary; empty where one cannot be built."""
 
+    def serves(self, vocab: int) -> bool:
+        """Whether there are kernels for a vocabulary; the first call builds them and must not be captured."""
+        if vocab not in self._kernels:
+            self._kernels[vocab] = self._build(vocab)
+        return bool(self._kernels[vocab])
+
     def run(
         self,
         logits: torch.Tensor,
@@ -76,21 +82,16 @@ class ClusterSampler:
     ) -> bool:
         """Draw as `ostinato.sampling.sample` does with SAMPLE; False, and nothing done, where it cannot serve.
 
-        The first call for a vocabulary builds its kernels and must not be captured.
-
         Args:
             logits: [S, V] f32, contiguous, finished: what changes them has run.
             rows, positions, inputs, out: as in `ostinato.sampling.sample`.
             largest: [S, N] f32, contiguous: the largest logits of parts of each row, any cut, where it is known.
         """
         seqs, vocab = logits.shape
-        kernels = self._kernels.get(vocab)
-        if kernels is None:
-            kernels = self._kernels[vocab] = self._build(vocab)
-        if not kernels or logits.data_ptr() % 16:
+        if not self.serves(vocab) or logits.data_ptr() % 16:
             return False
         way = way_for(seqs, vocab)
-        kernel = kernels[way]
+        kernel = self._kernels[vocab][way]
         by_row = (inputs.temperature, inputs.min_p, inputs.top_p, inputs.top_k, inputs.seed)
         pointers = [logits, rows, positions, *by_row, out, largest]
         POINTERS[kernel.handle] = len(pointers)

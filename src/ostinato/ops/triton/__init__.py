@@ -61,6 +61,11 @@ ROWS_BLOCK = 128
 ADVANCE_BLOCK = 16
 COLUMNS_BLOCK = 1024
 HEAD_TILE = (16, 64, 64)
+SOURCES = {
+    Kind.GEMV: "Triton", Kind.STREAM: "Triton", Kind.TILE: "linear.cu", Kind.CHAIN: "chain.cu",
+    Kind.ATTEND: "attend.cu",
+}  # fmt: skip
+"""What `OpSet.versions` calls them"""
 
 
 @dataclass(frozen=True)
@@ -258,14 +263,58 @@ class TritonOps:
             )
         torch.cuda.empty_cache()  # what is cached would be missing from the KV cache
 
-    def versions(self) -> list[VersionLine]:
-        lines = self._table.lines()
-        for _, kernel, most in self._whole_steps():
-            lines += [
-                VersionLine("fused", columns, depth, most, "the whole model in one kernel", False)
-                for columns, depth in kernel.models()
-            ]
-        return lines
+    def versions(self, stack: Stack, rows: int, *, decode: bool) -> list[VersionLine]:
+        dtype, lines = stack.embedding.dtype, []
+
+        def note(op: str, version: str, shape: str = "", why: str = "") -> None:
+            lines.append(VersionLine(op, shape, version, why))
+
+        def product(op: str, linear: Linear) -> Version:
+            version = self._table(op, linear, rows, dtype)
+            library = "library (cuBLAS)" if linear.scale is None else "Triton: tiles for FP8 weights"
+            kernel = library if version.kind is Kind.LIBRARY else f"{SOURCES[version.kind]}: {version}"
+            columns = linear.out_features // (2 if op == "norm_gate_up" else 1)
+            shape = "" if op in ("attend", "chain") else f"{columns}x{linear.in_features}"
+            note(op, kernel, shape, self._table.why(op, linear, rows, dtype))
+            return version
+
+        best = "Triton"
+        if decode and self.fuses(stack, rows):
+            source = "decode.cu" if rows <= MOST_TOKENS else "rows.cu"
+            note("fused", f"{source}: the whole model in one kernel")
+            best = f"{source}: in that kernel, without logits"
+        else:
+            # As `Decoder.forward` goes; all layers behind the second are like it.
+            begun = self._begins_norms(stack.embedding[:1].expand(rows, -1))
+            chained = False
+            for layer in stack.layers[:2]:
+                if not chained and decode and begun and self._attends(stack, layer, rows, dtype):
+                    product("attend", layer.qkv)
+                else:
+                    if not chained:
+                        product("norm_linear", layer.qkv)
+                    note("rope_paged_attention", self._attention_kernel(stack, decode))
+                chained = self._chains(stack, layer, rows, dtype)
+                if chained:
+                    product("chain", layer.down)
+                    continue
+                product("linear_add", layer.output)
+                product("norm_gate_up", layer.gate_up)
+                begun = product("linear_add", layer.down).kind is Kind.TILE
+            product("norm_head", stack.head)
+            if self.picks(stack.head, rows):
+                best = "linear.cu: in the head's kernel, without logits"
+        note("best_token", best)
+        draws = self._sampler is not None and self._sampler.serves(stack.head.out_features)
+        note("sample", "sample.cu; masks, penalties and logprobs: Triton" if draws else "Triton")
+        note("prepare, embed, advance", "Triton")
+        return list(dict.fromkeys(lines))
+
+    def _attention_kernel(self, stack: Stack, decode: bool) -> str:
+        dtype = stack.embedding.dtype
+        if decode and self._attention is not None and self._attention.serves(dtype, dtype, stack.attention):
+            return "attention.cu"
+        return "Triton"
 
     def reset(self) -> None:
         for workspace in self._workspaces.values():
@@ -612,22 +661,33 @@ class TritonOps:
         begun: NextNorm | None,
     ) -> bool:
         rows, layer = len(scratch.x), stack.layers[index]
-        if self._attend is None or begun is None or not view.decode or not self._attend.serves(stack, rows):
+        if begun is None or not view.decode or not self._attends(stack, layer, rows, scratch.x.dtype):
             return False
-        if self._table("attend", layer.qkv, rows, scratch.x.dtype).kind is not Kind.ATTEND:
-            return False
+        assert self._attend is not None
         self._attend.run(
             layer, begun, view, cache,
             workspace=scratch.attention, semaphores=self._workspace(scratch.x.device).semaphores, out=scratch.attn,
         )  # fmt: skip
         return True
 
+    def _attends(self, stack: Stack, layer: LayerWeights, rows: int, dtype: torch.dtype) -> bool:
+        """Whether `attend` does a decode step's layer whose norm is begun."""
+        if self._attend is None or not self._attend.serves(stack, rows):
+            return False
+        return self._table("attend", layer.qkv, rows, dtype).kind is Kind.ATTEND
+
     def chain(self, stack: Stack, index: int, scratch: Scratch) -> NextNorm | None:
         x = scratch.x
-        if self._chain is None or not self._chain.serves(stack, len(x)):
+        if not self._chains(stack, stack.layers[index], len(x), x.dtype):
             return None
-        version = self._table("chain", stack.layers[index].down, len(x), x.dtype)
-        return self._chain.run(index, scratch) if version.kind is Kind.CHAIN else None
+        assert self._chain is not None
+        return self._chain.run(index, scratch)
+
+    def _chains(self, stack: Stack, layer: LayerWeights, rows: int, dtype: torch.dtype) -> bool:
+        """Whether `chain` does what is behind a layer's attention."""
+        if self._chain is None or not self._chain.serves(stack, rows):
+            return False
+        return self._table("chain", layer.down, rows, dtype).kind is Kind.CHAIN
 
     def norm_gate_up(
         self,

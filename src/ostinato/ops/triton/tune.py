@@ -24,7 +24,7 @@ import triton
 from triton import cdiv, next_power_of_2
 
 from ...paths import cache_dir
-from .. import Linear, VersionLine
+from .. import Linear
 from ..cuda.chain import SOURCE as CHAIN
 from ..cuda.linear import SOURCE as TILES
 from ..cuda.program import compile_apart
@@ -314,22 +314,15 @@ class Table:
         self.decided |= other.decided
         self._unmeasured |= other._unmeasured
 
-    def lines(self) -> list[VersionLine]:
-        """What has been asked for so far, for people."""
-        return [
-            VersionLine(
-                p.op,
-                p.columns,
-                p.depth,
-                p.rows,
-                str(v),
-                p in self.decided and p not in self._unmeasured,
-                "by rule: the time to measure was up" if p in self._unmeasured else "",
-            )
-            for p, v in sorted(
-                self._asked.items(), key=lambda item: (item[0].op, item[0].columns, item[0].rows)
-            )
-        ]
+    def why(self, op: str, linear: Linear, rows: int, dtype: torch.dtype) -> str:
+        """How the version was chosen, for people."""
+        size = bucket(rows)
+        if size is None:
+            return f"by rule: more than {BUCKETS[-1]} rows"
+        problem = problem_of(op, linear, size, dtype)
+        if problem in self._unmeasured:
+            return "by rule: the time to measure was up"
+        return "measured" if problem in self.decided else "by rule"
 
 
 def problem_of(op: str, linear: Linear, rows: int, dtype: torch.dtype) -> Problem:
