@@ -107,8 +107,15 @@ def test_reports_without_graphs(tmp_path: Path) -> None:
     done = run("graphs", *SMALL, "--json", str(data), "--html", str(page))
     assert done.returncode == 0, done.stderr
     assert "no graphs: CUDA graphs need an NVIDIA GPU" in done.stdout
-    assert json.loads(data.read_text())["report"]["keys"] == []
+    report = json.loads(data.read_text())["report"]
+    assert report["keys"] == []
+    (use,) = report["kernels"]
+    assert use == {
+        "op": "every op", "shape": "", "kernel": "plain torch, the reference", "why": "",
+        "decode": [[1, 32]], "prompts": [[1, 1024]],
+    }  # fmt: skip
     assert page.read_text().startswith("<!")
+    assert "every op: plain torch, the reference" in page.read_text()
 
 
 def test_an_unknown_flag_exits_2() -> None:

@@ -285,8 +285,8 @@ def test_more_rows_than_the_largest_bucket_are_the_librarys() -> None:
         assert version.rows >= rows
     for rows in (65, 129):
         assert table("norm_linear", linear, rows, torch.bfloat16) is LIBRARY
-    assert [line.rows for line in table.lines()] == [1, 16, 32, 64, 128]
-    assert not any(line.measured for line in table.lines())
+    why = [table.why("norm_linear", linear, rows, torch.bfloat16) for rows in (1, 128, 129)]
+    assert why == ["by rule", "by rule", "by rule: more than 128 rows"]
 
 
 def test_what_was_measured_overrules() -> None:
@@ -295,7 +295,8 @@ def test_what_was_measured_overrules() -> None:
     table = Table({problem: LIBRARY})
     assert table("norm_linear", linear, 9, torch.bfloat16) is LIBRARY
     assert table("norm_linear", linear, 17, torch.bfloat16) is not LIBRARY
-    assert [line.measured for line in table.lines()] == [True, False]
+    why = [table.why("norm_linear", linear, rows, torch.bfloat16) for rows in (9, 17)]
+    assert why == ["measured", "by rule"]
 
 
 def timings() -> list[Timing]:
