@@ -298,7 +298,7 @@ class LLM:
         return self.engine.metrics()
 
     def explain(self, batch: int | None = None) -> str:
-        """What was decided and why: config with sources, ladder, holes, buffers, memory.
+        """What was decided and why: config with sources, ladder, holes, kernels, buffers, memory.
 
         Args:
             batch: also say what a decode step of that many sequences would do.
