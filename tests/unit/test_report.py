@@ -228,6 +228,8 @@ def test_the_example_reads_and_renders() -> None:
     assert GraphReport.from_json(report.to_json()) == report
     assert report.keys
     assert report.model in explain(report, 1)
+    assert "fused: decode.cu" in explain(report, 1)
+    assert "rope_paged_attention: attention.cu" in explain(report, 16)
     assert all(key.key in table(report) for key in report.keys)
     assert len(html(report)) > 10_000
 
