@@ -199,7 +199,8 @@ def candidates(problem: Problem, tiles: bool = False) -> list[Version]:
         # Widening a weight costs more than loading it: wide tiles, so that each is widened for many rows of x at once,
         # and many programs on a multiprocessor, as a program waits for each of its products.
         wide = ((64, 128), (128, 128)) if problem.rows <= 32 else ((64, 128), (64, 64), (128, 64))
-        found += [_stream(problem, *shape, False, double) for shape in wide for double in (False, True)]
+        made = [_stream(problem, *shape, False, double) for shape in wide for double in (False, True)]
+        found += [v for v in made if v is not None and v.splits <= 8]  # adding 16 parts spills registers
         if problem.rows == 16 and _can_norm(problem):
             found += [_stream(problem, *shape, True) for shape in wide]
     elif problem.rows <= 64 and problem.dtype is not torch.float32:
