@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import random
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -18,11 +20,17 @@ import triton.language as tl
 from test_engine_gpu import assert_equal_bit_for_bit, default_model, make_pair
 
 from ostinato import LLM, SamplingParams
+from ostinato.models import shapes
 from ostinato.models.quantize import FP8, Quantizer
-from ostinato.ops import Linear
+from ostinato.models.registry import spec_from_config
+from ostinato.ops import AttentionShape, Linear
+from ostinato.ops.cuda import fused
+from ostinato.ops.cuda.rows import unsupported as unsupported_rows
 from ostinato.ops.reference import linear_product
 from ostinato.ops.triton.matmul import matmul_scaled, widen
 from tests.accuracy import TINY, no_worse
+from tests.rows_world import wide
+from tests.whole_model import Case, many_rows, one_row
 
 pytestmark = pytest.mark.gpu
 
@@ -115,6 +123,49 @@ def test_nothing_is_allocated(seed: int) -> None:
     before = torch.cuda.memory_stats()["allocation.all.allocated"]
     matmul_scaled(x, linear, out)
     assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen2": {"qkv_bias": True},
+    "qwen3": {"qk_norm": True},
+    "mistral": {"sliding_window": 200},
+    "together": {"qkv_bias": True, "qk_norm": True, "sliding_window": 200},
+}
+"""What stands beside the FP8 products of a layer"""
+
+
+def family(name: str, seed: int) -> Case:
+    """Two layers, telling weights; without the family's own part it would be Llama."""
+    own = dict(FAMILIES[name])
+    attention = AttentionShape(16, 4, 64, own.pop("sliding_window", None))
+    spec = dataclasses.replace(
+        spec_from_config({**shapes.SHAPES["smollm2-135m"], "num_hidden_layers": 2}),
+        hidden_size=1024, intermediate_size=2048, vocab_size=4096, attention=attention,
+        rope_inv_freq=tuple(10000.0 ** (-i / 32) for i in range(32)), **own,
+    )  # fmt: skip
+    return Case(spec, "fp8", 16, seed)
+
+
+@pytest.mark.parametrize("count", [1, 3, 20, 150])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_decode_step_of_each_family(name: str, count: int) -> None:
+    """Whole steps beside the plain ops: one row in `decode.cu` and op by op, more op by op."""
+    seed = random.SystemRandom().randrange(2**31)
+    case = family(name, seed)
+    print(seed)  # shown when it fails
+    model = case.model()
+    exact = wide(model)
+    held = None
+    if torch.cuda.get_device_capability()[0] == 9:
+        held = fused.FusedDecode(torch.device("cuda", 0))  # no op set claims another
+        assert fused.unsupported(model) is None
+        assert unsupported_rows(model, case.block) == "weights are quantised"
+        if count == 1:
+            assert len(list(one_row(case, model, exact, held, 6))) == 6
+    for turn in range(2):
+        again = dataclasses.replace(case, seed=seed + turn)
+        assert list(many_rows(again, model, exact, (count,))) == [f"{count} rows"]
+    del held
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ waits; every kernel waits before it ends. PDL is a constexpr: without it (older 
 interpreter) the same kernels run plainly.
 
 `gemv` serves one row with multiply-adds and has a whole row of weights in flight; `stream` serves
-up to 64 rows with tensor cores and a pipeline of weight tiles; `attention` is everything between the
-QKV projection and the output projection. `multiply` launches the first two.
+up to 64 rows, 128 with FP8 weights, with tensor cores and a pipeline of weight tiles; `attention` is
+everything between the QKV projection and the output projection. `multiply` launches the first two.
 """
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
 

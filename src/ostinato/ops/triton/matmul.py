@@ -43,11 +43,13 @@ def config(rows: int, columns: int, depth: int, dtype: torch.dtype) -> Config:
     """The configuration for x [rows, depth] and a weight [columns, depth].
 
     The widest tile that still gives `ENOUGH` of them. Narrow ones are deeper, so that about as many
-    bytes are on their way.
+    bytes are on their way; and where 128 rows a tile give too few of any width, a tile has 64.
     """
     if dtype is torch.float32:  # no tensor cores: exact, and not meant to be fast
         return Config(16, 64, 32, 4, 2)
     tile = next((size for size in (16, 32, 64) if rows <= size), 128)
+    if tile == 128 and cdiv(rows, 128) * cdiv(columns, 64) < ENOUGH:
+        tile = 64
     widths = {16: (64, 32, 16), 32: (64, 32), 64: (128, 64, 32), 128: (128, 64)}[tile]
     down = cdiv(rows, tile)
     width = next((w for w in widths if down * cdiv(columns, w) >= ENOUGH), widths[-1])

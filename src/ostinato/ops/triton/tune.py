@@ -156,6 +156,10 @@ def default(problem: Problem, tiles: bool = False) -> Version:
         return tile
     if problem.rows == 1:
         return _gemv(problem, _gemv_columns(problem)) or LIBRARY
+    if problem.fp8 and problem.dtype is not torch.float32:
+        gate, rows = problem.gate, problem.rows
+        plain = problem.op == "norm_head" or (problem.has_norm and rows == 64) or (gate and rows == 32)
+        return (None if plain else _stream(problem, 64, 128, False)) or LIBRARY
     if problem.rows > 64 or problem.dtype is torch.float32:  # no tensor cores for it that are exact enough
         return LIBRARY
     blocks = {16: (64, 32, 16), 32: (64, 32), 64: (128, 64)}[problem.rows]
@@ -191,6 +195,14 @@ def candidates(problem: Problem, tiles: bool = False) -> list[Version]:
             _gemv(problem, best * 2),
             _gemv(problem, best, double=True),
         ]
+    elif problem.fp8 and problem.dtype is not torch.float32:
+        # Widening a weight costs more than loading it: wide tiles, so that each is widened for many rows of x at once,
+        # and many programs on a multiprocessor, as a program waits for each of its products.
+        wide = ((64, 128), (128, 128)) if problem.rows <= 32 else ((64, 128), (64, 64), (128, 64))
+        made = [_stream(problem, *shape, False, double) for shape in wide for double in (False, True)]
+        found += [v for v in made if v is not None and v.splits <= 8]  # adding 16 parts spills registers
+        if problem.rows == 16 and _can_norm(problem):
+            found += [_stream(problem, *shape, True) for shape in wide]
     elif problem.rows <= 64 and problem.dtype is not torch.float32:
         fused = _can_norm(problem)
         shapes = {
