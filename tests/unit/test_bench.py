@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import random
 import sys
@@ -21,12 +22,13 @@ from ostinato.bench.baselines import padded_batches
 from ostinato.bench.latency import measure
 from ostinato.bench.plain import PlainDecoder, PlainGenerator
 from ostinato.bench.plot import Panel, Series
-from ostinato.bench.replay import Rows, capture, replay, summed
+from ostinato.bench.replay import PROFILED_REPLAYS, Rows, capture, profile_kernels, replay, summed
 from ostinato.bench.result import Table, percentile
 from ostinato.bench.traffic import Call, by_call, required_bytes
 from ostinato.bench.workload import PROTOCOLS, Work, nano_vllm, synthetic
 from ostinato.cli import main
 from ostinato.errors import ConfigError, GraphError, OstinatoError
+from ostinato.graphs import survey
 from ostinato.graphs.survey import graph_kernels
 from ostinato.models.checkpoint import open_checkpoint
 from ostinato.models.registry import spec_from_config
@@ -312,6 +314,39 @@ def test_a_graph_is_replayed_alone_and_everything_put_back(tiny: Callable[[str],
     assert torch.equal(engine.buffers.words, words)
     after = [o.outputs[0].token_ids for o in llm.generate(prompts, params, use_tqdm=False)]
     assert after == before
+    llm.close()
+
+
+def test_kernels_are_profiled_where_the_undisturbed_replays_are_on_average(
+    tiny: Callable[[str], tuple[Path, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = FakeBackend(replay_us=51.0)  # of all replays together
+    llm = fake_engine(tiny("llama3")[0], backend, enable_prefix_caching=False)
+    params = SamplingParams(temperature=0.0, ignore_eos=True)
+    key = capture(llm.engine, params, 2)
+    assert key is not None
+    nodes = [("decode", "fused", None), ("finish", "fused", None)]
+    state, reached = llm.engine.buffers.state, []
+    monkeypatch.setattr(torch.profiler, "profile", lambda **_: contextlib.nullcontext())
+    monkeypatch.setattr(survey, "kernels", lambda *_: nodes)
+    monkeypatch.setattr(
+        survey,
+        "replayed_kernels",
+        lambda _: trace_of((10.0 * i, d) for i, d in enumerate((4.0, 1.0) * PROFILED_REPLAYS)),
+    )
+    backend.corrupt = lambda _: reached.append(int(state.position[0]))
+    found = profile_kernels(llm.engine, key, Rows(2, prompt=20, steps=51, params=params), ceiling=1e9)
+    assert reached[-PROFILED_REPLAYS:] == list(range(41, 51))  # positions 20 to 70 before
+    assert found["context_len"] == 45.5  # the new token is one of them
+    needed = required_bytes(llm.engine, 2, 45.5)["bytes"]
+    assert found["bytes_a_step"] == needed
+    assert [(row["kernel"], row["bytes_a_step"]) for row in found["kernels"]] == [
+        ("decode", needed),
+        ("finish", None),
+    ]
+    assert found["kernels"][0]["share_of_ceiling"] == pytest.approx(needed / 4e-6 / 1e9)
+    assert found["share_of_ceiling_sum"] == pytest.approx(needed / 5e-6 / 1e9)
+    assert found["share_of_ceiling_undisturbed"] == pytest.approx(needed / 1e-6 / 1e9)
     llm.close()
 
 

@@ -11,7 +11,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -146,16 +146,18 @@ def profile_kernels(
     backend, graph = runner.backend, runner.cache.graph(key)
     nodes = kernels(engine, key)
     undisturbed, _ = replay(engine, key, rows)
+    # Where the undisturbed replays are on average.
+    start = rows.prompt + max(rows.steps - PROFILED_REPLAYS, 0) // 2
+    middle = replace(rows, prompt=start, steps=PROFILED_REPLAYS)
     with (
         engine.device_context(),
-        _live(engine, rows),
+        _live(engine, middle),
         profile(activities=[ProfilerActivity.CUDA]) as profiler,
     ):
         for _ in range(PROFILED_REPLAYS):
             backend.replay(graph)
         backend.wait()
-    # The tokens that attention reads in the profiled replays, on average.
-    context = rows.prompt + (PROFILED_REPLAYS + 1) / 2
+    context = start + (PROFILED_REPLAYS + 1) / 2  # tokens that attention reads, its own among them
     needed = required_bytes(engine, rows.count, context)
     calls = by_call(engine.program.model, needed["kv_bytes"], nodes)
     found = summed(replayed_kernels(profiler), nodes, PROFILED_REPLAYS, calls, ceiling)
