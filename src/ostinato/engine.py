@@ -581,6 +581,7 @@ def build(options: EngineOptions, backend: GraphBackend | None = None) -> Engine
             runner.rehearse(_rehearsals(plan))
         if device.type == "cuda" and save_area is not None:
             memory.append(MemoryLine("memory of trials", _reserved(device) - taken))
+        stages.done("rehearsal")
         words = tokenizer.result()
         stages.done("tokenizer")
         name = checkpoint.path.name if checkpoint else str(options.model)

@@ -1,4 +1,4 @@
-"""`ostinato bench step` and what only it measures, on a GPU."""
+"""`ostinato bench` on a GPU: what only `step` measures, and the baselines, compiled."""
 
 from __future__ import annotations
 
@@ -7,10 +7,27 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
+from ostinato.bench.startup import write_checkpoint
 from ostinato.cli import main
 
 pytestmark = pytest.mark.gpu
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 1024,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": True,
+    "dtype": "bfloat16",
+}
 
 
 def test_the_read_bandwidth_is_a_plausible_ceiling() -> None:
@@ -42,11 +59,52 @@ def test_step_fills_every_column(tmp_path: Path) -> None:
         assert 0 < point["share_of_ceiling"] < 1.5  # the weights of so small a model fit into the cache
         assert point["back_to_back_us"] <= point["time_per_output_token_us"] * 1.05
         assert point["replay_host_us"] < point["back_to_back_us"]
-    kernels = found["kernels"]
-    ops = {row["op"] for row in kernels["kernels"]}
-    assert {"prepare", "advance"} <= ops
-    assert "fused" in ops or {"norm_linear", "linear_add", "norm_gate_up"} <= ops
-    assert kernels["sum_us"] > 0.3 * kernels["replay_undisturbed_us"]
+    assert [kernels["batch_size"] for kernels in found["kernels"]] == [1, 4]
+    for kernels in found["kernels"]:
+        rows = kernels["kernels"]
+        ops = {row["op"] for row in rows}
+        assert {"prepare", "advance"} <= ops
+        assert "fused" in ops or {"norm_linear", "linear_add", "norm_gate_up"} <= ops
+        assert kernels["sum_us"] > 0.3 * kernels["replay_undisturbed_us"]
+        # Every byte is some kernel's, and no kernel of bookkeeping has any.
+        assert sum(row["bytes_a_step"] or 0 for row in rows) == pytest.approx(kernels["bytes_a_step"])
+        for row in rows:
+            assert (row["bytes_a_step"] is None) == (row["share_of_ceiling"] is None)
+            assert row["bytes_a_step"] is None or row["op"] not in ("prepare", "embed", "advance")
+
+
+@pytest.mark.parametrize("name", ["transformers", "torch-compile"])
+def test_a_baseline_is_compiled_and_held_against_ours(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    file = tmp_path / "out.json"
+    args = ["--model", str(tmp_path), "--load-format", "dummy", "--batch-size", "2", "--input-len", "8"]
+    args += ["--output-len", "24", "--num-iters", "2", "--num-iters-warmup", "1"]
+    assert main(["bench", "latency", *args, "--baseline", name, "--json", str(file)]) == 0
+    assert list((tmp_path / "inductor").rglob("*.py"))  # the compiler wrote what it made
+    found = json.loads(file.read_text())
+    (theirs,), (ratio,) = found["baselines"][name], found["speedup"][name]
+    us = "time_per_output_token_us"
+    assert ratio == pytest.approx(theirs[us] / found[us])
+    assert 1 < ratio < 100  # two layers: nothing but what lies between kernels
+    assert theirs[us] < 20_000  # compiled in the warm-up, not while it was timed
+
+
+def test_startup_is_held_against_transformers(tmp_path: Path) -> None:
+    folder, file = tmp_path / "model", tmp_path / "out.json"
+    write_checkpoint(folder, CONFIG)
+    Tokenizer(WordLevel({"a": 0, "b": 1}, unk_token="a")).save(str(folder / "tokenizer.json"))
+    args = ["--model", str(folder), "--num-iters", "1", "--baseline", "transformers", "--json", str(file)]
+    assert main(["bench", "startup", *args]) == 0
+    found = json.loads(file.read_text())
+    theirs = found["baselines"]["transformers"]
+    for kind in ("cold", "warm"):
+        seconds = f"{kind}_first_token_seconds"
+        assert found["speedup"]["transformers"][kind] == pytest.approx(theirs[seconds] / found[seconds])
+        assert 1 < theirs[seconds] < 120
 
 
 def test_a_graphs_bare_replay_leaves_the_engine_as_it_was(tmp_path: Path) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import random
+import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -14,16 +17,18 @@ import pytest
 import torch
 
 from ostinato import LLM, SamplingParams
-from ostinato.bench import environment, options, plot, step
+from ostinato.bench import baselines, environment, options, plot, startup, step, throughput
 from ostinato.bench.baselines import padded_batches
 from ostinato.bench.latency import measure
 from ostinato.bench.plain import PlainDecoder, PlainGenerator
 from ostinato.bench.plot import Panel, Series
-from ostinato.bench.replay import Rows, capture, replay, summed
+from ostinato.bench.replay import PROFILED_REPLAYS, Rows, capture, profile_kernels, replay, summed
 from ostinato.bench.result import Table, percentile
-from ostinato.bench.step import required_bytes
+from ostinato.bench.traffic import Call, by_call, required_bytes
 from ostinato.bench.workload import PROTOCOLS, Work, nano_vllm, synthetic
-from ostinato.errors import ConfigError, GraphError
+from ostinato.cli import main
+from ostinato.errors import ConfigError, GraphError, OstinatoError
+from ostinato.graphs import survey
 from ostinato.graphs.survey import graph_kernels
 from ostinato.models.checkpoint import open_checkpoint
 from ostinato.models.registry import spec_from_config
@@ -218,6 +223,73 @@ def test_kernel_times_are_summed_by_op_and_kernel() -> None:
     assert found["replay_under_profiler_us"] == 28.0
 
 
+def test_an_ops_bytes_count_for_its_costliest_kernel() -> None:
+    """A norm in front of a product, twice; one kernel that nothing is known of."""
+    nodes: list[tuple[str, str, int | None]] = [
+        ("norm", "linear_add", 0), ("gemm", "linear_add", 0), ("gate", "norm_gate_up", 0),
+        ("gemm", "linear_add", 0), ("advance", "advance", None),
+    ]  # fmt: skip
+    calls = [
+        Call("output", range(2), 100.0), Call("", range(2, 3), 400.0), Call("down", range(3, 4), 300.0),
+        Call("", range(4, 5), None),
+    ]  # fmt: skip
+    times = (1.0, 2.0, 4.0, 3.0, 1.0)
+    ran = trace_of((100.0 * turn + 10.0 * i, d) for turn in range(2) for i, d in enumerate(times))
+    rows = summed(ran, nodes, 2, calls, ceiling=200e6)["kernels"]
+    found = {(row["op"], row["part"], row["kernel"]): row for row in rows}
+    assert {name: row["bytes_a_step"] for name, row in found.items()} == {
+        ("linear_add", "output", "norm"): None,
+        ("linear_add", "output", "gemm"): 100.0,
+        ("norm_gate_up", "", "gate"): 400.0,
+        ("linear_add", "down", "gemm"): 300.0,
+        ("advance", "", "advance"): None,
+    }
+    shares = {name: row["share_of_ceiling"] for name, row in found.items()}
+    assert shares["linear_add", "output", "gemm"] == pytest.approx(100 / 2e-6 / 200e6)
+    assert shares["norm_gate_up", "", "gate"] == pytest.approx(400 / 4e-6 / 200e6)
+    assert shares["linear_add", "output", "norm"] is None
+    unknown = summed(ran, nodes, 2, calls)["kernels"]
+    assert all(row["share_of_ceiling"] is None for row in unknown)
+    assert all(row["bytes_a_step"] is None for row in summed(ran[:-1], nodes, 2, calls, 1e6)["kernels"])
+
+
+ONE_BY_ONE = ("norm_linear", "rope_paged_attention", "linear_add", "norm_gate_up", "linear_add")
+
+
+@pytest.mark.parametrize(
+    "layer", [ONE_BY_ONE, ("attend", *ONE_BY_ONE[2:]), None], ids=["one by one", "attend", "chain"]
+)
+@pytest.mark.parametrize("family", ["llama3", "llama2", "qwen3", "qwen2"])
+def test_every_byte_of_a_step_is_some_ops(
+    tiny: Callable[[str], tuple[Path, Any]], family: str, layer: tuple[str, ...] | None
+) -> None:
+    llm = LLM(str(tiny(family)[0]), skip_tokenizer_init=True, max_model_len=64)
+    model, count = llm.engine.program.model, llm.engine.spec.num_layers
+    needed = required_bytes(llm.engine, batch=3, context=20)
+    ops: list[tuple[str, int | None]] = [("prepare", None), ("embed", None)]
+    if layer is None:
+        ops.append(("norm_linear", 0))
+        ops += [(op, i) for i in range(count) for op in ("rope_paged_attention", "chain")]
+    else:
+        ops += [(op, i) for i in range(count) for op in layer]
+    ops += [("best_token", None), ("advance", None)]
+    # Two kernels of each.
+    nodes = [(f"{op} {half}", op, i) for op, i in ops for half in "ab"]
+    calls = by_call(model, needed["kv_bytes"], nodes)
+    assert [list(call.nodes) for call in calls] == [[2 * i, 2 * i + 1] for i in range(len(ops))]
+    assert sum(call.nbytes or 0 for call in calls) == needed["bytes"]
+    named = [(op, call) for (op, _), call in zip(ops, calls, strict=True)]
+    assert all((call.nbytes is None) == (op in ("prepare", "embed", "advance")) for op, call in named)
+    first = model.layers[0]
+    if layer is not None:
+        added = [call for op, call in named if op == "linear_add"][:2]  # in the order in which they run
+        for call, part, linear in zip(added, ("output", "down"), (first.output, first.down), strict=True):
+            own = [t for t in (linear.weight, linear.bias) if t is not None]
+            assert (call.part, call.nbytes) == (part, sum(t.numel() * t.element_size() for t in own))
+    fused = by_call(model, needed["kv_bytes"], [("decode", "fused", None), ("finish", "fused", None)])
+    assert [call.nbytes for call in fused] == [needed["bytes"]]
+
+
 def test_kernels_that_the_profiler_lost_are_not_given_other_names() -> None:
     found = summed(trace_of((float(i), 1.0) for i in range(5)), NODES, replays=2)
     assert [(row["op"], row["kernel"], row["launches"]) for row in found["kernels"]] == [
@@ -242,6 +314,39 @@ def test_a_graph_is_replayed_alone_and_everything_put_back(tiny: Callable[[str],
     assert torch.equal(engine.buffers.words, words)
     after = [o.outputs[0].token_ids for o in llm.generate(prompts, params, use_tqdm=False)]
     assert after == before
+    llm.close()
+
+
+def test_kernels_are_profiled_where_the_undisturbed_replays_are_on_average(
+    tiny: Callable[[str], tuple[Path, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = FakeBackend(replay_us=51.0)  # of all replays together
+    llm = fake_engine(tiny("llama3")[0], backend, enable_prefix_caching=False)
+    params = SamplingParams(temperature=0.0, ignore_eos=True)
+    key = capture(llm.engine, params, 2)
+    assert key is not None
+    nodes = [("decode", "fused", None), ("finish", "fused", None)]
+    state, reached = llm.engine.buffers.state, []
+    monkeypatch.setattr(torch.profiler, "profile", lambda **_: contextlib.nullcontext())
+    monkeypatch.setattr(survey, "kernels", lambda *_: nodes)
+    monkeypatch.setattr(
+        survey,
+        "replayed_kernels",
+        lambda _: trace_of((10.0 * i, d) for i, d in enumerate((4.0, 1.0) * PROFILED_REPLAYS)),
+    )
+    backend.corrupt = lambda _: reached.append(int(state.position[0]))
+    found = profile_kernels(llm.engine, key, Rows(2, prompt=20, steps=51, params=params), ceiling=1e9)
+    assert reached[-PROFILED_REPLAYS:] == list(range(41, 51))  # positions 20 to 70 before
+    assert found["context_len"] == 45.5  # the new token is one of them
+    needed = required_bytes(llm.engine, 2, 45.5)["bytes"]
+    assert found["bytes_a_step"] == needed
+    assert [(row["kernel"], row["bytes_a_step"]) for row in found["kernels"]] == [
+        ("decode", needed),
+        ("finish", None),
+    ]
+    assert found["kernels"][0]["share_of_ceiling"] == pytest.approx(needed / 4e-6 / 1e9)
+    assert found["share_of_ceiling_sum"] == pytest.approx(needed / 5e-6 / 1e9)
+    assert found["share_of_ceiling_undisturbed"] == pytest.approx(needed / 1e-6 / 1e9)
     llm.close()
 
 
@@ -303,6 +408,241 @@ def test_a_point_holds_the_step_against_the_graph(tiny: Callable[[str], tuple[Pa
     assert point["commit_us_per_row"] == pytest.approx(point["commit_us"] / 2)
     assert "run" not in vars(llm.engine.runner)  # what was wrapped is unwrapped
     assert "step" not in vars(llm.engine)
+
+
+def test_the_share_of_the_ceiling_is_drawn_by_batch_size_and_by_context() -> None:
+    """As on a GPU: three batch sizes at the first context, two more contexts at the first size."""
+    sizes = ((1, 256, 0.9), (8, 256, 0.8), (32, 256, 0.7), (1, 4096, 0.6), (1, 1024, 0.5))
+    points = [
+        {
+            "batch_size": batch,
+            "context_len": context,
+            "time_per_output_token_us": 600.0,
+            "back_to_back_us": 590.0,
+            "floor_us": 500.0,
+            "share_of_ceiling": share,
+            "share_of_ceiling_back_to_back": share + 0.01,
+        }
+        for batch, context, share in sizes
+    ]
+    panels = {panel.title: panel for panel in step._panels(points, 3)}
+    assert list(panels) == [
+        *("Step time by batch size", "Share of ceiling by batch size"),
+        *("Step time by context, tokens", "Share of ceiling by context, tokens"),
+    ]
+    by_batch, by_context = (panels[name] for name in panels if name.startswith("Share"))
+    assert by_batch.top == by_context.top == 100
+    through, replayed = by_batch.series
+    assert list(through.x) == [1, 8, 32]
+    assert list(through.y) == pytest.approx([90, 80, 70])
+    assert list(replayed.y) == pytest.approx([91, 81, 71])
+    through, _ = by_context.series
+    assert list(through.x) == [256, 1024, 4096]  # in order, though measured in another
+    assert list(through.y) == pytest.approx([90, 50, 60])
+    page = plot.page("step", list(panels.values()))
+    assert page.count("<svg") == 4
+    assert "replay, back to back: 61 at 4096" in page
+    assert len(step._panels(points[:3], 3)) == 2  # one context: nothing to plot against
+
+
+@pytest.mark.parametrize(
+    ("args", "contexts"),
+    [
+        (["--shape", "llama-3.2-1b"], [256, 1024, 4096]),
+        (["--shape", "llama-2-7b"], [256, 1024]),  # 4,096 positions
+        (["--shape", "llama-3.2-1b", "--max-model-len", "1152"], [256, 1024]),
+        (["--shape", "llama-3.2-1b", "--max-model-len", "1151"], [256]),
+        (["--shape", "llama-3.2-1b", "--max-model-len", "100"], [256]),  # the engine says what is wrong
+    ],
+)
+def test_default_contexts_are_those_that_the_model_has(args: list[str], contexts: list[int]) -> None:
+    parser = argparse.ArgumentParser()
+    step.add_arguments(parser)
+    assert step._contexts(parser.parse_args(args)) == contexts
+
+
+# --- against baselines -----------------------------------------------------------------------
+
+CONFIG: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 256,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.fixture
+def random_model(tmp_path: Path) -> list[str]:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    return ["--model", str(tmp_path), "--load-format", "dummy", "--device", "cpu"]
+
+
+def ratios(text: str, title: str) -> list[str]:
+    """The last column of rows that begin with a baseline's name."""
+    lines = text[text.index(title) :].splitlines()
+    return [line.split()[-1] for line in lines if line.startswith(("transformers", "torch-compile"))]
+
+
+@pytest.fixture
+def timed(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Our token takes 1 ms for each sequence, transformers' 3, torch-compile's half a one; gathers orders."""
+    orders: list[dict[str, Any]] = []
+    cost = {"transformers": 3.0, "torch-compile": 0.5}
+
+    def generate(factor: float) -> Callable[[int, int], float]:
+        return lambda batch, tokens: factor * (0.02 + 0.001 * batch * (tokens - 1))
+
+    def ask(order: dict[str, Any]) -> dict[str, Any]:
+        orders.append(order)
+        factor = cost[order["baseline"]]
+        if order["kind"] == "throughput":
+            work = Work(tuple(order["prompts"]), tuple(order["max_tokens"]))
+            return throughput.figures(work, 2.0 * factor)
+        return measure(generate(factor), order["batch"], order["output_len"], order["iters"], order["warmup"])
+
+    monkeypatch.setattr(baselines, "_ask", ask)
+    monkeypatch.setattr(options, "timed_generate", lambda *_: generate(1.0))
+    monkeypatch.setattr(throughput, "_seconds", lambda *_: 2.0)
+    host = {"launch_us": None, "commit_us": 1.0, "wait_us": 1.0, "device_step_us": None}
+    monkeypatch.setattr(step, "_host_times", lambda *_: host)
+    return orders
+
+
+BOTH = ["--baseline", "transformers", "--baseline", "torch-compile"]
+
+
+def bench(capsys: pytest.CaptureFixture[str], tmp_path: Path, *args: str) -> tuple[str, dict[str, Any]]:
+    file = tmp_path / "out.json"
+    assert main(["bench", *args, "--json", str(file)]) == 0
+    return capsys.readouterr().out, json.loads(file.read_text())
+
+
+def test_latency_says_how_many_times_as_fast_it_is(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, random_model: list[str], timed: list[dict[str, Any]]
+) -> None:
+    args = ["--batch-size", "1", "4", "--input-len", "9", "--output-len", "5", "--num-iters", "2"]
+    out, found = bench(capsys, tmp_path, "latency", *random_model, *args, *BOTH)
+    assert found["speedup"] == {
+        "transformers": pytest.approx([3.0, 3.0]),
+        "torch-compile": pytest.approx([0.5, 0.5]),
+    }
+    assert ratios(out, "ours is faster by") == ["3.00", "0.50", "3.00", "0.50"]
+    theirs = found["baselines"]["transformers"]
+    assert [run["time_per_output_token_us"] for run in theirs] == pytest.approx([3000, 12_000])
+    asked = [(order["baseline"], order["batch"]) for order in timed]
+    assert asked == [(name, size) for name in options.BASELINES for size in (1, 4)]
+    assert {(o["input_len"], o["output_len"], o["iters"], o["dtype"]) for o in timed} == {
+        (9, 5, 2, "float32")
+    }
+
+
+def test_latency_of_one_token_has_no_ratio(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, random_model: list[str], timed: list[dict[str, Any]]
+) -> None:
+    args = ["--output-len", "1", "--num-iters", "1"]
+    out, found = bench(capsys, tmp_path, "latency", *random_model, *args, *BOTH)
+    assert found["speedup"] == {"transformers": [None], "torch-compile": [None]}
+    assert ratios(out, "ours is faster by") == ["-", "-"]
+
+
+def test_throughput_says_how_many_times_as_fast_it_is(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, random_model: list[str], timed: list[dict[str, Any]]
+) -> None:
+    args = ["--num-prompts", "6", "--input-len", "9", "--output-len", "5", "--num-warmup-runs", "0"]
+    out, found = bench(capsys, tmp_path, "throughput", *random_model, *args, *BOTH)
+    assert found["speedup"] == {"transformers": pytest.approx(3.0), "torch-compile": pytest.approx(0.5)}
+    assert ratios(out, "ours is faster by") == ["3.00", "0.50"]
+    assert found["output_tokens_per_second"] == pytest.approx(30 / 2)
+    assert found["baselines"]["transformers"]["output_tokens_per_second"] == pytest.approx(30 / 6)
+    assert [len(order["prompts"]) for order in timed] == [6, 6]  # the very same requests
+    # vLLM's names
+    assert {
+        *("elapsed_time", "num_requests", "total_num_tokens", "requests_per_second", "tokens_per_second")
+    } <= found.keys()
+
+
+def test_step_says_how_many_times_as_fast_it_is(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, random_model: list[str], timed: list[dict[str, Any]]
+) -> None:
+    args = ["--batch-size", "1", "3", "--context-len", "64", "128", "--output-len", "24", "--num-iters", "1"]
+    out, found = bench(capsys, tmp_path, "step", *random_model, *args, *BOTH)
+    assert found["speedup"] == {
+        "transformers": pytest.approx([3.0, 3.0]),
+        "torch-compile": pytest.approx([0.5, 0.5]),
+    }
+    assert ratios(out, "at the first context length alone") == ["3.00", "3.00", "0.50", "0.50"]
+    table = out[out.index("The same through others") :].splitlines()
+    rows = [line.split()[1:] for line in table if line.startswith(options.BASELINES)]
+    batch_ours_theirs = [(row[0], row[2], row[3]) for row in rows]
+    assert batch_ours_theirs[:2] == [("1", "1,000.0", "3,000.0"), ("3", "3,000.0", "9,000.0")]
+    assert len(found["points"]) == 3
+    assert {order["input_len"] for order in timed} == {found["points"][0]["prompt_len"]}
+
+
+def test_startup_says_how_many_times_as_fast_it_is_and_has_vllms_fields(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    random_model: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seconds = {"first_token": iter([8.0, 2.0, 2.5, 3.0]), "baselines": iter([16.0, 9.0, 10.0, 11.0])}
+    orders: list[dict[str, Any]] = []
+
+    def start(order: dict[str, Any], caches: Path, module: str) -> dict[str, Any]:
+        assert caches.is_dir()
+        assert not list(caches.iterdir()) or module == orders[-1]["module"]  # neither has the other's caches
+        (caches / "something").touch()
+        orders.append({**order, "module": module})
+        total = next(seconds[module])
+        if module == "baselines":
+            return {"first_token_seconds": total}
+        stages = {"imports": total - 1, "weights": 1.0}
+        return {"first_token_seconds": total, "building_seconds": total / 2, "stages": stages, "engine": {}}
+
+    monkeypatch.setattr(startup, "measure", start)
+    args = [*random_model, "--num-iters", "3", "--input-len", "7", "--baseline", "transformers"]
+    out, found = bench(capsys, tmp_path, "startup", *args, "--plot", str(tmp_path / "out.html"))
+    assert found["speedup"] == {"transformers": {"cold": pytest.approx(2.0), "warm": pytest.approx(4.0)}}
+    assert found["baselines"]["transformers"]["warm_first_token_seconds"] == 10.0
+    rows = {line[:23].strip(): line[23:].split() for line in out.splitlines()}
+    assert rows["transformers, the same"] == ["16.000", "9.000", "10.000", "11.000"]
+    assert rows["ours is faster by"] == ["2.00", "4.50", "4.00", "3.67"]
+    assert [order["module"] for order in orders] == ["baselines"] * 4 + ["first_token"] * 4
+    assert {order["input_len"] for order in orders} == {7}
+    assert "transformers, warm" in (tmp_path / "out.html").read_text()
+    # vLLM's, of building alone
+    assert found["avg_cold_startup_time"] == 4.0
+    assert found["cold_startup_times"] == [4.0]
+    assert found["cold_startup_percentiles"] == dict.fromkeys(("10", "25", "50", "75", "90", "99"), 4.0)
+    assert found["warm_startup_times"] == [1.0, 1.25, 1.5]
+    assert found["avg_warm_startup_time"] == pytest.approx(1.25)
+    assert found["warm_startup_percentiles"]["50"] == 1.25
+
+
+def test_startup_has_no_torch_compile(capsys: pytest.CaptureFixture[str], random_model: list[str]) -> None:
+    assert main(["bench", "startup", *random_model, "--baseline", "torch-compile"]) == 2
+    assert "compares with transformers alone" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_transformers_starts_over_the_same_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)  # else a folder of its own, empty at first
+    folder = tmp_path / "model"
+    startup.write_checkpoint(folder, CONFIG)
+    order = {
+        "kind": "startup", "baseline": "transformers", "config": CONFIG, "folder": str(folder), "dtype": "float32",
+        "device": "cpu", "temperature": 0.0, "seed": 0, "input_len": 5,
+    }  # fmt: skip
+    assert 0 < startup.measure(order, tmp_path, "baselines")["first_token_seconds"] < 300
+    (folder / "model-00000.safetensors").unlink()
+    with pytest.raises(OstinatoError, match=r"model-00000\.safetensors"):
+        startup.measure(order, tmp_path, "baselines")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the kernel is launched for real (tests/gpu)")

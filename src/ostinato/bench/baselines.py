@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
 import json
 import subprocess
 import sys
@@ -55,6 +56,26 @@ def throughput(args: argparse.Namespace, work: Work) -> dict[str, dict[str, Any]
     }
 
 
+def startup(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """The orders of `bench startup` by baseline, without prompt and weights; each run is another process.
+
+    Raises:
+        ConfigError: see `_order`; or torch-compile is among them.
+    """
+    names = tuple(dict.fromkeys(args.baseline))
+    if "torch-compile" in names:
+        raise ConfigError(
+            "bench startup compares with transformers alone: the first token of torch-compile comes from the prompt, "
+            "which it does not compile; leave --baseline torch-compile out"
+        )
+    return {name: _order(args, name) | {"kind": "startup"} for name in names}
+
+
+def speedup(ours: float | None, theirs: float | None) -> float | None:
+    """How many times as fast as a baseline we are, by two times for the same work."""
+    return theirs / ours if ours and theirs is not None else None
+
+
 def _order(args: argparse.Namespace, name: str) -> dict[str, Any]:
     """What every baseline is told: the model's config, and the type and device that the engine would choose.
 
@@ -70,14 +91,14 @@ def _order(args: argparse.Namespace, name: str) -> dict[str, Any]:
         model_dtype=config.get("dtype") or config.get("torch_dtype"),
         model_positions=spec_from_config(config).max_positions,
     )
-    if args.top_p != 1.0 or args.top_k != 0:
+    if getattr(args, "top_p", 1.0) != 1.0 or getattr(args, "top_k", 0) != 0:
         raise ConfigError("--baseline samples by temperature alone: leave --top-p and --top-k out")
     return {
         "baseline": name,
         "config": dict(config),
         "dtype": str(resolved.dtype).removeprefix("torch."),
         "device": resolved.device.type,
-        "temperature": args.temperature,
+        "temperature": getattr(args, "temperature", 0.0),
         "seed": args.seed,
     }
 
@@ -108,7 +129,7 @@ def _ask(order: Mapping[str, Any]) -> dict[str, Any]:
 def main() -> None:
     """Answer one order from standard input with one line of JSON."""
     order = json.load(sys.stdin)
-    found = {"latency": _latency, "throughput": _throughput}[order["kind"]](order)
+    found = {"latency": _latency, "throughput": _throughput, "startup": _startup}[order["kind"]](order)
     print(json.dumps(found))
 
 
@@ -152,6 +173,17 @@ def _throughput(order: Mapping[str, Any]) -> dict[str, Any]:
     return figures(work, time.perf_counter() - begin)
 
 
+def _startup(order: Mapping[str, Any]) -> dict[str, Any]:
+    from ..models.registry import spec_from_config
+
+    generate = _MAKERS[order["baseline"]](order, 1, order["input_len"] + 1)
+    vocab = spec_from_config(order["config"]).vocab_size
+    work = synthetic(1, order["input_len"], 1, vocab_size=vocab, seed=order["seed"])
+    generate(work.prompts, 1)
+    # The monotonic clock is the machine's: it has run since the command was started.
+    return {"first_token_seconds": time.monotonic() - order["started"]}
+
+
 def padded_batches(work: Work, size: int) -> list[tuple[list[tuple[int, ...]], int]]:
     """Full batches of requests of like output length; the last is filled up by repeating its first.
 
@@ -175,9 +207,15 @@ def _transformers(order: Mapping[str, Any], batch: int, length: int) -> Generate
     transformers.utils.logging.set_verbosity_error()
     name = order["config"]["architectures"][0]
     config = getattr(transformers, name.replace("ForCausalLM", "Config"))(**order["config"])
-    torch.manual_seed(0)
-    with torch.device(order["device"]):
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, order["dtype"]))
+    make, dtype, device = transformers.AutoModelForCausalLM, getattr(torch, order["dtype"]), order["device"]
+    if folder := order.get("folder"):
+        # Straight to the device, for which it needs another package; else through host memory.
+        place = {"device_map": device} if importlib.util.find_spec("accelerate") else {}
+        model = make.from_pretrained(folder, config=config, dtype=dtype, **place).to(device)
+    else:
+        torch.manual_seed(0)
+        with torch.device(device):
+            model = make.from_config(config, dtype=dtype)
     model.eval()
     model.generation_config.eos_token_id = None
     sampled = order["temperature"] > 0

@@ -64,8 +64,19 @@ def run(args: argparse.Namespace) -> Result:
     if len(runs) == 1:  # where vLLM's file has them
         fields |= runs[0]
     if theirs:
-        fields["baselines"] = theirs
+        fields |= {"baselines": theirs, "speedup": speedups(runs, theirs)}
     return Result(fields, [_table(runs, theirs)], _panels(runs, theirs))
+
+
+def speedups(
+    ours: list[dict[str, Any]], theirs: dict[str, list[dict[str, Any]]]
+) -> dict[str, list[float | None]]:
+    """Their time per output token over ours, by baseline and batch size: above 1 we are faster."""
+    field = "time_per_output_token_us"
+    return {
+        name: [baselines.speedup(a[field], b[field]) for a, b in zip(ours, found, strict=True)]
+        for name, found in theirs.items()
+    }
 
 
 def measure(
@@ -104,10 +115,11 @@ def measure(
 
 
 def _table(runs: list[dict[str, Any]], theirs: dict[str, list[dict[str, Any]]]) -> Table:
-    rows = []
+    rows, faster = [], speedups(runs, theirs)
     for i, ours in enumerate(runs):
         for name, one in (("ostinato", ours), *((n, found[i]) for n, found in theirs.items())):
-            a, b = ours["time_per_output_token_us"], one["time_per_output_token_us"]
+            us = one["time_per_output_token_us"]
+            ratio = None if one is ours else faster[name][i]
             rows.append(
                 (
                     name,
@@ -116,11 +128,11 @@ def _table(runs: list[dict[str, Any]], theirs: dict[str, list[dict[str, Any]]]) 
                     f"{one['percentiles']['50']:.4f}",
                     f"{one['percentiles']['99']:.4f}",
                     f"{one['time_to_first_token_ms']:.2f}",
-                    "-" if b is None else f"{b:.1f}",
+                    "-" if us is None else f"{us:.1f}",
                     "-"
                     if one["output_tokens_per_second"] is None
                     else f"{one['output_tokens_per_second']:.1f}",
-                    "" if one is ours else "-" if a is None or b is None else f"{b / a:.2f}",
+                    "" if one is ours else "-" if ratio is None else f"{ratio:.2f}",
                 )
             )
     columns = (

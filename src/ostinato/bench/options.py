@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..errors import suggest
@@ -96,14 +96,14 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, temperature: float |
     group.add_argument("--disable-detokenize", action="store_true", help="make no text")
 
 
-def add_baseline_argument(parser: argparse.ArgumentParser) -> None:
+def add_baseline_argument(parser: argparse.ArgumentParser, names: Sequence[str] = BASELINES) -> None:
     parser.add_argument(
         "--baseline",
         action="append",
         default=[],
         type=one_of(BASELINES, "baseline"),
         metavar="NAME",
-        help=f"run the same work through {' or '.join(BASELINES)} first; may be repeated",
+        help=f"run the same work through {' or '.join(names)} first; may be repeated",
     )
 
 

@@ -10,14 +10,15 @@ import contextlib
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..errors import ConfigError, GraphError
 from ..types import GraphKey, SamplingParams, StepKind
+from .traffic import Call, by_call, required_bytes
 
 if TYPE_CHECKING:
     from ..engine import Engine
@@ -123,11 +124,19 @@ def replay(engine: Engine, key: GraphKey, rows: Rows) -> tuple[float, float]:
         return backend.microseconds(begin, end) / 1e6 / rows.steps, host / rows.steps
 
 
-def profile_kernels(engine: Engine, key: GraphKey, rows: Rows) -> dict[str, Any]:
-    """Each kernel's time within a replay, by the profiler.
+def profile_kernels(
+    engine: Engine, key: GraphKey, rows: Rows, ceiling: float | None = None
+) -> dict[str, Any]:
+    """Each kernel's time within a replay, by the profiler, and what it must read.
 
     A kernel counts from where all before it had ended. A profiler that traces nodes may hold back
     dependent launches: the undisturbed replay is reported beside the sum.
+
+    Args:
+        engine: idle.
+        key: captured.
+        rows: the sequences.
+        ceiling: bytes a second that the device can read; None: not known.
     """
     from torch.profiler import ProfilerActivity, profile
 
@@ -137,23 +146,41 @@ def profile_kernels(engine: Engine, key: GraphKey, rows: Rows) -> dict[str, Any]
     backend, graph = runner.backend, runner.cache.graph(key)
     nodes = kernels(engine, key)
     undisturbed, _ = replay(engine, key, rows)
+    # Where the undisturbed replays are on average.
+    start = rows.prompt + max(rows.steps - PROFILED_REPLAYS, 0) // 2
+    middle = replace(rows, prompt=start, steps=PROFILED_REPLAYS)
     with (
         engine.device_context(),
-        _live(engine, rows),
+        _live(engine, middle),
         profile(activities=[ProfilerActivity.CUDA]) as profiler,
     ):
         for _ in range(PROFILED_REPLAYS):
             backend.replay(graph)
         backend.wait()
-    return summed(replayed_kernels(profiler), nodes, PROFILED_REPLAYS) | {
+    context = start + (PROFILED_REPLAYS + 1) / 2  # tokens that attention reads, its own among them
+    needed = required_bytes(engine, rows.count, context)
+    calls = by_call(engine.program.model, needed["kv_bytes"], nodes)
+    found = summed(replayed_kernels(profiler), nodes, PROFILED_REPLAYS, calls, ceiling)
+
+    def share(us: float) -> float | None:
+        return needed["bytes"] / us * 1e6 / ceiling if ceiling and us else None
+
+    return found | {
         "batch_size": rows.count,
-        "context_len": rows.prompt,
+        "context_len": context,
+        "bytes_a_step": needed["bytes"],
         "replay_undisturbed_us": undisturbed * 1e6,
+        "share_of_ceiling_sum": share(found["sum_us"]),
+        "share_of_ceiling_undisturbed": share(undisturbed * 1e6),
     }
 
 
 def summed(
-    ran: list[dict[str, Any]], nodes: list[tuple[str, str, int | None]], replays: int
+    ran: list[dict[str, Any]],
+    nodes: list[tuple[str, str, int | None]],
+    replays: int,
+    calls: Sequence[Call] = (),
+    ceiling: float | None = None,
 ) -> dict[str, Any]:
     """Kernel events of several replays by op and kernel, the costliest first; microseconds.
 
@@ -161,24 +188,39 @@ def summed(
         ran: what `graph_kernels` makes of a trace.
         nodes: name, op and layer of each kernel of the graph, in order.
         replays: how often the graph ran.
+        calls: the ops; each one's bytes count for its costliest kernel.
+        ceiling: bytes a second that the device can read; None: not known.
     """
-    times: dict[tuple[str, str], list[float]] = defaultdict(list)
-    if len(ran) == len(nodes) * replays:
-        for event, (name, op, _) in zip(ran, nodes * replays, strict=True):
-            times[op, name].append(event["added"])
+    times: dict[tuple[str, str, str], list[float]] = defaultdict(list)
+    read: dict[tuple[str, str, str], float] = defaultdict(float)
+    count = len(nodes)
+    if len(ran) == count * replays:
+        parts = [call.part for call in calls for _ in call.nodes] or [""] * count
+        rows_of = [(op, part, name) for (name, op, _), part in zip(nodes, parts, strict=True)]
+        for event, row in zip(ran, rows_of * replays, strict=True):
+            times[row].append(event["added"])
+        alone = [statistics.median(event["added"] for event in ran[i::count]) for i in range(count)]
+        for call in calls:
+            if call.nbytes is not None:
+                read[rows_of[max(call.nodes, key=alone.__getitem__)]] += call.nbytes
     else:  # the profiler lost some, or saw others: the events' own names are all that is sure
         for event in ran:
-            times["", str(event["name"])[:60]].append(event["added"])
-    rows: list[dict[str, Any]] = [
-        {
-            "op": op,
-            "kernel": name,
-            "launches": len(found) / replays,
-            "us_each": statistics.median(found),
-            "us_a_step": sum(found) / replays,
-        }
-        for (op, name), found in times.items()
-    ]
+            times["", "", str(event["name"])[:60]].append(event["added"])
+    rows: list[dict[str, Any]] = []
+    for (op, part, name), found in times.items():
+        us, nbytes = sum(found) / replays, read.get((op, part, name))
+        rows.append(
+            {
+                "op": op,
+                "part": part,
+                "kernel": name,
+                "launches": len(found) / replays,
+                "us_each": statistics.median(found),
+                "us_a_step": us,
+                "bytes_a_step": nbytes,
+                "share_of_ceiling": nbytes / us * 1e6 / ceiling if nbytes and us and ceiling else None,
+            }
+        )
     span = ran[-1]["ts"] + ran[-1]["dur"] - ran[0]["ts"] if ran else 0.0
     return {
         "kernels": sorted(rows, key=lambda row: -row["us_a_step"]),

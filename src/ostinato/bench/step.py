@@ -18,14 +18,16 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from . import baselines, options
+from .latency import speedups
 from .plot import Panel, Series
 from .result import Result, Table, filled
+from .traffic import required_bytes
 
 if TYPE_CHECKING:
-    from ..engine import Engine
     from ..llm import LLM
     from .replay import Rows
 
+_CONTEXTS = [256, 1024, 4096]
 _EDGE = 8
 """Steps at the beginning and end of a request that are no steady steps."""
 
@@ -43,9 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--context-len",
         type=at_least(2),
         nargs="+",
-        default=[256],
         metavar="N",
-        help="mean tokens in the cache (256); the batch sizes run at the first, the others at the first batch size",
+        help="mean tokens in the cache (GPU: 256 1024 4096, as far as the model goes; CPU: 256); the batch sizes run "
+        "at the first, the others at the first batch size",
     )
     parser.add_argument(
         "--output-len",
@@ -63,10 +65,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> Result:
     import torch
 
-    args.input_len, args.num_iters_warmup = _prompt(args.context_len[0], args.output_len), 1
     on_gpu = args.device != "cpu" and torch.cuda.is_available()
     if args.batch_size is None:
         args.batch_size = [1, 8, 32, 64, 128] if on_gpu else [1, 4]
+    if args.context_len is None:
+        args.context_len = _contexts(args) if on_gpu else _CONTEXTS[:1]
+    args.input_len, args.num_iters_warmup = _prompt(args.context_len[0], args.output_len), 1
     theirs = baselines.latency(args)
     ceiling = measure_ceiling() if on_gpu else None
     llm = options.make_llm(
@@ -82,7 +86,8 @@ def run(args: argparse.Namespace) -> Result:
         pairs += [(args.batch_size[0], length) for length in args.context_len[1:]]
         best = ceiling["bytes_per_second"] if ceiling else None
         points = [measure(llm, args, size, length, best) for size, length in pairs]
-        kernels = _kernels(llm, args, *pairs[0])
+        found = [_kernels(llm, args, *pair, best) for pair in pairs[: len(args.batch_size)]]
+        kernels = [table for table in found if table is not None]
         fields: dict[str, Any] = {
             "output_len": args.output_len,
             "ceiling": ceiling,
@@ -93,13 +98,13 @@ def run(args: argparse.Namespace) -> Result:
         notes = [*_ceiling_note(ceiling), *_notes(llm, kernels)]
     finally:
         llm.close()
+    faster = speedups(points[: len(args.batch_size)], theirs)
     if theirs:
-        fields["baselines"] = theirs
+        fields |= {"baselines": theirs, "speedup": faster}
     tables = [_table(points), _host_table(points)]
     if theirs:
-        tables.append(_baseline_table(points, theirs))
-    if kernels:
-        tables.append(_kernel_table(kernels))
+        tables.append(_baseline_table(points, theirs, faster))
+    tables += map(_kernel_table, kernels)
     return Result(fields, tables, _panels(points, len(args.batch_size)), notes)
 
 
@@ -184,36 +189,24 @@ def _rows(args: argparse.Namespace, batch: int, context: int) -> Rows:
     return Rows(batch, _prompt(context, tokens), tokens - 1, options.sampling(args, tokens))
 
 
-def _kernels(llm: LLM, args: argparse.Namespace, batch: int, context: int) -> dict[str, Any] | None:
+def _kernels(
+    llm: LLM, args: argparse.Namespace, batch: int, context: int, ceiling: float | None
+) -> dict[str, Any] | None:
     """Where the time of a replay goes; None where there is no graph."""
     from .replay import capture, profile_kernels
 
     rows = _rows(args, batch, context)
     key = capture(llm.engine, rows.params, batch)
-    return profile_kernels(llm.engine, key, rows) if key is not None else None
+    return profile_kernels(llm.engine, key, rows, ceiling) if key is not None else None
 
 
-def required_bytes(engine: Engine, batch: int, context: float) -> dict[str, float]:
-    """What a decode step must read at least: every weight once, and the keys and values of its rows.
+def _contexts(args: argparse.Namespace) -> list[int]:
+    """The default ones that the model has positions for; the first in any case."""
+    from ..models.registry import spec_from_config
 
-    Tables of which a step reads single rows (the embedding where the head is another tensor, the
-    rotary table) are left out.
-    """
-    from ..kv_cache import KVCache
-
-    config, spec = engine.config, engine.spec
-    tensors = engine.program.model.tensors()
-    distinct = {t.data_ptr(): t.numel() * t.element_size() for t in tensors.values()}
-    embedding = tensors["embedding"].data_ptr()
-    looked_up = [tensors["rope"].data_ptr()]
-    if all(t.data_ptr() != embedding for name, t in tensors.items() if name != "embedding"):
-        looked_up.append(embedding)
-    weights = sum(distinct.values()) - sum(distinct[address] for address in looked_up)
-    a = spec.attention
-    block = KVCache.bytes_per_block(spec.num_layers, config.block_size, a.kv_heads, a.head_dim, config.dtype)
-    seen = min(context, a.sliding_window) if a.sliding_window else context
-    kv = batch * seen * block / config.block_size
-    return {"weight_bytes": weights, "kv_bytes": kv, "bytes": weights + kv}
+    most = args.max_model_len or spec_from_config(options.model_config(args)).max_positions
+    fit = [n for n in _CONTEXTS[1:] if _prompt(n, args.output_len) + args.output_len <= most]
+    return [_CONTEXTS[0], *fit]
 
 
 # --- through the engine ---------------------------------------------------------------------
@@ -370,31 +363,53 @@ def _host_table(points: list[dict[str, Any]]) -> Table:
     return filled(columns, rows, "The host in a steady step")
 
 
-def _baseline_table(points: list[dict[str, Any]], theirs: dict[str, list[dict[str, Any]]]) -> Table:
-    rows = []
-    for name, found in theirs.items():
-        for ours, run in zip(points, found, strict=False):  # the batch sizes come first
-            a, b = ours["time_per_output_token_us"], run["time_per_output_token_us"]
-            rows.append((name, str(run["batch_size"]), _cell(a), _cell(b), f"{b / a:.2f}"))
-    columns = ("baseline", "batch", "our us/token", "its us/token", "ours is faster by")
-    return Table(columns, rows, "The same through others")
+def _baseline_table(
+    points: list[dict[str, Any]],
+    theirs: dict[str, list[dict[str, Any]]],
+    faster: dict[str, list[float | None]],
+) -> Table:
+    field = "time_per_output_token_us"
+    rows = [
+        (
+            name,
+            str(run["batch_size"]),
+            f"{ours['context_len']:.0f}",
+            _cell(ours[field]),
+            _cell(run[field]),
+            _cell(ratio, 2),
+        )
+        for name, found in theirs.items()
+        # The batch sizes come first: they run at the first context.
+        for ours, run, ratio in zip(points, found, faster[name], strict=False)
+    ]
+    columns = ("baseline", "batch", "context", "our us/token", "its us/token", "ours is faster by")
+    return Table(columns, rows, "The same through others, at the first context length alone")
 
 
 def _kernel_table(found: dict[str, Any]) -> Table:
     rows = [
         (
-            row["op"] or "-",
+            ", ".join(filter(None, (row["op"], row["part"]))) or "-",
             row["kernel"],
             f"{row['launches']:g}",
             f"{row['us_each']:.2f}",
             f"{row['us_a_step']:.1f}",
+            _cell(row["bytes_a_step"], 2, 1e-6),
+            _cell(row["share_of_ceiling"], 1, 100),
         )
         for row in found["kernels"]
     ]
-    title = (
-        f"Kernels of a replay, batch {found['batch_size']}, context {found['context_len']}, by the profiler"
-    )
-    return Table(("op", "kernel", "launches", "us each", "us a step"), rows, title)
+    for name, time_field, share_field in (
+        ("sum", "sum_us", "share_of_ceiling_sum"),
+        ("replay under the profiler", "replay_under_profiler_us", None),
+        ("replay undisturbed", "replay_undisturbed_us", "share_of_ceiling_undisturbed"),
+    ):
+        share = _cell(found[share_field], 1, 100) if share_field else "-"
+        read = _cell(found["bytes_a_step"], 2, 1e-6) if share_field else "-"
+        rows.append((name, "", "", "", f"{found[time_field]:.1f}", read, share))
+    title = f"Kernels of a replay, batch {found['batch_size']}, context {found['context_len']:.0f}, by the profiler"
+    columns = ("op", "kernel", "launches", "us each", "us a step", "MB a step", "% of ceiling")
+    return filled(columns, rows, title)
 
 
 def _ceiling_note(ceiling: dict[str, Any] | None) -> list[str]:
@@ -407,7 +422,7 @@ def _ceiling_note(ceiling: dict[str, Any] | None) -> list[str]:
     ]
 
 
-def _notes(llm: LLM, kernels: dict[str, Any] | None) -> list[str]:
+def _notes(llm: LLM, kernels: list[dict[str, Any]]) -> list[str]:
     why = llm.engine.why_no_graphs
     if why is not None:
         return [
@@ -416,12 +431,12 @@ def _notes(llm: LLM, kernels: dict[str, Any] | None) -> list[str]:
             else "On a CPU there is no replay, no kernel table, no measured ceiling and no idle share, and launching "
             "is computing. The step through LLM.generate, the bytes and commit are as on a GPU."
         ]
-    if kernels is None:
+    if not kernels:
         return []
     return [
-        f"The kernels' times add up to {kernels['sum_us']:.1f} us; a replay takes "
-        f"{kernels['replay_undisturbed_us']:.1f} us undisturbed and {kernels['replay_under_profiler_us']:.1f} us under "
-        "the profiler, which may hold back dependent launches. A kernel counts from where those before it had ended."
+        "A kernel counts from where those before it had ended, though it may have begun to read before: its share of "
+        "the ceiling is then too high (above 100 %, even), and theirs too low. The profiler may hold back dependent "
+        "launches. MB are weights, keys and values, each counted once; an op's stand beside its costliest kernel."
     ]
 
 

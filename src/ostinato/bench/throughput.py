@@ -78,7 +78,8 @@ def run(args: argparse.Namespace) -> Result:
     finally:
         llm.close()
     if theirs:
-        fields["baselines"] = theirs
+        faster = {name: speedup(ours, one) for name, one in theirs.items()}
+        fields |= {"baselines": theirs, "speedup": faster}
     sides = {"ostinato": ours, **theirs}
     return Result(fields, [_table(sides)], [_panel(sides)])
 
@@ -137,6 +138,11 @@ def figures(work: Work, elapsed: float) -> dict[str, Any]:
     }
 
 
+def speedup(ours: dict[str, Any], theirs: dict[str, Any]) -> float:
+    """Our output tokens a second over theirs: above 1 we are faster."""
+    return float(ours["output_tokens_per_second"] / theirs["output_tokens_per_second"])
+
+
 def _table(sides: dict[str, dict[str, Any]]) -> Table:
     ours = sides["ostinato"]
     rows = [
@@ -149,9 +155,7 @@ def _table(sides: dict[str, dict[str, Any]]) -> Table:
             f"{one['requests_per_second']:.2f}",
             f"{one['tokens_per_second']:,.0f}",
             f"{one['output_tokens_per_second']:,.0f}",
-            ""
-            if one is ours
-            else f"{ours['output_tokens_per_second'] / one['output_tokens_per_second']:.2f}",
+            "" if one is ours else f"{speedup(ours, one):.2f}",
         )
         for name, one in sides.items()
     ]
