@@ -62,7 +62,11 @@ def measure(
     finished = aborted = 0
     # Few at a time are other keys, and other kernels.
     levels = [size for size in (1, 3, 10, 28, 60, 120) if size < max_num_seqs]
-    levels += [max_num_seqs * 5 // 3] * max(2, len(levels) // 2)
+    levels += (
+        [max_num_seqs * 5 // 3] * 2
+        if max_num_seqs <= SEQS
+        else [max_num_seqs * 5 // 3, max_num_seqs, max_num_seqs]
+    )
     most, burst = levels[-1], 0
     begin = time.perf_counter()
     while engine.runner.num_replays < replays and time.perf_counter() - begin < seconds:
@@ -76,6 +80,8 @@ def measure(
                 rng.randrange(vocab) for _ in range(rng.randint(1, longest))
             ]
             running.add(engine.add_request(prompt, random_params(rng, vocab)))
+        if len(running) >= most:
+            burst = 0
         if running and rng.random() < 0.004:
             victim = rng.choice(sorted(running))
             aborted += len(engine.abort([victim]))
