@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,7 +22,7 @@ SWITCHES = {"OSTINATO_CHAIN": "_chain", "OSTINATO_ATTEND": "_attend", "OSTINATO_
 
 
 @pytest.fixture
-def ops(hopper: None, monkeypatch: pytest.MonkeyPatch) -> Any:
+def ops(hopper: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Of a Hopper on which everything can be built."""
     for module in (fused, rows):
         monkeypatch.setattr(module, "build", lambda *args, **more: SimpleNamespace(handle=1))
@@ -31,7 +32,8 @@ def ops(hopper: None, monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.delenv(name, raising=False)
     made = ops_with_the_kernel()
     made._products = made._attention = SimpleNamespace()
-    return made
+    yield made
+    made._fused = made._claim = None  # a failed test's traceback would keep it from the next one
 
 
 def found(ops: Any) -> dict[str, bool]:
