@@ -49,7 +49,7 @@ def measure(
         load_format="dummy",
         max_model_len=1024,
         max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=512 if max_num_seqs <= SEQS else 2048,
+        max_num_batched_tokens=2048 if max_num_seqs > SEQS else 512,
         cudagraph_verify_every=verify_every,
         num_gpu_blocks_override=320 * max_num_seqs // SEQS,  # tight, so that requests are preempted too
         seed=seed,
@@ -67,19 +67,22 @@ def measure(
         if max_num_seqs <= SEQS
         else [max_num_seqs * 5 // 3, max_num_seqs, max_num_seqs]
     )
-    most, burst = levels[-1], 0
+    many = max_num_seqs > SEQS
+    most, burst, kinds = levels[3 if many else -1], 0, 1.0
     begin = time.perf_counter()
     while engine.runner.num_replays < replays and time.perf_counter() - begin < seconds:
-        if rng.random() < 0.004:
+        if rng.random() < (0.01 if many else 0.004):
             most = rng.choice(levels)
-        if max_num_seqs > SEQS and not burst and rng.random() < 0.1:
+            # One row with everything makes a step one with everything.
+            kinds = rng.choice((0.4, 0.9, 1.0)) if many else 1.0
+        if many and not burst and rng.random() < 0.1:
             burst = rng.randint(1, max_num_seqs // 3)
         while len(running) < most and (burst > 0 or rng.random() < 0.3 * SEQS / max_num_seqs):
             burst -= burst > 0
             prompt = (rng.choice(shared) if rng.random() < 0.3 else []) + [
                 rng.randrange(vocab) for _ in range(rng.randint(1, longest))
             ]
-            running.add(engine.add_request(prompt, random_params(rng, vocab)))
+            running.add(engine.add_request(prompt, random_params(rng, vocab, kinds)))
         if len(running) >= most:
             burst = 0
         if running and rng.random() < 0.004:
@@ -135,10 +138,11 @@ def whole_layers(engine: Any) -> list[str]:
     return [f"{line.op}, {line.rows} rows: {line.version}{', measured' * line.measured}" for line in lines]
 
 
-def random_params(rng: random.Random, vocab: int) -> Any:
+def random_params(rng: random.Random, vocab: int, kinds: float = 1.0) -> Any:
+    """`kinds`: 0.4 for greedy ones alone, 0.9 for such with sampling too."""
     from ostinato import SamplingParams
 
-    kind = rng.random()
+    kind = rng.random() * kinds
     common: dict[str, Any] = {"max_tokens": rng.randint(1, 150), "ignore_eos": True}
     if kind < 0.4:
         return SamplingParams(temperature=0.0, **common)

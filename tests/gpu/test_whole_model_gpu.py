@@ -42,9 +42,12 @@ def test_no_worse_than_the_ops(turn: int) -> None:
 @pytest.mark.parametrize("count", [129, 200, 256])
 def test_more_rows_than_our_tiles_multiply(count: int, quantization: str | None) -> None:
     """Products are the library's or, FP8, of plain tiles; attention's blocks come in turn."""
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("needs Hopper")
     seed = random.SystemRandom().randrange(2**31)
     case = dataclasses.replace(draw(seed), quantization=quantization)
     print(seed, case)  # shown when it fails
-    model = case.model()
+    model, held = case.model(), fused.FusedDecode(CUDA)  # no op set claims another
     assert list(many_rows(case, model, wide(model), (count,))) == [f"{count} rows"]
+    del held, model
     torch.cuda.empty_cache()

@@ -24,9 +24,16 @@ def script() -> dict[str, Any]:
 def test_races_within_a_library_are_not_ours() -> None:
     theirs = "========= Error: Race reported between Read access at cudnn_generated_sdpa_kernel0_0+0x300\n"
     ours = "========= Error: Race reported between Read access at attention+0x300\n"
+    product = "========= Error: Race reported between Read access at nvjet_sm90_tst_8x64+0x2800\n"
+    product += "=========     and Write access at nvjet_sm90_tst_8x64+0x2800 [288 hazards]\n"
+    both = product.replace("and Write access at nvjet_", "and Write access at stream_")
     end = ".   [100%]\n1 passed in 12.36s\n========= RACECHECK SUMMARY: 1 hazard displayed\n"
     only_libraries = script()["only_libraries"]
     assert only_libraries(9, theirs + end)
+    assert only_libraries(9, product + end)
+    assert only_libraries(9, theirs + product + end)
+    assert not only_libraries(9, product + both + end)
+    assert not only_libraries(9, product + "========= Error: Invalid read\n" + end)
     assert not only_libraries(9, theirs + ours + end)
     assert not only_libraries(9, ours + end)
     assert not only_libraries(9, end)

@@ -24,6 +24,7 @@ SWITCHES = {"OSTINATO_CHAIN": "_chain", "OSTINATO_ATTEND": "_attend", "OSTINATO_
 @pytest.fixture
 def ops(hopper: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Of a Hopper on which everything can be built."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # nor is there one elsewhere
     for module in (fused, rows):
         monkeypatch.setattr(module, "build", lambda *args, **more: SimpleNamespace(handle=1))
     monkeypatch.setattr(chain, "Chain", lambda *args: "chain")
