@@ -3,10 +3,11 @@
     python benchmarks/soak.py [--shape smollm2-135m] [--replays 100000] [--verify-every 40]
     python benchmarks/soak.py --part 1/4 --json soak.json; ...; python benchmarks/soak.py --part 4/4 --json soak.json
     python benchmarks/soak.py --parallel 4 --json soak.json
+    python benchmarks/soak.py --shape llama-3.2-1b --max-num-seqs 160 --seconds 25
 
 Requests of random lengths and sampling parameters come and go; every so many replays one is run
 both ways on live rows and compared bit for bit. At the end every captured key is tried at every
-size, its pointers are audited, and its values held against a second capture. A run that is too
+size (one of many rows at a few), its pointers are audited, and its values held against a second capture. A run that is too
 long for one call is split: each part has its share of the replays and traffic of its own, and FILE
 holds the sum of the parts so far. `--parallel` runs the parts at once, each in a process of its own on the one GPU.
 """
@@ -20,11 +21,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
+
+SEQS = 24
+"""Most sequences of a step, unless told otherwise"""
 
 
 def measure(
@@ -33,8 +38,9 @@ def measure(
     verify_every: int = 40,
     seconds: float = 300.0,
     seed: int = 0,
+    max_num_seqs: int = SEQS,
 ) -> dict[str, Any]:
-    """Run until enough replays, or until the time is up."""
+    """Run until enough replays, or until the time is up; with many rows requests come in bursts, so that most steps only decode."""
     from ostinato import LLM
 
     rng = random.Random(seed)
@@ -42,10 +48,10 @@ def measure(
         model=shape,
         load_format="dummy",
         max_model_len=1024,
-        max_num_seqs=24,
-        max_num_batched_tokens=512,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=2048 if max_num_seqs > SEQS else 512,
         cudagraph_verify_every=verify_every,
-        num_gpu_blocks_override=320,  # tight, so that requests are preempted too
+        num_gpu_blocks_override=320 * max_num_seqs // SEQS,  # tight, so that requests are preempted too
         seed=seed,
     )
     engine = llm.engine
@@ -54,16 +60,31 @@ def measure(
     shared = [[rng.randrange(vocab) for _ in range(64)] for _ in range(3)]
     running: set[str] = set()
     finished = aborted = 0
-    most = 40
+    # Few at a time are other keys, and other kernels.
+    levels = [size for size in (1, 3, 10, 28, 60, 120) if size < max_num_seqs]
+    levels += (
+        [max_num_seqs * 5 // 3] * 2
+        if max_num_seqs <= SEQS
+        else [max_num_seqs * 5 // 3, max_num_seqs, max_num_seqs]
+    )
+    many = max_num_seqs > SEQS
+    most, burst, kinds = levels[3 if many else -1], 0, 1.0
     begin = time.perf_counter()
     while engine.runner.num_replays < replays and time.perf_counter() - begin < seconds:
-        if rng.random() < 0.004:
-            most = rng.choice((1, 3, 10, 40, 40))  # few at a time are other keys, and other kernels
-        while len(running) < most and rng.random() < 0.3:
+        if rng.random() < (0.01 if many else 0.004):
+            most = rng.choice(levels)
+            # One row with everything makes a step one with everything.
+            kinds = rng.choice((0.4, 0.9, 1.0)) if many else 1.0
+        if many and not burst and rng.random() < 0.1:
+            burst = rng.randint(1, max_num_seqs // 3)
+        while len(running) < most and (burst > 0 or rng.random() < 0.3 * SEQS / max_num_seqs):
+            burst -= burst > 0
             prompt = (rng.choice(shared) if rng.random() < 0.3 else []) + [
                 rng.randrange(vocab) for _ in range(rng.randint(1, longest))
             ]
-            running.add(engine.add_request(prompt, random_params(rng, vocab)))
+            running.add(engine.add_request(prompt, random_params(rng, vocab, kinds)))
+        if len(running) >= most:
+            burst = 0
         if running and rng.random() < 0.004:
             victim = rng.choice(sorted(running))
             aborted += len(engine.abort([victim]))
@@ -81,6 +102,7 @@ def measure(
     book = engine.plan.book
     result = {
         "shape": shape,
+        "max_num_seqs": max_num_seqs,
         "seconds": elapsed,
         "replays": engine.runner.num_replays,
         "eager_steps": {r.value: n for r, n in engine.plan.eager_steps.items()},
@@ -89,6 +111,8 @@ def measure(
         "checks_at_every_size": every_size,
         "mismatches": sum(r.mismatches for r in book.records()),
         "keys": len(book.captured),
+        "decode_replays": decode_replays(engine),
+        "whole_layers": whole_layers(engine),
         "finished": finished,
         "aborted": aborted,
         "preemptions": engine.scheduler.num_preemptions,
@@ -99,10 +123,26 @@ def measure(
     return result
 
 
-def random_params(rng: random.Random, vocab: int) -> Any:
+def decode_replays(engine: Any) -> dict[str, int]:
+    """Replays of decode steps by padded rows."""
+    found: Counter[int] = Counter()
+    for key, count in engine.plan.graph_steps.items():
+        if key.num_tokens == key.num_seqs and str(key).startswith("decode"):
+            found[key.num_seqs] += count
+    return {str(rows): found[rows] for rows in sorted(found)}
+
+
+def whole_layers(engine: Any) -> list[str]:
+    """What kernels of more than one op serve, and whether that was measured."""
+    lines = [line for line in engine.program.ops.versions() if line.op in ("fused", "attend", "chain")]
+    return [f"{line.op}, {line.rows} rows: {line.version}{', measured' * line.measured}" for line in lines]
+
+
+def random_params(rng: random.Random, vocab: int, kinds: float = 1.0) -> Any:
+    """`kinds`: 0.4 for greedy ones alone, 0.9 for such with sampling too."""
     from ostinato import SamplingParams
 
-    kind = rng.random()
+    kind = rng.random() * kinds
     common: dict[str, Any] = {"max_tokens": rng.randint(1, 150), "ignore_eos": True}
     if kind < 0.4:
         return SamplingParams(temperature=0.0, **common)
@@ -118,13 +158,20 @@ def random_params(rng: random.Random, vocab: int) -> Any:
     )
 
 
+def sizes(num_seqs: int) -> list[int]:
+    """Numbers of rows to try a key at: all, or of many its ends, the fewest that are padded to it, and one between."""
+    if num_seqs <= SEQS:
+        return list(range(1, num_seqs + 1))
+    return sorted({1, 2, num_seqs // 2, num_seqs - num_seqs // 9, num_seqs - 1, num_seqs})
+
+
 def try_every_size(engine: Any) -> int:
-    """Each captured key on scratch rows at every number of rows that it can serve; returns how many."""
+    """Each captured key on scratch rows at every number of rows that it can serve (see `sizes`); returns how many."""
     runner, count = engine.runner, 0
     with engine.device_context():
         for record in engine.plan.book.captured:
             replay = partial(runner.backend.replay, runner.cache.graph(record.key))
-            for rows in range(1, record.key.num_seqs + 1):
+            for rows in sizes(record.key.num_seqs):
                 trial = runner.checker.trial(
                     record.key, rows, partial(run_eagerly, engine, record.key), replay
                 )
@@ -197,6 +244,8 @@ def merge(parts: dict[str, dict[str, Any]]) -> dict[str, Any]:
             eager[reason] = eager.get(reason, 0) + count
     return {
         "shape": runs[0]["shape"],
+        "max_num_seqs": runs[0].get("max_num_seqs", SEQS),
+        "decode_replays": dict(sum((Counter(run.get("decode_replays", {})) for run in runs), Counter())),
         **{name: sum(run[name] for run in runs) for name in SUMMED},
         "eager_steps": eager,
         "keys": max(run["keys"] for run in runs),
@@ -229,7 +278,14 @@ def together(args: argparse.Namespace) -> dict[str, Any]:
         "--verify-every",
         str(args.verify_every),
     ]
-    options += ["--seconds", str(args.seconds), "--seed", str(args.seed)]
+    options += [
+        "--seconds",
+        str(args.seconds),
+        "--seed",
+        str(args.seed),
+        "--max-num-seqs",
+        str(args.max_num_seqs),
+    ]
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / f"{number}.json" for number in range(1, parts + 1)]
         running = [
@@ -258,6 +314,7 @@ if __name__ == "__main__":
     parser.add_argument("--verify-every", type=int, default=40, help="one replay in so many is checked")
     parser.add_argument("--seconds", type=float, default=300.0, help="of traffic, in this call")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--max-num-seqs", type=int, default=SEQS, help="of a step (24)")
     parser.add_argument("--part", type=part_of, default=(1, 1), metavar="I/N")
     parser.add_argument("--parallel", type=int, default=0, metavar="N", help="N parts at once")
     parser.add_argument("--json", type=Path, help="add this part's result to FILE")
@@ -267,7 +324,8 @@ if __name__ == "__main__":
         raise SystemExit
     number, parts = args.part
     share = -(-args.replays // parts)
-    found = measure(args.shape, share, args.verify_every, args.seconds, parts * args.seed + number)
+    seed = parts * args.seed + number
+    found = measure(args.shape, share, args.verify_every, args.seconds, seed, args.max_num_seqs)
     if args.json:
         found = add_part(args.json, number, parts, found)
     print(json.dumps(found, indent=1))

@@ -126,7 +126,7 @@ def test_no_worse_than_the_op(
     check(ops, seed, shape, sequences(seed, 13), norm, pad_seqs=3, block_size=block_size)
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 7, 16, 31, 64, 129, 134])
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 16, 31, 64, 129, 134, 256])
 @pytest.mark.parametrize(("shape", "norm"), [(LLAMA_1B, False), (QWEN, True)])
 def test_every_number_of_rows(
     ops: TritonOps, seed: int, shape: AttentionShape, norm: bool, count: int

@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,22 @@ def pair() -> Iterator[tuple[LLM, LLM]]:
 @pytest.mark.parametrize("batch", [1, 3, 8, 33])
 def test_graph_and_eager_are_equal_bit_for_bit(pair: Any, batch: int, sampler: str) -> None:
     assert_equal_bit_for_bit(pair, batch, sampler)
+
+
+@pytest.fixture(scope="module")
+def wide_pair() -> Iterator[tuple[LLM, LLM]]:
+    """Random weights, and room for as many rows as a step may have."""
+    options = {"model": "smollm2-135m", "load_format": "dummy", "max_num_seqs": 256}
+    options |= {"max_num_batched_tokens": 4096, "kv_cache_memory_bytes": 2 << 30}
+    with make_pair(partial(make, **options)) as made:
+        yield made
+
+
+@pytest.mark.parametrize(("batch", "sampler"), [(129, "greedy"), (200, "sample"), (256, "full")])
+def test_many_rows_are_equal_bit_for_bit(wide_pair: Any, batch: int, sampler: str) -> None:
+    assert_equal_bit_for_bit(wide_pair, batch, sampler)
+    records = wide_pair[0].engine.plan.book.captured
+    assert all(r.trusted and not r.mismatches for r in records), records
 
 
 def assert_equal_bit_for_bit(pair: tuple[LLM, LLM], batch: int, sampler: str) -> None:

@@ -7,6 +7,7 @@ import gc
 import logging
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,6 +20,7 @@ from ostinato import LLM, SamplingParams
 from ostinato.graphs import inspect
 from ostinato.graphs.inspect import AddressBook, Node
 from ostinato.graphs.labels import Label, LabelledOps
+from ostinato.models.shapes import SHAPES
 from ostinato.types import StepKind
 
 pytestmark = pytest.mark.gpu
@@ -293,13 +295,27 @@ def at_decode_step(
     llm: LLM, lengths: list[int], values: dict[str, Any], step: int, what: Callable[[Any], Any]
 ) -> Any:
     """What a function of the batch returns right behind the n-th decode step of all sequences."""
+    return at_step(
+        llm,
+        lengths,
+        values,
+        step,
+        what,
+        lambda key: key.kind is StepKind.DECODE and key.num_seqs == len(lengths),
+    )
+
+
+def at_step(
+    llm: LLM, lengths: list[int], values: dict[str, Any], step: int, what: Callable[[Any], Any], wanted: Callable[[Any], bool],
+) -> Any:  # fmt: skip
+    """The same of the n-th step whose key is `wanted`."""
     runner: Any = llm.engine.runner
     run, seen, found = runner.run, 0, []
 
     def observing(batch: Any) -> Any:
         nonlocal seen
         pending = run(batch)
-        if batch.key.kind is StepKind.DECODE and batch.num_seqs == len(lengths):
+        if wanted(batch.key):
             seen += 1
             if seen == step:
                 found.append(what(batch))
@@ -403,6 +419,81 @@ def test_the_kernel_of_a_few_sequences_points_to_registered_memory(variant: str)
         )
     finally:
         llm.close()
+
+
+LAYERS = 2
+CHAINED = {  # by rows: what serves a step of a small model of the 1B shape by rule, all of it ours
+    18: {"begin_decode": 1, "attend": LAYERS, "linear": 3 * LAYERS + 1, "advance": 1},
+    32: {"begin_decode": 1, "attend": LAYERS, "linear": 3 * LAYERS + 1, "advance": 1},
+    64: {"begin_decode": 1, "attention": LAYERS, "linear": 4 * LAYERS + 1, "advance": 1},
+    128: {"begin_decode": 1, "attention": LAYERS, "chain": LAYERS, "linear": 2, "advance": 1},
+}
+BROKEN: dict[int, Counter[str]] = {  # by rows: our own kernels between the library's
+    160: Counter({"prepare_decode": 1, "embed": 1, "rms_norm": 2 * LAYERS + 1, "attention": LAYERS, "silu_mul": LAYERS,
+                  "_chunk_best": 1, "_argmax_partials": 1, "advance": 1}),
+}  # fmt: skip
+BROKEN[256] = BROKEN[160]
+PROMPTS: dict[int, dict[str, int]] = {  # by tokens of a prompt; those of the head depend on its sequences, here one
+    40: {"prepare_mixed": 1, "embed_norm": 1, "linear": 4 * LAYERS, "rope_kv_write": LAYERS, "varlen": LAYERS, "advance": 1},
+    100: {"prepare_mixed": 1, "embed_norm": 1, "linear": 1, "chain": LAYERS, "rope_kv_write": LAYERS, "varlen": LAYERS, "advance": 1},
+    300: {"prepare_mixed": 1, "embed": 1, "rms_norm": 2 * LAYERS, "silu_mul": LAYERS, "rope_kv_write": LAYERS, "varlen": LAYERS,
+          "linear": 0, "chain": 0, "advance": 1},
+}  # fmt: skip
+
+
+def test_a_kernel_follows_another_as_early_as_it_can_at_every_size() -> None:
+    """With `attend.cu` and `chain.cu`, beyond 128 rows, and with prompts: as many kernels as there should be, and no edge between
+    two of ours that waits for an end."""
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("needs Hopper")
+    options = {
+        "max_model_len": 512,
+        "max_num_seqs": 256,
+        "max_num_batched_tokens": 8192,
+        "kv_cache_memory_bytes": 1 << 30,
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OSTINATO_TUNE", "0")  # by rule, so that it is known what serves
+        patch.setitem(SHAPES, "two-layers", {**SHAPES["llama-3.2-1b"], "num_hidden_layers": LAYERS})
+        llm = LLM("two-layers", load_format="dummy", enforce_eager=True, **options)
+    try:
+        program = program_of(llm)
+        if program.ops._chain is None or program.ops._attend is None:
+            pytest.skip("an engine of this process has the kernels whose blocks wait for each other")
+
+        def capture(batch: Any) -> list[Node]:
+            return read(lambda: program(batch), warm=False)
+
+        for rows in (*CHAINED, *BROKEN):
+            graph = at_decode_step(llm, [5 + i % 7 for i in range(rows)], {"temperature": 0.0}, 2, capture)
+            counts = Counter(node.name for node in graph)
+            logger.info("%d rows: %s %s", rows, inspect.summary(graph), dict(counts))
+            if rows in CHAINED:
+                assert counts == CHAINED[rows], rows
+                assert all_early(graph, set(counts)), rows
+            else:
+                assert {name: counts[name] for name in BROKEN[rows]} == BROKEN[rows], rows
+                assert not counts.keys() & {"linear", "chain", "attend"}, "tiles multiply up to 128 rows"
+                assert len(graph) >= BROKEN[rows].total() + 4 * LAYERS + 1, (
+                    "four products of a layer, and the head"
+                )
+                assert all_early(graph, set(BROKEN[rows])), rows
+        for tokens, expected in PROMPTS.items():
+            graph = at_step(
+                llm, [tokens], {"temperature": 0.0}, 1, capture, lambda key: key.kind is StepKind.MIXED
+            )
+            counts = Counter(node.name for node in graph)
+            logger.info("%d tokens: %s %s", tokens, inspect.summary(graph), dict(counts))
+            assert {name: counts[name] for name in expected} == expected, tokens
+            assert all_early(graph, {*expected, "gemv", "_chunk_best", "_argmax_partials"}), tokens
+    finally:
+        llm.close()
+
+
+def all_early(graph: list[Node], ours: set[str]) -> bool:
+    """Whether the graph is a chain in which each of our kernels but the first one is launched early."""
+    chain = all(node.dependencies == ((node.index - 1,) if node.index else ()) for node in graph)
+    return chain and all(node.programmatic == node.dependencies for node in graph[1:] if node.name in ours)
 
 
 def test_labels_name_op_and_layer_of_every_node(llm: LLM) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 
 import pytest
@@ -34,4 +35,19 @@ def test_no_worse_than_the_ops(turn: int) -> None:
     most = (16, 32, 64, 128)[turn]
     assert list(many_rows(case, model, exact, (random.Random(seed).randint(most // 2 + 1, most),)))
     del held, model, exact
+    torch.cuda.empty_cache()
+
+
+@pytest.mark.parametrize("quantization", [None, "fp8"])
+@pytest.mark.parametrize("count", [129, 200, 256])
+def test_more_rows_than_our_tiles_multiply(count: int, quantization: str | None) -> None:
+    """Products are the library's or, FP8, of plain tiles; attention's blocks come in turn."""
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("needs Hopper")
+    seed = random.SystemRandom().randrange(2**31)
+    case = dataclasses.replace(draw(seed), quantization=quantization)
+    print(seed, case)  # shown when it fails
+    model, held = case.model(), fused.FusedDecode(CUDA)  # no op set claims another
+    assert list(many_rows(case, model, wide(model), (count,))) == [f"{count} rows"]
+    del held, model
     torch.cuda.empty_cache()
