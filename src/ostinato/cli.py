@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import GraphError, OstinatoError, RequestError
-from .serve.options import KEY_VARIABLE, from_arguments
+from .bench.options import Parser, at_least
+from .errors import ConfigError, GraphError, OstinatoError, RequestError, SamplingParamsError
+from .serve.options import KEY_VARIABLE, from_arguments, named_model
 from .serve.options import add_arguments as add_serve_arguments
 from .types import RequestOutput, SamplingParams
 from .wake import wake_driver
@@ -29,7 +30,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows "?"
     argv = sys.argv[1:] if argv is None else argv
-    args = _parser(argv).parse_args(argv)
+    parser = _parser(argv)
+    args = parser.parse_args(argv)
+    if args.run is None:
+        parser.error("a COMMAND is missing: ostinato --help lists them")
     logging.basicConfig(
         level=logging.INFO if args.verbose else logging.WARNING, format="%(name)s: %(message)s"
     )
@@ -37,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(args.run(args))
     except OstinatoError as error:
         print(f"ostinato: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, (ConfigError, SamplingParamsError)) else 1
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
@@ -48,8 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     """The arguments of every command; those of `bench` only where `argv` asks for it."""
-    parser = argparse.ArgumentParser(prog="ostinato", description="Generate text with open-weight models.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    parser = Parser(prog="ostinato", description="Generate text with open-weight models.")
+    parser.set_defaults(run=None)
+    commands = parser.add_subparsers(metavar="COMMAND")  # not `required`: an unknown option is then named
 
     def command(name: str, run: Any, text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
@@ -78,7 +83,9 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
         return sub
 
     explain = inspector("explain", _explain, "Say what is decided for a model and why.")
-    explain.add_argument("--batch", type=int, help="what would a decode step of this many sequences do?")
+    explain.add_argument(
+        "--batch", type=at_least(1), help="what would a decode step of this many sequences do?"
+    )
     graphs = inspector("graphs", _graphs, "Capture the ladder of a model and show every graph.")
     graphs.add_argument("--html", metavar="FILE", help="write a page to look at")
     graphs.add_argument("--json", metavar="FILE", help="write the report as data")
@@ -147,8 +154,7 @@ def _make(args: argparse.Namespace) -> tuple[LLM, SamplingParams]:
 
 def _generate(args: argparse.Namespace) -> int:
     llm, params = _make(args)
-    print(args.prompt, end="", flush=True)
-    output = _show(llm, args.prompt, params, chat=False)
+    output = _show(llm, args.prompt, params, chat=False, before=args.prompt)
     _report(llm, output)
     return 0
 
@@ -182,11 +188,12 @@ def _chat(args: argparse.Namespace) -> int:
 
 
 def _inspected(args: argparse.Namespace, **options: Any) -> LLM:
+    model = named_model(args.inspected, args.model)
     wake_driver(args.device)
     from .llm import LLM
 
     named = {name: getattr(args, name) for name in (*_ENGINE, "load_format")}
-    return LLM(args.inspected or args.model, **named | options)
+    return LLM(model, **named | options)
 
 
 def _serve(args: argparse.Namespace) -> int:
@@ -208,11 +215,11 @@ def _explain(args: argparse.Namespace) -> int:
 def _graphs(args: argparse.Namespace) -> int:
     from .graphs import report
 
-    for path in (args.html, args.json, args.dot):
-        _check_writable(path)  # before anything is loaded
+    for name in ("html", "json", "dot"):
+        _check_writable(f"--{name}", getattr(args, name))  # before anything is loaded
     if args.url is not None:
         if args.dot or args.audit:
-            raise GraphError(
+            raise ConfigError(
                 f"{'--dot' if args.dot else '--audit'} needs the graphs themselves: leave --url out"
             )
         from .serve.remote import graphs_report
@@ -246,17 +253,23 @@ def _graphs(args: argparse.Namespace) -> int:
     return 0 if all(result.ok for result in audits.values()) else 1
 
 
-def _check_writable(name: str | None) -> None:
-    """Raise now what `_write` would raise later."""
+def _check_writable(option: str, name: str | None) -> None:
+    """Raise now what `_write` would raise later.
+
+    Raises:
+        ConfigError: no file of that name can be written.
+    """
     if name is None:
         return
     path = Path(name)
+    if not name:
+        raise ConfigError(f"{option} needs the name of a file, got an empty one")
     if path.is_dir():
-        raise OstinatoError(f"{name or 'an empty name'} cannot be written: it is a folder")
+        raise ConfigError(f"{option}: {name} cannot be written: it is a folder")
     if not path.parent.is_dir():
-        raise OstinatoError(f"{name} cannot be written: there is no folder {path.parent}")
+        raise ConfigError(f"{option}: {name} cannot be written: there is no folder {path.parent}")
     if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise OstinatoError(f"{name} cannot be written: permission denied")
+        raise ConfigError(f"{option}: {name} cannot be written: permission denied")
 
 
 def _write(name: str | None, text: str) -> None:
@@ -278,14 +291,19 @@ def _ask() -> str:
         raise RequestError(f"standard input is not text: {error}") from error
 
 
-def _show(llm: LLM, prompt: str, params: SamplingParams, *, chat: bool) -> RequestOutput:
-    """Print a completion as it grows; returns the finished one."""
+def _show(llm: LLM, prompt: str, params: SamplingParams, *, chat: bool, before: str = "") -> RequestOutput:
+    """Print a completion as it grows, and `before` in front of it; returns the finished one."""
     shown = 0
     output = None
-    for output in llm.stream(prompt, params, chat=chat):
-        text = output.outputs[0].text
-        print(text[shown:], end="", flush=True)
-        shown = len(text)
+    try:
+        for output in llm.stream(prompt, params, chat=chat):
+            text = before + output.outputs[0].text
+            print(text[shown:], end="", flush=True)
+            shown = len(text)
+    except OstinatoError:
+        if shown:
+            print(flush=True)  # what is said of the error gets a line of its own
+        raise
     print()
     assert output is not None  # a stream ends with a finished output or an error
     return output

@@ -12,7 +12,7 @@ import random
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -21,7 +21,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .config import EngineConfig, EngineOptions, available_memory, resolve
-from .errors import CheckpointError, EngineDeadError, KVCacheError, RequestError
+from .errors import (
+    CheckpointError,
+    EngineDeadError,
+    KVCacheError,
+    ModelNotFoundError,
+    RequestError,
+    suggest,
+)
 from .graphs.inspect import AddressBook
 from .graphs.keys import KeyBook
 from .graphs.plan import CudaGraphMode, Plan, default_prefill_seqs, default_token_sizes
@@ -627,17 +634,43 @@ def _open(options: EngineOptions) -> tuple[Checkpoint | None, Mapping[str, Any]]
     if options.load_format == "dummy":
         from .models.shapes import SHAPES
 
-        if options.model in SHAPES:
-            return None, SHAPES[options.model]
-        from .models.checkpoint import read_json
-        from .models.hub import resolve as find
-
-        return None, read_json(find(options.model, options.revision) / "config.json")
+        return None, SHAPES[options.model] if options.model in SHAPES else _own_config(options, SHAPES)
     from .models.checkpoint import open_checkpoint
     from .models.hub import resolve as find
 
     checkpoint = open_checkpoint(find(options.model, options.revision))
     return checkpoint, checkpoint.config
+
+
+def _own_config(options: EngineOptions, shapes: Collection[str]) -> Mapping[str, Any]:
+    """The config.json of the folder or hub model that is to get random weights.
+
+    Raises:
+        ModelError: there is none; the message names the `shapes` where one of them may have been meant.
+    """
+    from .models.checkpoint import read_json
+    from .models.hub import DEFAULT_MODEL_NAME
+    from .models.hub import resolve as find
+
+    def refused(why: str, meant: str) -> ModelNotFoundError:
+        near = suggest(meant.lower(), shapes)
+        return ModelNotFoundError(
+            f"load_format='dummy' needs a shape ({', '.join(shapes)}) or a model with a config.json, and {why}"
+            f"{near if 'did you mean' in near else ''}"
+        )
+
+    name = options.model
+    if name in (None, "default", DEFAULT_MODEL_NAME):
+        raise refused("the default model has none", DEFAULT_MODEL_NAME)
+    try:
+        path = find(name, options.revision)
+    except ModelNotFoundError as error:
+        if "/" in name:  # a path, or a hub id that the hub has more to say about
+            raise
+        raise refused(f"{name[:200]!r} is neither", name[:200]) from error
+    if path.is_file():
+        raise refused(f"{path} is a file", path.stem)
+    return read_json(path / "config.json")
 
 
 def _start_tokenizer(
@@ -827,19 +860,27 @@ def _size_cache(
         room = available_memory()
         default = min(_CPU_CACHE_BYTES, room // 2)
         advice = "use a smaller model or a machine with more memory"
-    asked = config.kv_cache_memory_bytes
+    asked, given = config.kv_cache_memory_bytes, "kv_cache_memory_bytes"
     if config.num_blocks_override is not None:
-        blocks, asked = config.num_blocks_override, config.num_blocks_override * per_block
+        blocks, given = config.num_blocks_override, "num_gpu_blocks_override"
+        asked = blocks * per_block
     else:
         blocks = min((asked if asked is not None else max(default, 0)) // per_block, useful)
-        asked = asked if asked is not None else blocks * per_block
-    if asked > max(room, 0):
-        raise KVCacheError(
-            f"the KV cache was asked to take {asked / 2**20:,.0f} MiB, but only {max(room, 0) / 2**20:,.0f} MiB are "
-            "left: lower kv_cache_memory_bytes or num_gpu_blocks_override"
-        )
+    if asked is not None:
+        if asked > max(room, 0):
+            raise KVCacheError(
+                f"the KV cache was asked to take {asked / 2**20:,.0f} MiB, but only {max(room, 0) / 2**20:,.0f} MiB "
+                f"are left: lower {given}"
+            )
+        advice = f"raise {given}"
     fits = (blocks - 1) * size
     if fits < min(config.max_model_len, 2):
+        if asked is not None:
+            least = 2 if config.num_blocks_override is not None else 2 * per_block
+            raise KVCacheError(
+                f"no room for a KV cache: {given} allows {blocks} block{'' if blocks == 1 else 's'} of {per_block:,} "
+                f"bytes, and 2 are the least; {advice} to {least} or more"
+            )
         used = ", ".join(f"{line.name} {line.nbytes / 2**20:,.0f} MiB" for line in memory)
         raise KVCacheError(
             f"no room for a KV cache: {max(room, 0) / 2**20:,.0f} MiB are left, a block takes "

@@ -11,8 +11,16 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from .config import EngineOptions
 from .engine import Engine, build
-from .errors import RequestError
-from .types import CompletionOutput, GraphKey, RequestOutput, RequestOutputKind, SamplingParams
+from .errors import ConfigError, RequestError
+from .types import (
+    CompletionOutput,
+    GraphKey,
+    RequestOutput,
+    RequestOutputKind,
+    SamplingParams,
+    shown,
+    whole,
+)
 
 if TYPE_CHECKING:
     from .graphs.inspect import AuditReport
@@ -33,7 +41,8 @@ class LLM:
     """A model, ready to generate.
 
     Calls may overlap: a stream stays open while other calls run, and threads may share an LLM.
-    Whichever call runs a step hands its outputs to the calls that wait for them.
+    Whichever call runs a step hands its outputs to the calls that wait for them. One thread at a
+    time uses the engine; which comes next is not promised.
 
     Args:
         model: a folder in Hugging Face layout, a `.gguf` file, a hub id, or None for
@@ -295,16 +304,25 @@ class LLM:
 
     def get_metrics(self) -> dict[str, Any]:
         """Counters since the start: steps by graph and by reason, memory, start-up, queue."""
-        return self.engine.metrics()
+        with self._lock:
+            return self.engine.metrics()
 
     def explain(self, batch: int | None = None) -> str:
         """What was decided and why: config with sources, ladder, holes, kernels, buffers, memory.
 
         Args:
             batch: also say what a decode step of that many sequences would do.
+
+        Raises:
+            ConfigError: `batch` is not a number of sequences.
         """
         from .graphs.report import explain
 
+        if batch is not None:
+            try:
+                batch = whole(batch)
+            except TypeError:
+                raise ConfigError(f"batch must be an integer of at least 1, got {shown(batch)}") from None
         return explain(self.graph_report(), batch)
 
     def graph_report(self, *, chains: bool = False) -> GraphReport:

@@ -9,9 +9,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from ostinato import CompletionOutput, RequestOutput, SamplingParams, cli
+from ostinato.errors import FallbackError
 
 SMALL = ["smollm2-135m", "--load-format", "dummy", "--max-model-len", "64"]
 RUN = [sys.executable, "-m", "ostinato.cli"]
@@ -46,12 +50,9 @@ def test_a_conversation_from_standard_input() -> None:
     ("args", "words"),
     [
         (["generate", "x", "--model", "/no/such/folder"], "/no/such/folder"),
-        (["generate", "x", "--temperature", "-1"], "temperature must be"),
         (["generate", ""], "empty"),
-        (["chat", "hi", "--max-model-len", "9999999"], "at most 8192"),
+        (["generate", "word word word word", "--max-model-len", "3"], "max_model_len=3"),
         (["chat", ""], "the message is empty"),
-        (["graphs", "--json", "/no/such/folder/x"], "/no/such/folder/x cannot be written"),
-        (["graphs", "--html", "/tmp"], "it is a folder"),
         (["graphs", *SMALL, "--json", "/dev/full"], "/dev/full cannot be written"),
         (["graphs", *SMALL, "--audit"], "there are no graphs for --audit"),
         (["graphs", *SMALL, "--dot", "/dev/null"], "there are no graphs for --dot"),
@@ -63,6 +64,59 @@ def test_errors_are_one_line_and_exit_1(args: list[str], words: str) -> None:
     assert words in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stderr.count("\n") == 1
+    if args[0] != "graphs":
+        assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["frob"], "'frob'"),
+        (["--frob"], "--frob"),
+        ([], "a COMMAND is missing"),
+        (["bench"], "BENCHMARK"),
+        (["generate"], "prompt"),
+        (["generate", "x", "--max-tokens", "y"], "--max-tokens"),
+        (["generate", "x", "--temperature", "-1"], "temperature must be"),
+        (["generate", "x", "--quantization", "nonsense"], "quantization must be"),
+        (["chat", "--temprature", "1"], "--temprature"),
+        (["chat", "hi", "--max-model-len", "9999999"], "at most 8192"),
+        (["explain", "--batch", "0"], "--batch: must be at least 1"),
+        (["explain", "a", "--model", "b"], "MODEL 'a' and --model 'b'"),
+        (["serve", "a", "--model", "b"], "MODEL 'a' and --model 'b'"),
+        (["serve", "--port", "99999"], "--port must be"),
+        (["serve", "--max-waiting", "-1"], "--max-waiting must be"),
+        (["serve", "--quantization", "nonsense", "--log-level", "error"], "quantization must be"),
+        (["graphs", "--json", "/no/such/folder/x"], "--json: /no/such/folder/x cannot be written"),
+        (["graphs", "--html", "/tmp"], "--html: /tmp cannot be written: it is a folder"),
+        (["graphs", "--json", ""], "--json needs the name of a file"),
+        (["graphs", "--html", ""], "--html needs the name of a file"),
+        (["graphs", "--url", "http://127.0.0.1:9", "--audit"], "--audit needs the graphs themselves"),
+    ],
+    ids=lambda v: " ".join(v) if isinstance(v, list) else "",
+)
+def test_wrong_arguments_are_one_line_and_exit_2(args: list[str], words: str) -> None:
+    done = run(*args)
+    assert done.returncode == 2
+    assert done.stderr.startswith("ostinato")
+    assert words in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert done.stdout == ""
+
+
+def test_the_same_model_twice_is_one() -> None:
+    assert run("explain", *SMALL, "--model", SMALL[0]).returncode == 0
+
+
+def test_an_error_amid_a_text_starts_on_its_own_line(capsys: pytest.CaptureFixture[str]) -> None:
+    class Failing:
+        def stream(self, prompt: str, params: SamplingParams, *, chat: bool) -> Iterator[RequestOutput]:
+            yield RequestOutput("1", prompt, [1], [CompletionOutput(0, " more", [2])], finished=False)
+            raise FallbackError("no graph")
+
+    with pytest.raises(FallbackError):
+        cli._show(Failing(), "word", SamplingParams(), chat=False, before="word")  # type: ignore[arg-type]
+    assert capsys.readouterr().out == "word more\n"
 
 
 def test_chat_without_standard_input() -> None:
@@ -116,12 +170,6 @@ def test_reports_without_graphs(tmp_path: Path) -> None:
     }  # fmt: skip
     assert page.read_text().startswith("<!")
     assert "every op: plain torch, the reference" in page.read_text()
-
-
-def test_an_unknown_flag_exits_2() -> None:
-    done = run("chat", "--temprature", "1")
-    assert done.returncode == 2
-    assert "temprature" in done.stderr
 
 
 def hear_ctrl_c() -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from ostinato import LLM, RequestOutputKind, SamplingParams
-from ostinato.errors import EngineDeadError, FallbackError, RequestError
+from ostinato.errors import ConfigError, EngineDeadError, FallbackError, RequestError
 from ostinato.types import Reason
 
 Tiny = Callable[[str], tuple[Path, Any]]
@@ -584,6 +584,25 @@ def test_two_threads(tiny: Tiny) -> None:
     assert found == [[one] * 6 for one in wanted]
     assert llm._inbox == {}
     llm.engine.scheduler.check()
+
+
+def test_metrics_wait_for_the_step_of_another_thread(tiny: Tiny) -> None:
+    """They walk counters that a step adds to."""
+    llm = tiny_llm(tiny)
+    found: list[dict[str, Any]] = []
+    thread = threading.Thread(target=lambda: found.append(llm.get_metrics()))
+    with llm._lock:
+        thread.start()
+        thread.join(0.2)
+        assert found == []
+    thread.join(60)
+    assert found[0]["num_requests_running"] == 0
+
+
+@pytest.mark.parametrize("batch", ["a", 1.5, True, [1], 0, -1], ids=repr)
+def test_explaining_what_is_no_batch(tiny: Tiny, batch: Any) -> None:
+    with pytest.raises(ConfigError, match="batch must be .*at least 1, got"):
+        tiny_llm(tiny).explain(batch)
 
 
 def test_a_stream_that_is_collected_during_a_step(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,13 +7,16 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 from ostinato import LLM, SamplingParams
@@ -230,8 +233,26 @@ def test_a_length_that_the_cache_cannot_hold(folder: Path) -> None:
     with pytest.raises(KVCacheError, match="max_model_len=144 or less"):
         load(folder, max_model_len=200, num_gpu_blocks_override=10)
     assert load(folder, num_gpu_blocks_override=10).engine.config.max_model_len == 144
-    with pytest.raises(KVCacheError, match="no room"):
-        load(folder, num_gpu_blocks_override=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"num_gpu_blocks_override": 1}, "allows 1 block of .*; raise num_gpu_blocks_override to 2 or more"),
+        ({"kv_cache_memory_bytes": 10}, r"allows 0 blocks of .*; raise kv_cache_memory_bytes to \d+ or more"),
+        ({"max_model_len": 64, "num_gpu_blocks_override": 3}, "or raise num_gpu_blocks_override$"),
+        ({"num_gpu_blocks_override": 1 << 30}, "left: lower num_gpu_blocks_override$"),
+    ],
+    ids=str,
+)
+def test_a_cache_of_the_wrong_size_names_what_was_given(
+    folder: Path, options: dict[str, int], words: str
+) -> None:
+    with pytest.raises(KVCacheError, match=words) as caught:
+        load(folder, **options)
+    assert "machine" not in str(caught.value)
+    if found := re.search(r"raise (\w+) to (\d+) or more", str(caught.value)):
+        assert load(folder, **{found[1]: int(found[2])}).engine.config.max_model_len == 16
 
 
 def test_text_without_a_tokenizer(folder: Path) -> None:
@@ -247,5 +268,26 @@ def test_random_weights_by_shape_name() -> None:
         [[1, 2, 3]], SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True), use_tqdm=False
     )
     assert len(output.outputs[0].token_ids) == 3
-    with pytest.raises((ConfigError, ModelNotFoundError)):
+    with pytest.raises(ModelNotFoundError, match="no such file or folder"):
         LLM("./no-such-shape", load_format="dummy")
+
+
+@pytest.mark.parametrize("model", [None, "default", "SmolLM2-135M-Instruct", "smollm2", "SmolLM2-1350M"])
+def test_random_weights_need_a_shape_or_a_config(model: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelNotFoundError, match="shape.*llama-2-7b.*did you mean 'smollm2-135m'") as caught:
+        LLM(model, load_format="dummy")
+    assert "gguf" not in str(caught.value)
+
+
+def test_random_weights_for_a_file_of_weights(tmp_path: Path) -> None:
+    (tmp_path / "x.gguf").write_bytes(b"")
+    with pytest.raises(ModelNotFoundError, match=r"needs a shape .*x\.gguf is a file$"):
+        LLM(str(tmp_path / "x.gguf"), load_format="dummy")
+
+
+@pytest.mark.parametrize("name", ["owner/name", "name"])
+def test_random_weights_for_a_config(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load(folder, load_format="dummy").engine.spec.num_layers > 0
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(folder))
+    assert LLM(name, load_format="dummy", max_num_seqs=2).engine.spec.num_layers > 0

@@ -156,7 +156,12 @@ BODIES: list[tuple[bytes, str]] = [
     (b"nonsense", "JSON"),
     (b"\xff\xfe{}", "JSON"),
     (b'{"prompt": "\xff"}', "JSON"),
-    (b'{"prompt": "\\ud800"}', "JSON"),
+    (b'{"prompt": "\\ud800"}', "JSON: a lone surrogate in a \\u escape is not a character at line 1"),
+    (b'{"prompt": "\\ud800\\u0041"}', "JSON: a lone surrogate"),
+    (b'{"prompt": "\\udc00"}', "JSON: a lone surrogate"),
+    (b'{"prompt": "\\ud8"}', "JSON: invalid escape"),
+    (b'{"prompt": 5}', "prompt: Input should be a string, a list of strings, a list of token ids or"),
+    (b'{"prompt": null}', "prompt: Input should be a string, a list of strings, a list of token ids or"),
     (b"[]", "the body"),
     (b"null", "the body"),
     (b'"text"', "the body"),
@@ -198,6 +203,16 @@ def test_bodies_of_completions(server: Server, data: bytes, named: str) -> None:
     status, answer = send(server, "/v1/completions", data)
     assert 400 <= status < 500, answer
     assert named in answer["error"]["message"], answer
+
+
+@pytest.mark.parametrize("tokens", [[99999999], [1, 5000], [0] * 3000 + [5000]], ids=len)
+def test_tokens_outside_the_vocabulary_are_no_text(server: Server, tokens: list[int]) -> None:
+    status, answer = send(server, "/detokenize", json.dumps({"tokens": tokens}).encode())
+    assert status == 400, answer
+    where = f"tokens[{len(tokens) - 1}]"
+    assert answer["error"]["param"] == where
+    assert answer["error"]["message"].startswith(f"{where}: token id {tokens[-1]} is out of range")
+    assert send(server, "/detokenize", b'{"tokens": []}')[0] == 200
 
 
 def call(arguments: Any) -> dict[str, Any]:

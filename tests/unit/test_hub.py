@@ -221,8 +221,12 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
 
 
 def test_revision_needs_a_repository(tmp_path: Path) -> None:
-    for name in (None, str(tmp_path)):
-        with pytest.raises(ModelNotFoundError, match="revision"):
+    for name, words in (
+        (None, "no model was named"),
+        ("default", "'default' is not one"),
+        (str(tmp_path), "is not"),
+    ):
+        with pytest.raises(ModelNotFoundError, match=f"revision='main' needs .*, and .*{words}"):
             hub.resolve(name, revision="main")
 
 

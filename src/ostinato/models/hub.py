@@ -70,7 +70,7 @@ def resolve(model: str | os.PathLike[str] | None = None, revision: str | None = 
     """
     name = "default" if model is None else os.fspath(model)
     if name in ("default", DEFAULT_MODEL_NAME):
-        _no_revision(name, revision)
+        _no_revision(None if model is None else name, revision)
         return packaged(DEFAULT_MODEL)
     if not name.strip():
         raise ModelNotFoundError(
@@ -108,10 +108,11 @@ def _looks_like_path(name: str) -> bool:
     )
 
 
-def _no_revision(name: str, revision: str | None) -> None:
+def _no_revision(name: str | None, revision: str | None) -> None:
     if revision is not None:
+        found = "no model was named" if name is None else f"{name!r} is not one"
         raise ModelNotFoundError(
-            f"revision={revision!r} needs a Hugging Face repository id, and {name!r} is not one; leave revision out"
+            f"revision={revision!r} needs a Hugging Face repository id, and {found}; leave revision out"
         )
 
 

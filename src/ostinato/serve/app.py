@@ -150,6 +150,7 @@ def _add_routes(app: FastAPI, service: Service) -> None:
         service.check_model(body.model)
         tokenizer = service.need_tokenizer("tokens")
         ids = body.tokens
+        service.check_ids(ids, "tokens")
         text = await service.run(lambda: tokenizer.decode(ids, False), len(ids) > _LONG_LIST, "tokens")
         return _json(DetokenizeResponse(prompt=text))
 

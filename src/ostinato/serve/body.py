@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 from typing import Any, TypeVar
 
@@ -77,7 +78,8 @@ def parse(model: type[M], data: bytes) -> M:
 def _explain(model: type[BaseModel], data: bytes, error: ValidationError) -> ApiError:
     found = error.errors(include_url=False, include_input=False)
     if found[0]["type"] == "json_invalid":
-        return ApiError(f"the body is not valid JSON: {found[0]['ctx']['error']}", code="invalid_json")
+        reason = _surrogate(data, str(found[0]["ctx"]["error"]))
+        return ApiError(f"the body is not valid JSON: {reason}", code="invalid_json")
     values = from_json(data)
     # Of a field that may be several things each is complained of: what lies deepest was meant.
     first = max(found, key=lambda e: len(re.findall(r"[.\[]", _path(e, values))))
@@ -90,6 +92,17 @@ def _explain(model: type[BaseModel], data: bytes, error: ValidationError) -> Api
     about = dict.fromkeys(e["msg"] for e in found if _path(e, values) == path)
     said = ", or: ".join(list(about)[:_ALTERNATIVES])
     return ApiError(f"{path or 'the body'}: {said}", param=path or None, code="invalid_value")
+
+
+def _surrogate(data: bytes, reason: str) -> str:
+    """`reason`, which is about the digits where an escape is only half of a character."""
+    if "hex escape" not in reason:
+        return reason
+    try:
+        json.loads(data)  # takes lone surrogates, and no other escape that the models' parser refuses
+    except (ValueError, RecursionError):
+        return reason
+    return f"a lone surrogate in a \\u escape is not a character{reason[reason.find(' at line') :]}"
 
 
 def _path(error: ErrorDetails, values: Any) -> str:

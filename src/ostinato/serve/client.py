@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from ..errors import OstinatoError
+from ..errors import ConfigError, OstinatoError
 from .errors import ApiError, engine_died
 from .messages import (
     Abort,
@@ -305,8 +305,8 @@ class EngineClient:
             case Ready():
                 assert self._ready is not None
                 self._ready.set_result(message)
-            case Failed(text):
-                self.gone(text)
+            case Failed(text, wrong_option):
+                self.gone(text, ConfigError if wrong_option else OstinatoError)
             case Alive():
                 pass
             case GraphsReport():
@@ -344,7 +344,7 @@ class EngineClient:
             feed.cached_tokens = first.num_cached_tokens
             feed.prompt_logprobs = first.prompt_logprobs
 
-    def gone(self, reason: str) -> None:
+    def gone(self, reason: str, kind: type[OstinatoError] = OstinatoError) -> None:
         """The engine has ended, or says that it will; everybody who waits for it hears of it."""
         assert self._ready is not None
         assert self.died is not None
@@ -352,7 +352,7 @@ class EngineClient:
             return
         self.died.set_result(reason)
         if not self._ready.done():
-            self._ready.set_exception(OstinatoError(reason))
+            self._ready.set_exception(kind(reason))
         error = engine_died(reason)
         feeds, self._feeds = list(self._feeds.values()), {}
         for feed in feeds:

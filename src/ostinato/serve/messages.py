@@ -89,6 +89,8 @@ class Failed(_Message, frozen=True):
     """The engine ends: it could not be built, or a step raised."""
 
     message: str
+    wrong_option: bool = False
+    """It could not be built because an option has a value that cannot work."""
 
 
 class Refused(_Message, frozen=True):

@@ -148,6 +148,17 @@ _ENGINE = (
 )
 
 
+def named_model(place: str | None, option: str | None) -> str | None:
+    """The model that MODEL or --model names; None: neither.
+
+    Raises:
+        ConfigError: they name two.
+    """
+    if place is not None and option is not None and place != option:
+        raise ConfigError(f"MODEL {place!r} and --model {option!r} are two models: name one")
+    return option if place is None else place
+
+
 def from_arguments(args: argparse.Namespace, engine: Sequence[str]) -> ServeOptions:
     """Options from parsed arguments.
 
@@ -158,7 +169,7 @@ def from_arguments(args: argparse.Namespace, engine: Sequence[str]) -> ServeOpti
     Raises:
         ConfigError: a value that cannot work.
     """
-    model = args.served or args.model
+    model = named_model(args.served, args.model)
     keys = args.api_key
     if keys is None:
         keys = [os.environ[KEY_VARIABLE]] if os.environ.get(KEY_VARIABLE) else []

@@ -106,9 +106,9 @@ class SamplingBody(Body):
 
 
 def _prompt_kind(value: Any) -> str | None:
-    """Which of the four kinds of prompt a value is meant to be."""
+    """Which of the four kinds of prompt a value is meant to be; None: none of them."""
     if not isinstance(value, list):
-        return "text"
+        return "text" if isinstance(value, str) else None
     first = value[0] if value else None
     return "texts" if isinstance(first, str) else "lists of ids" if isinstance(first, list) else "ids"
 
@@ -122,7 +122,11 @@ Prompts: TypeAlias = Annotated[
         Field(max_length=MAX_PROMPTS),
         Tag("lists of ids"),
     ],
-    Discriminator(_prompt_kind),
+    Discriminator(
+        _prompt_kind,
+        custom_error_type="prompt_kind",
+        custom_error_message="Input should be a string, a list of strings, a list of token ids or a list of such lists",
+    ),
 ]
 
 

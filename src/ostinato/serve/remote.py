@@ -7,7 +7,7 @@ from urllib.error import HTTPError
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
-from ..errors import GraphError
+from ..errors import ConfigError, GraphError
 from ..graphs.report import GraphReport
 
 _SECONDS = 60.0
@@ -17,10 +17,11 @@ def graphs_report(url: str, api_key: str | None) -> GraphReport:
     """The graph report of the server at `url`.
 
     Raises:
+        ConfigError: `url` is none.
         GraphError: no server there, it asks for another key, or what it says is no report.
     """
     if urlsplit(url).scheme not in ("http", "https"):
-        raise GraphError(f"--url must be like http://127.0.0.1:8000, got {url!r}")
+        raise ConfigError(f"--url must be like http://127.0.0.1:8000, got {url!r}")
     address = f"{url.rstrip('/')}/graphs?format=json"
     request = Request(address, headers={"Authorization": f"Bearer {api_key}"} if api_key else {})
     try:

@@ -20,7 +20,7 @@ from typing import Any
 
 import uvicorn
 
-from ..errors import ConfigError
+from ..errors import OstinatoError
 from ..models.hub import DEFAULT_MODEL_NAME, resolve
 from ..tokenizer import Tokenizer
 from . import logs
@@ -224,7 +224,7 @@ def _bound(options: ServeOptions) -> Iterator[socket.socket]:
         try:
             sock.bind((options.host, options.port))
         except OSError as error:
-            raise ConfigError(
+            raise OstinatoError(
                 f"cannot listen on {options.host} port {options.port}: {error.strerror or error}; "
                 "choose another with --host and --port"
             ) from error

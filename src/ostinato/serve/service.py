@@ -180,6 +180,15 @@ class Service:
             field = re.match(r"\w+", str(error))
             raise ApiError(str(error), param=field[0] if field else None) from error
 
+    def check_ids(self, ids: Sequence[int], where: str) -> None:
+        """
+        Raises:
+            ApiError: one is not in the vocabulary; names its place.
+        """
+        if max(ids, default=0) >= self.ready.vocab_size:
+            for place, token in enumerate(ids):
+                self._check_id(token, f"{where}[{place}]")
+
     def _check_id(self, token: int | str, where: str) -> None:
         try:
             number = int(token)
@@ -296,10 +305,8 @@ class Service:
                     param="max_tokens",
                     code="context_length_exceeded",
                 )
-            if prompt.text is None and max(prompt.ids) >= self.ready.vocab_size:
-                for place, token in enumerate(prompt.ids):
-                    if token >= self.ready.vocab_size:
-                        self._check_id(token, f"{where}[{place}]")
+            if prompt.text is None:
+                self.check_ids(prompt.ids, where)
 
     def log(self, kind: str, request_id: str, job: Job, user: str | None) -> None:
         """A line for a request, where that was asked for."""

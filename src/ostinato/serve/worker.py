@@ -15,7 +15,7 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-from ..errors import OstinatoError
+from ..errors import ConfigError, OstinatoError
 from ..types import FinishReason, Request, RequestOutputKind, SamplingParams, TokenGrammar, TokenLogprobs
 from ..wake import wake_driver
 from . import logs
@@ -263,7 +263,7 @@ def serve(channel: Channel) -> int:
     try:
         engine = _build(first.options)
     except OstinatoError as error:
-        return _last_words(channel, str(error))
+        return _last_words(channel, str(error), isinstance(error, ConfigError))
     except Exception as error:
         logger.exception("the engine could not be built")
         return _last_words(channel, f"{type(error).__name__}: {error}")
@@ -288,8 +288,8 @@ def _build(options: dict[str, Any]) -> Engine:
     return build(EngineOptions.from_kwargs(options, "ostinato serve"))
 
 
-def _last_words(channel: Channel, message: str) -> int:
-    channel.send(Failed(message))
+def _last_words(channel: Channel, message: str, wrong_option: bool = False) -> int:
+    channel.send(Failed(message, wrong_option))
     channel.flush(_LAST_WORDS_SECONDS)
     return 1
 
