@@ -76,6 +76,15 @@ def speedup(ours: float | None, theirs: float | None) -> float | None:
     return theirs / ours if ours and theirs is not None else None
 
 
+def notes(args: argparse.Namespace) -> list[str]:
+    """What a reader of a ratio has to know."""
+    if not args.baseline or args.quantization is None:
+        return []
+    return [
+        f"The baselines run unquantised, ostinato with {args.quantization} weights: the ratio is of both."
+    ]
+
+
 def _order(args: argparse.Namespace, name: str) -> dict[str, Any]:
     """What every baseline is told: the model's config, and the type and device that the engine would choose.
 

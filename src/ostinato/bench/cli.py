@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError, OstinatoError
+from ..errors import ConfigError, ModelError, OstinatoError, RequestError, SamplingParamsError
 from . import plot
 from .options import Parser
 from .result import Result
@@ -64,7 +64,7 @@ def _checked(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Nam
     def checked(args: argparse.Namespace) -> int:
         try:
             return run(args)
-        except ConfigError as error:
+        except (ConfigError, ModelError, RequestError, SamplingParamsError) as error:
             print(f"ostinato: {error}", file=sys.stderr)
             return 2
 
@@ -76,6 +76,8 @@ def _runner(name: str, run: Callable[[argparse.Namespace], Result]) -> Callable[
         plot.check(args.plot)
         for path in (args.json, args.plot):
             _check_writable(path)  # before minutes of measuring
+        if args.json is not None and args.plot is not None and Path(args.json) == Path(args.plot):
+            raise ConfigError(f"--json and --plot both name {args.json}: one would overwrite the other")
         result = run(args)
         from .environment import describe
 

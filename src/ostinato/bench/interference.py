@@ -58,7 +58,10 @@ def run(args: argparse.Namespace) -> Result:
     llm = options.make_llm(
         options.engine_options(
             args,
-            max_model_len=max(args.input_len + 2 * steps + 16, args.interfere_input_len + 2),
+            {
+                "max_model_len": max(args.input_len + 2 * steps + 16, args.interfere_input_len + 2),
+                "max_num_seqs": args.interfere_decodes + 1,
+            },
             max_num_seqs=args.interfere_decodes + 4,
         )
     )

@@ -39,14 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> Result:
     if args.interfere:
         return interference.run(args)
+    needs = {"max_model_len": args.input_len + args.output_len, "max_num_seqs": max(args.batch_size)}
+    chosen = options.engine_options(args, needs)
     theirs = baselines.latency(args)
-    llm = options.make_llm(
-        options.engine_options(
-            args,
-            max_model_len=args.input_len + args.output_len,
-            max_num_seqs=max(args.batch_size),
-        )
-    )
+    llm = options.make_llm(chosen)
     try:
         generate = options.timed_generate(llm, args, args.input_len)
         runs = [
@@ -65,7 +61,7 @@ def run(args: argparse.Namespace) -> Result:
         fields |= runs[0]
     if theirs:
         fields |= {"baselines": theirs, "speedup": speedups(runs, theirs)}
-    return Result(fields, [_table(runs, theirs)], _panels(runs, theirs))
+    return Result(fields, [_table(runs, theirs)], _panels(runs, theirs), baselines.notes(args))
 
 
 def speedups(

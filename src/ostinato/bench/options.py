@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ..errors import suggest
+from ..errors import ConfigError, suggest
 from ..models.shapes import SHAPES
 
 if TYPE_CHECKING:
@@ -113,9 +113,31 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--plot", metavar="FILE", help="draw the result: FILE.png (matplotlib) or FILE.html")
 
 
-def engine_options(args: argparse.Namespace, **defaults: Any) -> dict[str, Any]:
-    """Keyword arguments of `LLM`; `defaults` fill in what the user left open."""
+def engine_options(
+    args: argparse.Namespace, needs: Mapping[str, int] | None = None, **defaults: Any
+) -> dict[str, Any]:
+    """Keyword arguments of `LLM`; `needs` and `defaults` fill in what the user left open.
+
+    Args:
+        args: as parsed.
+        needs: what the workload cannot do with less of: a figure of less would be another one's.
+        defaults: anything else.
+
+    Raises:
+        ConfigError: the user's own value is less than what is needed.
+        SamplingParamsError: a sampling parameter is wrong, which is better said before minutes of measuring.
+    """
+    for name, least in (needs or {}).items():
+        given = getattr(args, name)
+        if given is not None and given < least:
+            option = f"--{name.replace('_', '-')}"
+            raise ConfigError(
+                f"{option} {given} is less than the {least} that this workload needs: leave it out"
+            )
+    if hasattr(args, "temperature"):
+        sampling(args, 1, temperature=args.temperature or 0.0)
     chosen: dict[str, Any] = {
+        **(needs or {}),
         **defaults,
         "model": args.shape or args.model,
         "load_format": "dummy" if args.shape else args.load_format,
@@ -152,15 +174,24 @@ def sampling(args: argparse.Namespace, max_tokens: int, **changes: Any) -> Sampl
 
 
 def timed_generate(llm: LLM, args: argparse.Namespace, input_len: int) -> Callable[[int, int], float]:
-    """`generate(batch, tokens)`: seconds of a batch of fresh prompts, so that no prefix is cached."""
+    """`generate(batch, tokens)`: seconds of a batch of fresh prompts, so that no prefix is cached.
+
+    It raises ConfigError where a request got fewer tokens: the figure would be too good.
+    """
     rng, vocab = random.Random(args.seed), llm.engine.spec.vocab_size
 
     def generate(batch: int, tokens: int) -> float:
         prompts = [[rng.randrange(vocab) for _ in range(input_len)] for _ in range(batch)]
         params = sampling(args, tokens)
         begin = time.perf_counter()
-        llm.generate(prompts, params, use_tqdm=False)
-        return time.perf_counter() - begin
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        seconds = time.perf_counter() - begin
+        fewest = min(len(output.outputs[0].token_ids) for output in outputs)
+        if fewest != tokens:
+            raise ConfigError(
+                f"{tokens} tokens were asked for and {fewest} made: the figure would be too good"
+            )
+        return seconds
 
     return generate
 

@@ -71,16 +71,14 @@ def run(args: argparse.Namespace) -> Result:
     if args.context_len is None:
         args.context_len = _contexts(args) if on_gpu else _CONTEXTS[:1]
     args.input_len, args.num_iters_warmup = _prompt(args.context_len[0], args.output_len), 1
+    needs = {
+        "max_model_len": _prompt(max(args.context_len), args.output_len) + args.output_len,
+        "max_num_seqs": max(args.batch_size),
+    }
+    chosen = options.engine_options(args, needs, enable_prefix_caching=False)
     theirs = baselines.latency(args)
     ceiling = measure_ceiling() if on_gpu else None
-    llm = options.make_llm(
-        options.engine_options(
-            args,
-            max_model_len=_prompt(max(args.context_len), args.output_len) + args.output_len,
-            max_num_seqs=max(args.batch_size),
-            enable_prefix_caching=False,
-        )
-    )
+    llm = options.make_llm(chosen)
     try:
         pairs = [(size, args.context_len[0]) for size in args.batch_size]
         pairs += [(args.batch_size[0], length) for length in args.context_len[1:]]
@@ -95,7 +93,7 @@ def run(args: argparse.Namespace) -> Result:
             "kernels": kernels,
             "engine": options.described(llm),
         }
-        notes = [*_ceiling_note(ceiling), *_notes(llm, kernels)]
+        notes = [*_ceiling_note(ceiling), *_notes(llm, kernels), *baselines.notes(args)]
     finally:
         llm.close()
     faster = speedups(points[: len(args.batch_size)], theirs)

@@ -50,7 +50,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Result:
     protocol = PROTOCOLS[args.protocol] if args.protocol else None
-    given = [n for n in ("num_prompts", "input_len", "output_len", "random_range_ratio") if getattr(args, n)]
+    given = [
+        n
+        for n in ("num_prompts", "input_len", "output_len", "random_range_ratio")
+        if getattr(args, n) is not None
+    ]
     if protocol and given:
         raise ConfigError(
             f"--protocol {args.protocol} fixes --{given[0].replace('_', '-')}: leave one of the two out"
@@ -58,10 +62,12 @@ def run(args: argparse.Namespace) -> Result:
     if args.temperature is None:
         args.temperature = protocol.temperature if protocol else 0.0
     work = _work(args, options.vocab_size(args), args.seed)
-    theirs = baselines.throughput(args, work)
-    llm = options.make_llm(
-        options.engine_options(args, max_model_len=protocol.max_model_len if protocol else work.longest)
+    longest = {"max_model_len": work.longest}
+    chosen = options.engine_options(
+        args, longest, **({"max_model_len": protocol.max_model_len} if protocol else {})
     )
+    theirs = baselines.throughput(args, work)
+    llm = options.make_llm(chosen)
     try:
         for turn in range(args.num_warmup_runs):
             _seconds(llm, args, _refilled(work, llm.engine.spec.vocab_size, args.seed + 1 + turn))
@@ -81,7 +87,7 @@ def run(args: argparse.Namespace) -> Result:
         faster = {name: speedup(ours, one) for name, one in theirs.items()}
         fields |= {"baselines": theirs, "speedup": faster}
     sides = {"ostinato": ours, **theirs}
-    return Result(fields, [_table(sides)], [_panel(sides)])
+    return Result(fields, [_table(sides)], [_panel(sides)], baselines.notes(args))
 
 
 def _work(args: argparse.Namespace, vocab: int, seed: int) -> Work:
