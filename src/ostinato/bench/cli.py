@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError, ModelError, OstinatoError, RequestError, SamplingParamsError
+from ..errors import ConfigError, OstinatoError, RequestError, SamplingParamsError
 from . import plot
 from .options import Parser
 from .result import Result
@@ -64,7 +64,7 @@ def _checked(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Nam
     def checked(args: argparse.Namespace) -> int:
         try:
             return run(args)
-        except (ConfigError, ModelError, RequestError, SamplingParamsError) as error:
+        except (ConfigError, RequestError, SamplingParamsError) as error:
             print(f"ostinato: {error}", file=sys.stderr)
             return 2
 
