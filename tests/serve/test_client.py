@@ -244,6 +244,7 @@ def test_tokenize_and_back(server: Server, offline: LLM) -> None:
 
 
 def test_graphs_as_data_and_as_a_page(server: Server) -> None:
+    assert post(f"{server.url}/v1/completions", {"model": "tiny", "prompt": "a", "max_tokens": 3})[0] == 200
     status, data, headers = get(f"{server.url}/graphs")
     assert status == 200
     assert headers["content-type"] == "application/json"
