@@ -134,8 +134,11 @@ def decode_replays(engine: Any) -> dict[str, int]:
 
 def whole_layers(engine: Any) -> list[str]:
     """What kernels of more than one op serve, and whether that was measured."""
-    lines = [line for line in engine.program.ops.versions() if line.op in ("fused", "attend", "chain")]
-    return [f"{line.op}, {line.rows} rows: {line.version}{', measured' * line.measured}" for line in lines]
+    from ostinato.graphs.survey import survey
+
+    found = [use for use in survey(engine).kernels if use.op in ("fused", "attend", "chain")]
+    rows = [", ".join(f"{first} to {last}" for first, last in use.decode) for use in found]
+    return [f"{use}, decode steps of {those} rows" for use, those in zip(found, rows, strict=True) if those]
 
 
 def random_params(rng: random.Random, vocab: int, kinds: float = 1.0) -> Any:

@@ -9,11 +9,11 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .bench.options import Parser, at_least
 from .errors import ConfigError, GraphError, OstinatoError, RequestError, SamplingParamsError
+from .files import check_writable, write
 from .serve.options import KEY_VARIABLE, from_arguments, named_model
 from .serve.options import add_arguments as add_serve_arguments
 from .types import RequestOutput, SamplingParams
@@ -216,7 +216,7 @@ def _graphs(args: argparse.Namespace) -> int:
     from .graphs import report
 
     for name in ("html", "json", "dot"):
-        _check_writable(f"--{name}", getattr(args, name))  # before anything is loaded
+        check_writable(f"--{name}", getattr(args, name))  # before anything is loaded
     if args.url is not None:
         if args.dot or args.audit:
             raise ConfigError(
@@ -253,32 +253,10 @@ def _graphs(args: argparse.Namespace) -> int:
     return 0 if all(result.ok for result in audits.values()) else 1
 
 
-def _check_writable(option: str, name: str | None) -> None:
-    """Raise now what `_write` would raise later.
-
-    Raises:
-        ConfigError: no file of that name can be written.
-    """
-    if name is None:
-        return
-    path = Path(name)
-    if not name:
-        raise ConfigError(f"{option} needs the name of a file, got an empty one")
-    if path.is_dir():
-        raise ConfigError(f"{option}: {name} cannot be written: it is a folder")
-    if not path.parent.is_dir():
-        raise ConfigError(f"{option}: {name} cannot be written: there is no folder {path.parent}")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise ConfigError(f"{option}: {name} cannot be written: permission denied")
-
-
 def _write(name: str | None, text: str) -> None:
     if name is None:
         return
-    try:
-        Path(name).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise OstinatoError(f"{name} cannot be written: {error.strerror}") from error
+    write(name, text)
     print(f"wrote {name}")
 
 

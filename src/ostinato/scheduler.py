@@ -40,6 +40,7 @@ from .types import (
     SteadyRows,
     StepKind,
     StepResult,
+    TextSink,
     TokenLogprobs,
 )
 
@@ -153,7 +154,7 @@ class _Steady:
         rows = tuple(request.row for request in requests)
         self.entries, self.requests = entries, requests
         self.with_logprobs = [i for i, r in enumerate(requests) if r.params.logprobs is not None]
-        self.with_stop_strings = [i for i, r in enumerate(requests) if _watches(r)]
+        self.with_stop_strings = [i for i, r in enumerate(requests) if _watching(r) is not None]
         self.members = Members(
             requests,
             rows,
@@ -919,8 +920,9 @@ class Scheduler:
             request.silent_end = True
             self._finish(entry, FinishReason.STOP)
             return
-        if request.sink is not None and request.sink.watches:
-            match = request.sink.push(token)
+        sink = _watching(request)
+        if sink is not None:
+            match = sink.push(token)
             if match is not None and may_stop:
                 request.stop_reason = match
                 self._finish(entry, FinishReason.STOP)
@@ -957,8 +959,10 @@ class Scheduler:
         del self._entries[request.request_id]  # last: an interrupt in between loses no request
 
 
-def _watches(request: Request) -> bool:
-    return request.sink is not None and request.sink.watches
+def _watching(request: Request) -> TextSink | None:
+    """What each of its tokens is pushed to as it comes."""
+    sink = request.sink
+    return sink if sink is not None and sink.watches else None
 
 
 def _keep_logprobs(request: Request, token: int, result: tuple[Logprob, TokenLogprobs] | None) -> None:

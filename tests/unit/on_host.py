@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
 from ostinato.ops.cuda.program import source_text
 
@@ -98,3 +99,17 @@ def compiled(
     options = ["-std=c++17", "-O2", "-w", "-U_FORTIFY_SOURCE", "-shared", "-fPIC", *flags, *defines]
     subprocess.run([str(COMPILER), *options, str(file), "-o", str(library)], check=True)
     return ctypes.CDLL(str(library))
+
+
+Written = Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+"""What a kernel in front of the next one writes: where, what stands there until the wait, and what from then on"""
+
+
+def run_tiles(library: ctypes.CDLL, written: Written, params: bytes, seed: int) -> bool:
+    """Run a program of `tiles_launch`; whether all its threads ended."""
+    for now, *both in written:
+        places = (ctypes.c_void_p(t.data_ptr()) for t in (now, *both))
+        library.write_at_the_wait(*places, ctypes.c_size_t(now.nbytes))
+    ended = library.run(ctypes.create_string_buffer(params, len(params)), seed)
+    library.forget()
+    return bool(ended)

@@ -6,7 +6,6 @@ tests/gpu does that.
 
 from __future__ import annotations
 
-import ctypes
 import random
 import sys
 from collections.abc import Sequence
@@ -30,7 +29,7 @@ from ostinato.ops.reference import ReferenceOps
 from ostinato.types import StepKind
 from tests.accuracy import FACTOR, errors, no_worse
 from tests.stack import Model
-from tests.unit.on_host import compiled, encoded, needs_compiler, tiles_launch
+from tests.unit.on_host import compiled, encoded, needs_compiler, run_tiles, tiles_launch
 
 pytestmark = needs_compiler
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
@@ -90,12 +89,7 @@ class Host:
 
         def launch(params: bytes) -> None:
             self.seed = (self.seed + 1) % 2**31
-            for now, *both in self.written:
-                places = (ctypes.c_void_p(t.data_ptr()) for t in (now, *both))
-                library.write_at_the_wait(*places, ctypes.c_size_t(now.nbytes))
-            ended = library.run(ctypes.create_string_buffer(params, len(params)), self.seed)
-            library.forget()
-            assert ended, self.seed
+            assert run_tiles(library, self.written, params, self.seed), self.seed
 
         return SimpleNamespace(handle=0, launch=launch)
 

@@ -22,7 +22,7 @@ from ostinato.ops.cuda.chain import TEAM, Chain, Sizes
 from ostinato.ops.reference import ReferenceOps
 from tests.accuracy import no_worse
 from tests.stack import Model
-from tests.unit.on_host import compiled, encoded, needs_compiler, tiles_launch
+from tests.unit.on_host import compiled, encoded, needs_compiler, run_tiles, tiles_launch
 from tests.unit.test_chain import model, scratch_of
 
 pytestmark = needs_compiler
@@ -64,12 +64,7 @@ class Host:
                 )
             (library,) = made
             self.seed = (self.seed + 1) % 2**31
-            for now, *both in self.written:
-                places = (ctypes.c_void_p(t.data_ptr()) for t in (now, *both))
-                library.write_at_the_wait(*places, ctypes.c_size_t(now.nbytes))
-            ended = library.run(ctypes.create_string_buffer(params, len(params)), self.seed)
-            library.forget()
-            assert ended, (macros, self.seed)
+            assert run_tiles(library, self.written, params, self.seed), (macros, self.seed)
 
         return SimpleNamespace(handle=0, launch=launch, clusters_at_once=lambda: grid // cluster)
 

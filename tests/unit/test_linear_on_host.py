@@ -22,7 +22,7 @@ from ostinato.ops.cuda import linear
 from ostinato.ops.cuda.linear import Product, Products
 from ostinato.ops.triton.tune import Kind, Version
 from tests.accuracy import FACTOR, no_worse
-from tests.unit.on_host import compiled, encoded, needs_compiler, tiles_launch
+from tests.unit.on_host import compiled, encoded, needs_compiler, run_tiles, tiles_launch
 
 pytestmark = needs_compiler
 CPU, BF16, EPS = torch.device("cpu"), torch.bfloat16, 1e-5
@@ -131,11 +131,7 @@ class Host:
                 headers, text = ["host_grid.h", "host_tiles.h"], tiles_launch(source, name)
                 made[grid] = compiled(self.folder, f"{file}_{grid}", headers, text, numbers, "-O1")
             self.seed = (self.seed + 1) % 2**31
-            for at in self.written:
-                places = (ctypes.c_void_p(t.data_ptr()) for t in at)
-                made[grid].write_at_the_wait(*places, ctypes.c_size_t(at[0].nbytes))
-            ended = made[grid].run(ctypes.create_string_buffer(params, len(params)), self.seed)
-            made[grid].forget()
+            ended = run_tiles(made[grid], self.written, params, self.seed)
             assert ended, (macros, grid, self.seed)
 
         return SimpleNamespace(handle=0, launch=launch)

@@ -6,13 +6,11 @@ import argparse
 import importlib
 import importlib.util
 import json
-import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from ..errors import ConfigError, OstinatoError, RequestError, SamplingParamsError
+from ..errors import ConfigError
+from ..files import check_writable, write
 from . import plot
 from .options import Parser
 from .result import Result
@@ -49,33 +47,20 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
                 "bench serve needs the server, which this installation of ostinato does not have"
             )
 
-        parser.set_defaults(run=_checked(missing), verbose=False)
+        parser.set_defaults(run=missing, verbose=False)
         return
     module = importlib.import_module(name)
     module.add_arguments(parser)
     if parser.get_default("verbose") is None:
         parser.set_defaults(verbose=False)
-    parser.set_defaults(run=_checked(module.main))
-
-
-def _checked(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
-    """A value that cannot work ends with its message and status 2, as for a wrong argument."""
-
-    def checked(args: argparse.Namespace) -> int:
-        try:
-            return run(args)
-        except (ConfigError, RequestError, SamplingParamsError) as error:
-            print(f"ostinato: {error}", file=sys.stderr)
-            return 2
-
-    return checked
+    parser.set_defaults(run=module.main)
 
 
 def _runner(name: str, run: Callable[[argparse.Namespace], Result]) -> Callable[[argparse.Namespace], int]:
     def measured(args: argparse.Namespace) -> int:
         plot.check(args.plot)
-        for path in (args.json, args.plot):
-            _check_writable(path)  # before minutes of measuring
+        for option in ("json", "plot"):
+            check_writable(f"--{option}", getattr(args, option))
         if args.json is not None and args.plot is not None and Path(args.json) == Path(args.plot):
             raise ConfigError(f"--json and --plot both name {args.json}: one would overwrite the other")
         result = run(args)
@@ -90,32 +75,12 @@ def _runner(name: str, run: Callable[[argparse.Namespace], Result]) -> Callable[
         for note in result.notes:
             print(f"\n{note}")
         if args.json:
-            _write(args.json, {"benchmark": name, "environment": environment, **result.fields})
+            fields = {"benchmark": name, "environment": environment, **result.fields}
+            write(args.json, json.dumps(fields, indent=2, allow_nan=False) + "\n")
             print(f"\nwrote {args.json}")
         if args.plot:
             plot.save(args.plot, title, result.panels)
             print(f"wrote {args.plot}")
         return 0
 
-    return _checked(measured)
-
-
-def _check_writable(name: str | None) -> None:
-    if name is None:
-        return
-    path = Path(name)
-    if (
-        path.is_dir()
-        or not path.parent.is_dir()
-        or not os.access(path if path.exists() else path.parent, os.W_OK)
-    ):
-        raise ConfigError(
-            f"{name} cannot be written: it must name a file in a folder that exists and allows it"
-        )
-
-
-def _write(name: str, fields: dict[str, Any]) -> None:
-    try:
-        Path(name).write_text(json.dumps(fields, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise OstinatoError(f"{name} cannot be written: {error.strerror}") from error
+    return measured

@@ -26,6 +26,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ..errors import ConfigError, OstinatoError
+from ..files import write
 
 PERCENTILES = (50, 90, 95, 99)
 _PATHS = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
@@ -541,10 +542,7 @@ def _save(
             "generated_texts": [a.text for a in answers],
             "errors": [a.error or "" for a in answers],
         }
-    try:
-        Path(args.json).write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise OstinatoError(f"{args.json} cannot be written: {error.strerror}") from error
+    write(args.json, json.dumps(whole, indent=2) + "\n")
 
 
 def _main() -> int:
