@@ -12,6 +12,7 @@ import torch
 pytest.importorskip("triton")
 
 from ostinato.errors import KernelError
+from ostinato.graphs import survey
 from ostinato.graphs.labels import LabelledOps
 from ostinato.graphs.report import GraphReport, KernelUse, explain
 from ostinato.graphs.survey import _kernel_uses
@@ -222,6 +223,25 @@ def uses_of(ops: TritonOps, model: Decoder, seqs: int = 200, tokens: int = 1000)
     config = SimpleNamespace(max_num_seqs=seqs, max_num_batched_tokens=tokens)
     program = SimpleNamespace(ops=ops, model=model)
     return _kernel_uses(cast(Any, SimpleNamespace(config=config, program=program)))
+
+
+def test_an_op_set_is_asked_once() -> None:
+    class Engine(SimpleNamespace):
+        __hash__ = object.__hash__
+
+    asked = []
+
+    class Ops(TritonOps):
+        def versions(self, *given: Any, **how: Any) -> Any:
+            asked.append(given)
+            return super().versions(*given, **how)
+
+    config = SimpleNamespace(max_num_seqs=4, max_num_batched_tokens=8)
+    engine = cast(Any, Engine(config=config, program=SimpleNamespace(ops=Ops(), model=small_model())))
+    first, times = survey._uses_of(engine), len(asked)
+    assert first == _kernel_uses(engine)
+    assert survey._uses_of(engine) is first
+    assert len(asked) == 2 * times == 2 * 12
 
 
 def test_the_list_has_every_kernel_with_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -54,7 +55,7 @@ def survey(engine: Engine, *, chains: bool = False) -> GraphReport:
         ),
         ladder=plan.capture_sizes if padded else (),
         holes=tuple(plan.holes(config.max_num_seqs)) if padded else (),
-        kernels=_kernel_uses(engine),
+        kernels=_uses_of(engine),
         memory=tuple((line.name, line.nbytes) for line in engine.memory),
         budget_bytes=config.cudagraph_memory_budget,
         graph_bytes=plan.book.used_bytes,
@@ -70,6 +71,16 @@ def survey(engine: Engine, *, chains: bool = False) -> GraphReport:
         ),
         keys=tuple(keys),
     )
+
+
+_USES: WeakKeyDictionary[Engine, tuple[KernelUse, ...]] = WeakKeyDictionary()
+
+
+def _uses_of(engine: Engine) -> tuple[KernelUse, ...]:
+    """Asked once: an op set decides nothing after the engine is built, and the engine waits for the answer (70 ms with many sizes)."""
+    if engine not in _USES:
+        _USES[engine] = _kernel_uses(engine)
+    return _USES[engine]
 
 
 def _kernel_uses(engine: Engine) -> tuple[KernelUse, ...]:
