@@ -157,7 +157,9 @@ def test_the_ring_has_as_many_chunks_as_the_source_says(shape: str, fp8: bool) -
         source = f"lambda {argument}: {_python(body)}" if argument else value
         names[name] = eval(source, names)
     together = max(numbers["TOGETHER"], numbers["GATED_TOGETHER"])
-    assert ring_stages(*sizes, a.head_dim, a.heads // a.kv_heads, fp8=fp8, together=together) == names["STAGES"]
+    assert (
+        ring_stages(*sizes, a.head_dim, a.heads // a.kv_heads, fp8=fp8, together=together) == names["STAGES"]
+    )
     assert names["STAGES"] > numbers["FLIGHT"]
 
 

@@ -174,7 +174,7 @@ __device__ __forceinline__ u32 insist(const u64 *p, u32 tag) {
 }
 // One lane looks while the others rest: a crowd at the same few lines would be in the writers' way.
 __device__ __forceinline__ void look_out(const u64 *p, u32 tag) {
-    if ((threadIdx.x & 31) == 0) insist(p, tag);
+    if ((thread() & 31) == 0) insist(p, tag);
     __syncwarp();
 }
 
@@ -218,10 +218,10 @@ __device__ __forceinline__ void look_up(const Params &p, const Context &c, int i
     if (c.far()) {
         const int first = from / BLOCK_SIZE;
 #pragma unroll 1
-        for (int i = threadIdx.x; i < cdiv(to, BLOCK_SIZE) - first; i += NT) places()[i] = table[first + i] * BLOCK_SIZE;
+        for (int i = thread(); i < cdiv(to, BLOCK_SIZE) - first; i += NT) places()[i] = table[first + i] * BLOCK_SIZE;
     } else {
 #pragma unroll 1
-        for (int i = threadIdx.x; i < to - from; i += NT) places()[i] = table[(from + i) / BLOCK_SIZE] * BLOCK_SIZE + (from + i) % BLOCK_SIZE;
+        for (int i = thread(); i < to - from; i += NT) places()[i] = table[(from + i) / BLOCK_SIZE] * BLOCK_SIZE + (from + i) % BLOCK_SIZE;
     }
 }
 
@@ -232,7 +232,7 @@ __device__ __forceinline__ void expect_context(const Layer &layer, const Context
     constexpr int LINES = HD * 2 / 128;
     const int kv = (c.far() ? item % TEAMS * COLS : item % HEADS) / GROUP, start = c.start(item), tokens = min(c.end(item), c.length - 1) - start;
 #pragma unroll 1
-    for (int i = threadIdx.x; i < tokens * LINES; i += NT) {
+    for (int i = thread(); i < tokens * LINES; i += NT) {
         const long long place = (long long)c.place(start + i / LINES, start) * (KVH * HD) + kv * HD + i % LINES * 64;
         prefetch(layer.keys + place);
         prefetch(layer.values + place);
@@ -243,7 +243,9 @@ enum { STORE, ADD, ACT, BEST };
 enum { CELLS, ATTENTION };
 // Which buffer the warps' sums go to: there are two, so that one meeting is enough for each. Another two for squares.
 struct Turn {
-    int sums, squares;
+    u32 bits;  // of sums, of squares
+    __device__ __forceinline__ int sums() const { return bits & 1; }
+    __device__ __forceinline__ int squares() const { return bits >> 1; }
     u32 met;   // when the warps met last
 };
 
@@ -515,7 +517,7 @@ __device__ __forceinline__ void consume(Ring &ring, Share &share, Turn &use, con
     load_first(tile);   // no result is needed for that
     float inverse;
     float squares = stage<O, NORM, FROM>(p, context, x, norm, tag, inverse, use.met);
-    if (NORM) use.squares ^= 1;
+    if (NORM) use.bits ^= 2;
     const u32 own_x = shared_at(memory) + X_AT + warp * X_WARP + t * (SW / 2) + (g & 1) * (SW / 4);
     int turn = tid >> 4, best_at = 0;   // which tile's results are this thread's to finish
     float best = -infinity();
@@ -533,7 +535,7 @@ __device__ __forceinline__ void consume(Ring &ring, Share &share, Turn &use, con
         }
 #endif
         if (KIND == ADD && mine && old_tag) old = ld_cell(out + n / 2);
-        float *red = reduced() + use.sums * RED + g * NW + warp;
+        float *red = reduced() + use.sums() * RED + g * NW + warp;
         const auto multiply_held = [&](float (&up)[2][4], float (&low)[2][4], int i, u32 from) {
 #pragma unroll
             for (int u = 0; u < BATCH; ++u) {
@@ -585,7 +587,7 @@ __device__ __forceinline__ void consume(Ring &ring, Share &share, Turn &use, con
         if (NORM && tile == begin) {
 #pragma unroll
             for (int d = 16; d; d >>= 1) squares += __shfl_xor_sync(~0u, squares, d);
-            if (lane == 0) sums()[use.squares * NW + warp] = squares;
+            if (lane == 0) sums()[use.squares() * NW + warp] = squares;
         }
         consumers_meet();
         if (ASK) use.met = now();
@@ -595,10 +597,10 @@ __device__ __forceinline__ void consume(Ring &ring, Share &share, Turn &use, con
                 const float4 one = *(const float4 *)from, two = *(const float4 *)(from + 4);
                 return one.x + one.y + (one.z + one.w) + (two.x + two.y + (two.z + two.w));
             };
-            const float *part = reduced() + use.sums * RED + turn * (NW * 16) + row * NW;
+            const float *part = reduced() + use.sums() * RED + turn * (NW * 16) + row * NW;
             v = sum(part);
             if (KIND == ACT) u = sum(part + 8 * NW);
-            if (NORM) { const float factor = rsqrtf(sum(sums() + use.squares * NW) / O::K + p.eps); v *= factor; u *= factor; }
+            if (NORM) { const float factor = rsqrtf(sum(sums() + use.squares() * NW) / O::K + p.eps); v *= factor; u *= factor; }
 #if FP8
             v *= factor_v;
             u *= factor_u;
@@ -626,7 +628,7 @@ __device__ __forceinline__ void consume(Ring &ring, Share &share, Turn &use, con
             // The next tiles' results are the next warps', while these still add.
             turn = (turn + NT / 16 - cdiv(MEET, 2) * 2) % (NT / 16);
         }
-        use.sums ^= 1;
+        use.bits ^= 1;
     }
     if (KIND == BEST) {
         // The lowest index wins ties.
@@ -638,7 +640,7 @@ __device__ __forceinline__ void consume(Ring &ring, Share &share, Turn &use, con
             float v = __shfl_xor_sync(~0u, best, d);
             better(v, __shfl_xor_sync(~0u, best_at, d));
         }
-        float *tops = reduced() + use.sums * RED;   // nobody reads this one any more
+        float *tops = reduced() + use.sums() * RED;   // nobody reads this one any more
         if (lane == 0 && warp < (MEET + 1) / 2) { tops[2 * warp] = best; tops[2 * warp + 1] = __int_as_float(best_at); }
         consumers_meet();
         if (tid == 0) {
@@ -664,7 +666,7 @@ __device__ __forceinline__ uint4 get(Eight &v, const u64 *p, u32 tag) {
 // Queries of heads from `head` on, and in the last split key and value, of the new token: to shared memory and to the cache.
 // Normed where the model does, rotated, rounded; a lane has eight dimensions of one of them.
 template <int QUERIES> __device__ __forceinline__ void prepare(const Params &p, const Layer &layer, int head, bool last, u32 tag) {
-    const int vector = threadIdx.x / DL, dl = threadIdx.x % DL, kv = head / GROUP;
+    const int vector = thread() / DL, dl = thread() % DL, kv = head / GROUP;
     if (vector / (32 / DL) * (32 / DL) > QUERIES + 1) return;   // none of the warp
     const bool is_q = vector < QUERIES, is_v = vector == QUERIES + 1;
     const u64 *cells = p.qkv + ((is_q ? head + vector : (is_v ? HEADS + KVH : HEADS) + kv) * HD + dl * 8) / 2;
@@ -897,12 +899,12 @@ template <bool FAR> __device__ __forceinline__ void attend(const Params &p, cons
 
 // A norm's weights on their way to the L2 cache.
 __device__ __forceinline__ void expect(const void *from, int bytes) {
-    for (int i = threadIdx.x * 128; i < bytes; i += NT * 128) prefetch((const char *)from + i);
+    for (int i = thread() * 128; i < bytes; i += NT * 128) prefetch((const char *)from + i);
 }
 
 extern "C" __global__ void __launch_bounds__(NT + PW * 32, 1) decode(const __grid_constant__ Params p) {
     Ring ring = {0, 0};
-    if (threadIdx.x == 0) {
+    if (thread() == 0) {
 #pragma unroll 1
         for (int i = 0; i < STAGES; ++i) {
             mbar_init(shared_at(memory) + FULL_AT + i * 8, 1);
@@ -912,20 +914,20 @@ extern "C" __global__ void __launch_bounds__(NT + PW * 32, 1) decode(const __gri
     }
     __syncthreads();
     let_successor_start();
-    if (threadIdx.x >= NT) {
+    if (thread() >= NT) {
         produce(p, ring);
         wait_for_predecessor();
         return;
     }
     // What a warp lacks of a token counts nothing, as long as there are numbers.
-    for (int i = threadIdx.x * 16; i < X_BYTES; i += NT * 16) *(uint4 *)(memory + X_AT + i) = make_uint4(0, 0, 0, 0);
+    for (int i = thread() * 16; i < X_BYTES; i += NT * 16) *(uint4 *)(memory + X_AT + i) = make_uint4(0, 0, 0, 0);
     wait_for_predecessor();
     Share share = {0};
-    Turn use = {0, 0, now()};
+    Turn use = {0, now()};
     const Context c = context_of(p.lens[0]);
     if (c.length > 0) {
         const float *turns = p.rope + (long long)p.positions[0] * HD;
-        for (int i = threadIdx.x; i < HD; i += NT) angles()[i] = turns[i];
+        for (int i = thread(); i < HD; i += NT) angles()[i] = turns[i];
         if ((int)blockIdx.x < c.items() && c.known()) look_up(p, c, blockIdx.x);
     }
     consumers_meet();
@@ -951,7 +953,7 @@ extern "C" __global__ void __launch_bounds__(NT + PW * 32, 1) decode(const __gri
     }
     consume<Head, true, BEST, CELLS>(ring, share, use, p, c, p.x, tag, p.final_norm, p.head_scale, nullptr, nullptr, 0, 0);
     // It has read what each block made, so all have read `steps`.
-    if (COUNTS && blockIdx.x == 0 && threadIdx.x == 0) *p.steps = *(volatile u32 *)p.steps + 1;
+    if (COUNTS && blockIdx.x == 0 && thread() == 0) *p.steps = *(volatile u32 *)p.steps + 1;
 }
 
 // Behind `decode`: counts the step if that is left to do, and finds the best token among the blocks' (token may be null).
@@ -964,7 +966,7 @@ struct FinishParams {
 extern "C" __global__ void __launch_bounds__(32) finish(const __grid_constant__ FinishParams p) {
     let_successor_start();
     wait_for_predecessor();
-    const int lane = threadIdx.x;
+    const int lane = thread();
     if (!COUNTS && lane == 0) *p.steps += 1;
     if (!p.token) return;
     float best = -infinity();

@@ -36,7 +36,7 @@ MOST_HELD = 12
 """The same, where that is all that a block has of gate and up"""
 SPLITS = 16
 LONGEST = 256
-"""Most tokens in a split as long as four splits do, which is what readers merge by themselves"""
+"""Most tokens in a split as long as four splits do, which is what readers merge by themselves; KV blocks of a longer one, whose places are known"""
 TUNING = {
     False: {"MOST_SLICES": 22, "FLIGHT": 3, "LEAD": 16, "PACE": 900},
     True: {"MOST_SLICES": 16, "FLIGHT": 2, "LEAD": 16, "PACE": 1200},
@@ -253,7 +253,9 @@ def unsupported(stack: Stack) -> str | None:
     ):  # fmt: skip
         if size % unit:
             return f"{name} {size} is no multiple of {unit}"
-    stages = ring_stages(hidden, a.q_size, inner, a.head_dim, a.heads // a.kv_heads, fp8=fp8, together=TOGETHER + 1)
+    stages = ring_stages(
+        hidden, a.q_size, inner, a.head_dim, a.heads // a.kv_heads, fp8=fp8, together=TOGETHER + 1
+    )
     flight = tuning(hidden, a.q_size, inner, fp8=fp8)["FLIGHT"]
     if stages <= flight:
         return f"its rows leave shared memory for {max(stages, 0)} chunks of weights, it needs {flight + 1}"
