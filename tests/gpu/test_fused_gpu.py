@@ -142,7 +142,7 @@ GROUPS = {
     "nine": {"num_attention_heads": 18, "num_key_value_heads": 2},
     "sixteen": {"num_attention_heads": 32, "num_key_value_heads": 2},
 }
-FAR = (1024, 1025, 2047, 2048, 2049, 2300, 4095, 4096, 4097, 6001, 8191, 8192, 8193, 16_384, 16_500)
+FAR = (512, 513, 1024, 1025, 2047, 2048, 2049, 2300, 4095, 4096, 4097, 6001, 8191, 8192, 8193, 16_384, 16_500)
 """Contexts whose splits all blocks merge, of one more or fewer tokens than whole splits"""
 
 

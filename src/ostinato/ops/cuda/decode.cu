@@ -40,6 +40,7 @@ constexpr int OWN = 2048 / HD;              // tokens of a context that a warp a
 constexpr int PASS = NW * OWN;              // that a block does
 constexpr int FEW = 4;                      // splits that the reader merges
 constexpr int PART = HD / 2 + 2;            // words of a head's split
+constexpr int PLACES = cmax(LONGEST, 256);  // that are known, of tokens or of KV blocks
 constexpr int COLS = divisor(GROUP, 8);     // query heads of one KV head that a block does together in far contexts: columns of a product
 constexpr int TEAMS = HEADS / COLS;
 constexpr int MOST = cmax(1, cmin(MAXS, GRID / TEAMS));   // splits of a far context: as many as blocks suffice for at once
@@ -79,7 +80,7 @@ constexpr int X_WARP = X_ROOM * SW * 2;               // bytes of the token that
 constexpr int X_BYTES = NW * X_WARP;
 constexpr int RED = cmax(TOGETHER, GATED_TOGETHER) * NW * 16;   // floats in one reduction buffer
 constexpr int ATT = NW * HD + (NW + 2) / 2 * 4;       // floats for merging warps in attention
-constexpr int FIXED = X_BYTES + (2 * RED + ATT) * 4 + 2 * NW * 4 + HD * 4 + (COLS + 2) * HD * 2 + LONGEST * 4;
+constexpr int FIXED = X_BYTES + (2 * RED + ATT) * 4 + 2 * NW * 4 + HD * 4 + (COLS + 2) * HD * 2 + PLACES * 4;
 constexpr int STAGES = (227 * 1024 - FIXED) / (STAGE + 16);
 static_assert(STAGES > FLIGHT, "the ring does not fit");
 static_assert(16 * TOGETHER <= NT && 16 * GATED_TOGETHER <= NT, "a thread for each result of the tiles");
@@ -92,13 +93,13 @@ static_assert(HD == 64 || HD == 128, "head dimensions that lanes share evenly");
 // Shared memory, all of it at places known when this is compiled: first the ring's stages.
 constexpr int X_AT = STAGES * STAGE, RED_AT = X_AT + X_BYTES, ATT_AT = RED_AT + 2 * RED * 4;
 constexpr int SQUARES_AT = ATT_AT + ATT * 4, ANGLES_AT = SQUARES_AT + 2 * NW * 4, SLOTS_AT = ANGLES_AT + HD * 4;
-constexpr int FRESH_AT = SLOTS_AT + LONGEST * 4, FULL_AT = FRESH_AT + (COLS + 2) * HD * 2, EMPTY_AT = FULL_AT + STAGES * 8;
+constexpr int FRESH_AT = SLOTS_AT + PLACES * 4, FULL_AT = FRESH_AT + (COLS + 2) * HD * 2, EMPTY_AT = FULL_AT + STAGES * 8;
 static_assert(EMPTY_AT + STAGES * 8 <= 227 * 1024 && FRESH_AT % 16 == 0 && FULL_AT % 8 == 0, "the layout");
 SHARED(float, reduced, RED_AT)       // [2][TOGETHER or GATED_TOGETHER][16][NW]
 SHARED(float, gathered, ATT_AT)      // attention's parts: [NW][HD], then [NW + 1] of (largest, sum)
 SHARED(float, sums, SQUARES_AT)      // [2][NW] of squares
 SHARED(float, angles, ANGLES_AT)     // [HD]
-SHARED(int, places, SLOTS_AT)        // [LONGEST], where tokens of this block's split lie in the cache; if it is far, KV blocks
+SHARED(int, places, SLOTS_AT)        // [PLACES], where tokens of this block's split lie in the cache; if it is far, KV blocks
 SHARED(u16, fresh_token, FRESH_AT)   // [COLS + 2][HD]: a query, or COLS, key and value of the new token
 
 struct Layer {
@@ -191,7 +192,7 @@ struct Context {
     __device__ __forceinline__ int items() const { return splits * (far() ? TEAMS : HEADS); }
     // Whether the places of all old tokens that it looks at fit into shared memory.
     __device__ __forceinline__ bool known() const {
-        return (int)blockIdx.x + GRID >= items() && chunk <= (far() ? (LONGEST - 1) * BLOCK_SIZE : LONGEST);
+        return (int)blockIdx.x + GRID >= items() && chunk <= (far() ? (PLACES - 1) * BLOCK_SIZE : LONGEST);
     }
     // Of a token of the item that begins at `start`, where they are known.
     __device__ __forceinline__ int place(int token, int start) const {

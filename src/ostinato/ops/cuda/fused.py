@@ -35,8 +35,8 @@ HELD = 8
 MOST_HELD = 12
 """The same, where that is all that a block has of gate and up"""
 SPLITS = 16
-LONGEST = 256
-"""Most tokens in a split as long as four splits do, which is what readers merge by themselves; KV blocks of a longer one, whose places are known"""
+PLACES = 256
+"""Of tokens or KV blocks in the cache, that a block of the GPU looks up once a step"""
 TUNING = {
     False: {"MOST_SLICES": 22, "FLIGHT": 3, "LEAD": 16, "PACE": 900},
     True: {"MOST_SLICES": 16, "FLIGHT": 2, "LEAD": 16, "PACE": 1200},
@@ -184,7 +184,8 @@ class FusedDecode:
             "BLOCK_SIZE": block_size, "WINDOW": a.sliding_window or 0, "TABLE_WIDTH": table_width,
             "FP8": fp8, "QKNORM": first.q_norm is not None,
             "QKV_BIAS": first.qkv.bias is not None, "O_BIAS": first.output.bias is not None,
-            "GRID": self._grid, "WARPS": WARPS, "MAXS": SPLITS, "CHUNK": fewest_in_split(a.heads, a.head_dim), "LONGEST": LONGEST,
+            "GRID": self._grid, "WARPS": WARPS, "MAXS": SPLITS, "CHUNK": fewest_in_split(a.heads, a.head_dim), 
+            "LONGEST": longest_in_split(a.head_dim),
             "TOGETHER": TOGETHER, "GATED_TOGETHER": gated_together(hidden, inner, self._grid, stream["MOST_SLICES"], fp8=fp8),
             "ASK": ASK if light else 0, "COUNTS": counts, **stream,
         }  # fmt: skip
@@ -272,6 +273,11 @@ def fewest_in_split(heads: int, head_dim: int) -> int:
     return 32 if heads <= 16 else 128
 
 
+def longest_in_split(head_dim: int) -> int:
+    """Most tokens in a split as long as there are four at most: what a block takes at once. `LONGEST` in `decode.cu`."""
+    return WARPS * 2048 // head_dim
+
+
 def tuning(hidden: int, q_size: int, inner: int, *, fp8: bool) -> dict[str, int]:
     """How weights are streamed, by the sizes that are multiplied over."""
     even = all(size // 64 % TUNING[True]["MOST_SLICES"] == 0 for size in (hidden, q_size, inner))
@@ -317,7 +323,7 @@ def ring_stages(
     token = max(max(_turns(n, most)[1], sum(_turns(n // 2, most))) for n in slices) * 64 // item * 2
     reduced, attention = together * WARPS * 16, WARPS * head_dim + (WARPS + 2) // 2 * 4
     fixed = WARPS * token + 4 * (2 * reduced + attention) + 4 * 2 * WARPS + 4 * head_dim
-    fixed += 2 * (_chunk(group, 8) + 2) * head_dim + 4 * LONGEST  # the new token; places of old ones
+    fixed += 2 * (_chunk(group, 8) + 2) * head_dim + 4 * PLACES  # the new token; places of old ones
     return (SHARED_BYTES - fixed) // (stage + 16)
 
 
