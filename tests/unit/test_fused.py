@@ -115,6 +115,7 @@ def test_the_ring_has_as_many_chunks_as_the_source_says(shape: str, fp8: bool) -
         "WARPS": fused.WARPS,
         "CHUNK": fused.fewest_in_split(a.heads, a.head_dim),
         "LONGEST": fused.longest_in_split(a.head_dim),
+        "PLACES": fused.PLACES,
         "GROUP": a.heads // a.kv_heads,
         "TOGETHER": fused.TOGETHER,
         "GATED_TOGETHER": fused.gated_together(sizes[0], sizes[2], 132, numbers["MOST_SLICES"], fp8=fp8),
@@ -148,7 +149,6 @@ def test_the_ring_has_as_many_chunks_as_the_source_says(shape: str, fp8: bool) -
         "RED",
         "ATT",
         "COLS",
-        "PLACES",
         "FIXED",
     )
     for name in (*wanted, "STAGES"):

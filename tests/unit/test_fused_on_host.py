@@ -93,7 +93,7 @@ CASES = {
         shape("llama-3.2-1b", 576, 576, 2, 2, attention_bias=True), 5, (1, 40, 200, 400), SHORT | {"MOST_SLICES": 2}
     ),
     # More query heads of a KV head than a product has columns; far contexts of head_dim 128, in places that do not fit and places that do.
-    "sixteen": Case(shape("llama-3.2-1b", 128, 128, 16, 1), 4, (257, 700, 1100), SHORT | {"LONGEST": 32}),
+    "sixteen": Case(shape("llama-3.2-1b", 128, 128, 16, 1), 4, (257, 700, 1100), SHORT | {"LONGEST": 32, "PLACES": 32}),
     "far-128": Case(shape("qwen3-0.6b", 128, 128, 8, 2, head_dim=128), 17, (257, 700, 1200), SHORT | {"ASK": 0}),
     "fp8": Case(shape("llama-3.2-1b", 128, 640, 10, 2, attention_bias=True), 7, (1, 70, 0, 200, 300), SHORT, fp8=True),
     # Halves begin within a head here too.

@@ -21,7 +21,7 @@
 // Macros: HID QSIZE QKVN INTER VOCAB NL HEADS KVH HD BLOCK_SIZE WINDOW TABLE_WIDTH FP8 QKNORM QKV_BIAS O_BIAS GRID WARPS
 // MOST_SLICES (of a chunk) FLIGHT (chunks of weights under way to the ring) LEAD (chunks
 // in the L2 cache ahead of it) PACE (cycles a chunk) MAXS (most splits of a context) CHUNK (fewest
-// tokens in a split) LONGEST (most tokens in one of few splits) TOGETHER, GATED_TOGETHER (tiles between two meetings of the warps; of gate
+// tokens in a split) LONGEST (most tokens in one of few splits) PLACES (of tokens or KV blocks, that are looked up once) TOGETHER, GATED_TOGETHER (tiles between two meetings of the warps; of gate
 // and up) ASK (cycles from a meeting until the next op's input should be there; 0: nobody knows) COUNTS (whether `decode` counts the step, and not `finish`).
 
 #include "common.cuh"
@@ -40,7 +40,6 @@ constexpr int OWN = 2048 / HD;              // tokens of a context that a warp a
 constexpr int PASS = NW * OWN;              // that a block does
 constexpr int FEW = 4;                      // splits that the reader merges
 constexpr int PART = HD / 2 + 2;            // words of a head's split
-constexpr int PLACES = cmax(LONGEST, 256);  // that are known, of tokens or of KV blocks
 constexpr int COLS = divisor(GROUP, 8);     // query heads of one KV head that a block does together in far contexts: columns of a product
 constexpr int TEAMS = HEADS / COLS;
 constexpr int MOST = cmax(1, cmin(MAXS, GRID / TEAMS));   // splits of a far context: as many as blocks suffice for at once
@@ -86,7 +85,7 @@ static_assert(STAGES > FLIGHT, "the ring does not fit");
 static_assert(16 * TOGETHER <= NT && 16 * GATED_TOGETHER <= NT, "a thread for each result of the tiles");
 static_assert(HID % SW == 0 && QSIZE % SW == 0 && INTER % SW == 0, "whole slices");
 static_assert(QKVN % 16 == 0 && HID % 16 == 0 && INTER % 8 == 0 && VOCAB % 16 == 0, "whole tiles");
-static_assert((COLS + 2) * DL <= NT && LONGEST % CHUNK == 0, "lanes for each vector of a new token; whole splits");
+static_assert((COLS + 2) * DL <= NT && LONGEST % CHUNK == 0 && LONGEST <= PLACES, "lanes for each vector of a new token; whole splits, that are known");
 static_assert(32 % MAXS == 0, "a far context's splits side by side in a warp");
 static_assert(HD == 64 || HD == 128, "head dimensions that lanes share evenly");
 

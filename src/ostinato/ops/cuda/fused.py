@@ -184,8 +184,8 @@ class FusedDecode:
             "BLOCK_SIZE": block_size, "WINDOW": a.sliding_window or 0, "TABLE_WIDTH": table_width,
             "FP8": fp8, "QKNORM": first.q_norm is not None,
             "QKV_BIAS": first.qkv.bias is not None, "O_BIAS": first.output.bias is not None,
-            "GRID": self._grid, "WARPS": WARPS, "MAXS": SPLITS, "CHUNK": fewest_in_split(a.heads, a.head_dim), 
-            "LONGEST": longest_in_split(a.head_dim),
+            "GRID": self._grid, "WARPS": WARPS, "MAXS": SPLITS, "CHUNK": fewest_in_split(a.heads, a.head_dim),
+            "LONGEST": longest_in_split(a.head_dim), "PLACES": PLACES,
             "TOGETHER": TOGETHER, "GATED_TOGETHER": gated_together(hidden, inner, self._grid, stream["MOST_SLICES"], fp8=fp8),
             "ASK": ASK if light else 0, "COUNTS": counts, **stream,
         }  # fmt: skip
