@@ -226,11 +226,11 @@ __device__ __forceinline__ void look_up(const Params &p, const Context &c, int i
 }
 
 // Old keys and values of a layer on their way to the L2 cache.
-__device__ __forceinline__ void expect_context(const Layer &layer, const Context &c) {
+template <bool FAR> __device__ __forceinline__ void expect_context(const Layer &layer, const Context &c) {
     const int item = blockIdx.x;
     if (item >= c.items() || !c.known()) return;
     constexpr int LINES = HD * 2 / 128;
-    const int kv = (c.far() ? item % TEAMS * COLS : item % HEADS) / GROUP, start = c.start(item), tokens = min(c.end(item), c.length - 1) - start;
+    const int kv = (FAR ? item % TEAMS * COLS : item % HEADS) / GROUP, start = c.start(item), tokens = min(c.end(item), c.length - 1) - start;
 #pragma unroll 1
     for (int i = thread(); i < tokens * LINES; i += NT) {
         const long long place = (long long)c.place(start + i / LINES, start) * (KVH * HD) + kv * HD + i % LINES * 64;
@@ -897,6 +897,10 @@ template <bool FAR> __device__ __forceinline__ void attend(const Params &p, cons
     if (FAR) merge(p, c, tag);
 }
 
+// Functions of their own: as a part of the kernel they took registers from all that is near, 2 to 4 us a step.
+__device__ __noinline__ void expect_far(const Layer &layer, Context c) { expect_context<true>(layer, c); }
+__device__ __noinline__ void attend_far(const Params &p, const Layer &layer, Context c, u32 tag) { attend<true>(p, layer, c, tag); }
+
 // A norm's weights on their way to the L2 cache.
 __device__ __forceinline__ void expect(const void *from, int bytes) {
     for (int i = thread() * 128; i < bytes; i += NT * 128) prefetch((const char *)from + i);
@@ -936,14 +940,15 @@ extern "C" __global__ void __launch_bounds__(NT + PW * 32, 1) decode(const __gri
     for (int l = 0; l < NL; ++l) {
         const Layer &w = p.layer[l];
         const u32 one = tag + 1, last = l ? tag : 0;
-        expect_context(w, c);
+        if (c.far()) expect_far(w, c);
+        else expect_context<false>(w, c);
         if (blockIdx.x == GRID - 1) {
             expect(w.mlp_norm, HID * 2);
             expect(l + 1 < NL ? p.layer[l + 1].input_norm : p.final_norm, HID * 2);
         }
         consume<Qkv, true, STORE, CELLS>(ring, share, use, p, c, p.x, last, w.input_norm, w.qkv_scale, QKV_BIAS ? w.qkv_bias : nullptr,
                                          p.qkv, one, 0);
-        if (c.far()) attend<true>(p, w, c, one);
+        if (c.far()) attend_far(p, w, c, one);
         else attend<false>(p, w, c, one);
         consume<Output, false, ADD, ATTENTION>(ring, share, use, p, c, p.attn, one, nullptr, w.output_scale,
                                                O_BIAS ? w.output_bias : nullptr, p.x, one, last);
