@@ -20,7 +20,7 @@ from tests.rows_world import World, check, run_plain, telling, untouched, wide
 from tests.whole_model import length as any_length
 
 pytestmark = pytest.mark.gpu
-POSITIONS, WIDTH = 6000, 400
+POSITIONS, WIDTH = 6000, 1040
 
 
 def spec_of(shape: str, **changes: Any) -> ModelSpec:
@@ -37,7 +37,7 @@ CASES: dict[str, dict[str, Any]] = {
     "forty-heads": {"num_hidden_layers": 2, "num_attention_heads": 40, "hidden_size": 5120, "intermediate_size": 6912, "vocab_size": 4096},
 }  # fmt: skip
 LENGTHS = (1, 33, 100, 256, 257, 513, 600, 1025, 1300, 1700, 2048, 2049, 5000)
-"""One piece, its edge, pieces that the reader merges, pieces that the last of them merges; of each model."""
+"""One piece, its edge, pieces that the reader merges, pieces that all blocks merge; of each model."""
 
 
 @pytest.fixture
@@ -131,16 +131,47 @@ def test_logits_that_are_no_numbers_are_never_the_best(fused: FusedDecode, seed:
     assert torch.equal(world.scratch.tokens.long(), expected)
 
 
-def test_semaphores_are_zero_behind_every_step(fused: FusedDecode, seed: int) -> None:
-    """Of contexts that the last split merges, whatever number of splits they have."""
+GROUPS = {
+    # Query heads of a KV head: as many as columns of a product, fewer, more than eight. Of other shapes with few KV heads or none but those.
+    "one": {"num_attention_heads": 32, "num_key_value_heads": 32},
+    "two of 128": {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128},
+    "three": {"num_attention_heads": 9, "num_key_value_heads": 3},
+    "four of 128": {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128},
+    "seven of 128": {"num_attention_heads": 28, "num_key_value_heads": 4, "head_dim": 128},
+    "eight": {"num_attention_heads": 32, "num_key_value_heads": 4},
+    "nine": {"num_attention_heads": 18, "num_key_value_heads": 2},
+    "sixteen": {"num_attention_heads": 32, "num_key_value_heads": 2},
+}
+FAR = (512, 513, 1024, 1025, 2047, 2048, 2049, 2300, 4095, 4096, 4097, 6001, 8191, 8192, 8193, 16_384, 16_500)
+"""Contexts whose splits all blocks merge, of one more or fewer tokens than whole splits"""
+
+
+@pytest.mark.parametrize("group", list(GROUPS))
+def test_far_contexts(fused: FusedDecode, seed: int, group: str) -> None:
+    spec = spec_of(
+        "llama-3.2-1b", num_hidden_layers=2, hidden_size=1024, intermediate_size=2048, vocab_size=4096,
+        **{"head_dim": 64, **GROUPS[group]},
+    )  # fmt: skip
+    model = telling(
+        random_decoder(spec, dtype=torch.bfloat16, device=torch.device("cuda"), positions=FAR[-1]), seed
+    )
+    exact = wide(model)
+    for length in FAR:
+        compare(fused, model, exact, length, seed + length)
+    assert all(bound.decode.spilled_bytes == 0 for bound in fused._bound.values())
+
+
+def test_far_contexts_have_the_same_bits_every_time(fused: FusedDecode, seed: int) -> None:
+    """Behind shorter and longer ones."""
     model = random_decoder(
         spec_of("llama-3.2-1b"), dtype=torch.bfloat16, device=torch.device("cuda"), positions=POSITIONS
     )
-    for length in (1281, 5000, 1600, 4096):
-        world = world_of(model, length, seed)
-        for _ in range(20):
+    worlds, first = [world_of(model, length, seed) for length in (1281, 5000, 300, 1600, 4096)], []
+    for turn in range(20):
+        for i, world in enumerate(worlds):
             fused.run(model, world.view, world.caches(), world.scratch, greedy=False)
-        assert not any(bound.cells["semaphores"].any() for bound in fused._bound.values()), length
+            first += [world.scratch.logits.clone()] if turn == 0 else []
+            assert torch.equal(world.scratch.logits, first[i]), (turn, i)
 
 
 def test_capture_allocates_nothing_and_replays_the_same(fused: FusedDecode, seed: int) -> None:

@@ -1,5 +1,4 @@
 // Clusters of blocks, and what else sample.cu needs besides host_grid.h.
-#define __noinline__
 #define __align__(n)
 struct Arrivals { int arrived, turn; };
 static Arrivals meetings[GRID / CLUSTER];

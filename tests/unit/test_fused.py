@@ -114,7 +114,9 @@ def test_the_ring_has_as_many_chunks_as_the_source_says(shape: str, fp8: bool) -
         "FP8": fp8,
         "WARPS": fused.WARPS,
         "CHUNK": fused.fewest_in_split(a.heads, a.head_dim),
-        "LONGEST": fused.LONGEST,
+        "LONGEST": fused.longest_in_split(a.head_dim),
+        "PLACES": fused.PLACES,
+        "GROUP": a.heads // a.kv_heads,
         "TOGETHER": fused.TOGETHER,
         "GATED_TOGETHER": fused.gated_together(sizes[0], sizes[2], 132, numbers["MOST_SLICES"], fp8=fp8),
     }
@@ -146,6 +148,7 @@ def test_the_ring_has_as_many_chunks_as_the_source_says(shape: str, fp8: bool) -
         "X_BYTES",
         "RED",
         "ATT",
+        "COLS",
         "FIXED",
     )
     for name in (*wanted, "STAGES"):
@@ -155,7 +158,9 @@ def test_the_ring_has_as_many_chunks_as_the_source_says(shape: str, fp8: bool) -
         source = f"lambda {argument}: {_python(body)}" if argument else value
         names[name] = eval(source, names)
     together = max(numbers["TOGETHER"], numbers["GATED_TOGETHER"])
-    assert ring_stages(*sizes, a.head_dim, fp8=fp8, together=together) == names["STAGES"]
+    assert (
+        ring_stages(*sizes, a.head_dim, a.heads // a.kv_heads, fp8=fp8, together=together) == names["STAGES"]
+    )
     assert names["STAGES"] > numbers["FLIGHT"]
 
 

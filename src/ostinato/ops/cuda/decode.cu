@@ -21,7 +21,7 @@
 // Macros: HID QSIZE QKVN INTER VOCAB NL HEADS KVH HD BLOCK_SIZE WINDOW TABLE_WIDTH FP8 QKNORM QKV_BIAS O_BIAS GRID WARPS
 // MOST_SLICES (of a chunk) FLIGHT (chunks of weights under way to the ring) LEAD (chunks
 // in the L2 cache ahead of it) PACE (cycles a chunk) MAXS (most splits of a context) CHUNK (fewest
-// tokens in a split) LONGEST (most tokens in one of few splits) TOGETHER, GATED_TOGETHER (tiles between two meetings of the warps; of gate
+// tokens in a split) LONGEST (most tokens in one of few splits) PLACES (of tokens or KV blocks, that are looked up once) TOGETHER, GATED_TOGETHER (tiles between two meetings of the warps; of gate
 // and up) ASK (cycles from a meeting until the next op's input should be there; 0: nobody knows) COUNTS (whether `decode` counts the step, and not `finish`).
 
 #include "common.cuh"
@@ -40,6 +40,9 @@ constexpr int OWN = 2048 / HD;              // tokens of a context that a warp a
 constexpr int PASS = NW * OWN;              // that a block does
 constexpr int FEW = 4;                      // splits that the reader merges
 constexpr int PART = HD / 2 + 2;            // words of a head's split
+constexpr int COLS = divisor(GROUP, 8);     // query heads of one KV head that a block does together in far contexts: columns of a product
+constexpr int TEAMS = HEADS / COLS;
+constexpr int MOST = cmax(1, cmin(MAXS, GRID / TEAMS));   // splits of a far context: as many as blocks suffice for at once
 
 constexpr int chunk_of(int k) { return divisor(k / SW, MOST_SLICES) * SW; }
 // A warp's part of a tile, in slices: so many of a chunk and of the tile; so many wait in registers at most; in whole batches.
@@ -76,27 +79,27 @@ constexpr int X_WARP = X_ROOM * SW * 2;               // bytes of the token that
 constexpr int X_BYTES = NW * X_WARP;
 constexpr int RED = cmax(TOGETHER, GATED_TOGETHER) * NW * 16;   // floats in one reduction buffer
 constexpr int ATT = NW * HD + (NW + 2) / 2 * 4;       // floats for merging warps in attention
-constexpr int FIXED = X_BYTES + (2 * RED + ATT) * 4 + 2 * NW * 4 + HD * 4 + 3 * HD * 2 + LONGEST * 4 + 16;
+constexpr int FIXED = X_BYTES + (2 * RED + ATT) * 4 + 2 * NW * 4 + HD * 4 + (COLS + 2) * HD * 2 + PLACES * 4;
 constexpr int STAGES = (227 * 1024 - FIXED) / (STAGE + 16);
 static_assert(STAGES > FLIGHT, "the ring does not fit");
 static_assert(16 * TOGETHER <= NT && 16 * GATED_TOGETHER <= NT, "a thread for each result of the tiles");
 static_assert(HID % SW == 0 && QSIZE % SW == 0 && INTER % SW == 0, "whole slices");
 static_assert(QKVN % 16 == 0 && HID % 16 == 0 && INTER % 8 == 0 && VOCAB % 16 == 0, "whole tiles");
-static_assert(3 * DL <= NT && LONGEST % CHUNK == 0, "lanes for each vector of a new token; whole splits");
+static_assert((COLS + 2) * DL <= NT && LONGEST % CHUNK == 0 && LONGEST <= PLACES, "lanes for each vector of a new token; whole splits, that are known");
+static_assert(32 % MAXS == 0, "a far context's splits side by side in a warp");
 static_assert(HD == 64 || HD == 128, "head dimensions that lanes share evenly");
 
 // Shared memory, all of it at places known when this is compiled: first the ring's stages.
 constexpr int X_AT = STAGES * STAGE, RED_AT = X_AT + X_BYTES, ATT_AT = RED_AT + 2 * RED * 4;
-constexpr int SQUARES_AT = ATT_AT + ATT * 4, ANGLES_AT = SQUARES_AT + 2 * NW * 4, SLOTS_AT = ANGLES_AT + HD * 4, FLAG_AT = SLOTS_AT + LONGEST * 4;
-constexpr int FRESH_AT = FLAG_AT + 16, FULL_AT = FRESH_AT + 3 * HD * 2, EMPTY_AT = FULL_AT + STAGES * 8;
+constexpr int SQUARES_AT = ATT_AT + ATT * 4, ANGLES_AT = SQUARES_AT + 2 * NW * 4, SLOTS_AT = ANGLES_AT + HD * 4;
+constexpr int FRESH_AT = SLOTS_AT + PLACES * 4, FULL_AT = FRESH_AT + (COLS + 2) * HD * 2, EMPTY_AT = FULL_AT + STAGES * 8;
 static_assert(EMPTY_AT + STAGES * 8 <= 227 * 1024 && FRESH_AT % 16 == 0 && FULL_AT % 8 == 0, "the layout");
 SHARED(float, reduced, RED_AT)       // [2][TOGETHER or GATED_TOGETHER][16][NW]
 SHARED(float, gathered, ATT_AT)      // attention's parts: [NW][HD], then [NW + 1] of (largest, sum)
 SHARED(float, sums, SQUARES_AT)      // [2][NW] of squares
 SHARED(float, angles, ANGLES_AT)     // [HD]
-SHARED(int, places, SLOTS_AT)        // [LONGEST], where tokens of this block's split lie in the cache
-SHARED(u32, flag, FLAG_AT)
-SHARED(u16, fresh_token, FRESH_AT)   // [3][HD]: query, key and value of the new token
+SHARED(int, places, SLOTS_AT)        // [PLACES], where tokens of this block's split lie in the cache; if it is far, KV blocks
+SHARED(u16, fresh_token, FRESH_AT)   // [COLS + 2][HD]: a query, or COLS, key and value of the new token
 
 struct Layer {
     const u16 *input_norm, *q_norm, *k_norm, *mlp_norm;
@@ -115,7 +118,6 @@ struct Params {
     const int *ids;            // [1], as all that follows of the step
     u64 *x, *qkv, *attn, *act; // tagged pairs: [HID / 2], [QKVN / 2], [QSIZE / 2], [INTER / 2]
     u64 *parts;                // [HEADS, MAXS, HD / 2 + 2]: tagged pairs, then the logarithm of their weight, float32
-    u32 *semaphores;           // [HEADS], zero before and after
     u32 *steps;                // steps so far; `finish` counts where this kernel cannot
     float *logits;             // [VOCAB], or null: only the best
     float *best;               // [GRID]
@@ -143,12 +145,6 @@ __device__ __forceinline__ uint2 lds2(u32 at) {
     return v;
 }
 __device__ __forceinline__ void sts(u32 at, u32 v) { asm volatile("st.shared.u32 [%0], %1;" ::"r"(at), "r"(v) : "memory"); }
-// Counts up to `most`, and from there to zero; returns what was there before.
-__device__ __forceinline__ u32 count_round(u32 *p, u32 most) {
-    u32 before;
-    asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(before) : "l"(p), "r"(most) : "memory");
-    return before;
-}
 #if FP8
 // Two E4M3 bytes to float16, which has all their values.
 __device__ __forceinline__ void unpack(u32 v, u32 &first, u32 &second) {
@@ -178,20 +174,29 @@ __device__ __forceinline__ u32 insist(const u64 *p, u32 tag) {
 }
 // One lane looks while the others rest: a crowd at the same few lines would be in the writers' way.
 __device__ __forceinline__ void look_out(const u64 *p, u32 tag) {
-    if ((threadIdx.x & 31) == 0) insist(p, tag);
+    if ((thread() & 31) == 0) insist(p, tag);
     __syncwarp();
 }
 
 #include "stream.cuh"
 
-// How a context is cut, and what this block has of it: items blockIdx.x, + GRID, ...; all heads of a split stand side by side.
+// How a context is cut, and what this block has of it: items blockIdx.x, + GRID, ...; all heads, or all teams of heads, of a split
+// stand side by side.
 struct Context {
     int length, first, chunk, splits;
-    __device__ __forceinline__ int start(int item) const { return first + item / HEADS * chunk; }
+    // More than FEW splits of LONGEST: items are of teams of heads, and all blocks merge them.
+    __device__ __forceinline__ bool far() const { return length - first > FEW * LONGEST; }
+    __device__ __forceinline__ int start(int item) const { return first + (far() ? item / TEAMS : item / HEADS) * chunk; }
     __device__ __forceinline__ int end(int item) const { return min(start(item) + chunk, length); }
-    __device__ __forceinline__ int items() const { return splits * HEADS; }
+    __device__ __forceinline__ int items() const { return splits * (far() ? TEAMS : HEADS); }
     // Whether the places of all old tokens that it looks at fit into shared memory.
-    __device__ __forceinline__ bool known() const { return (int)blockIdx.x + GRID >= items() && chunk <= LONGEST; }
+    __device__ __forceinline__ bool known() const {
+        return (int)blockIdx.x + GRID >= items() && chunk <= (far() ? (PLACES - 1) * BLOCK_SIZE : LONGEST);
+    }
+    // Of a token of the item that begins at `start`, where they are known.
+    __device__ __forceinline__ int place(int token, int start) const {
+        return far() ? places()[token / BLOCK_SIZE - start / BLOCK_SIZE] + token % BLOCK_SIZE : places()[token - start];
+    }
 };
 
 __device__ __forceinline__ Context context_of(int length) {
@@ -201,26 +206,34 @@ __device__ __forceinline__ Context context_of(int length) {
     const int seen = length - c.first;
     // Few splits, which readers merge, as long as they are short; then as many as there may be.
     c.chunk = min(cdiv(max(seen, 1), FEW * CHUNK), LONGEST / CHUNK) * CHUNK;
-    if (seen > MAXS * c.chunk) c.chunk = cdiv(seen, MAXS * CHUNK) * CHUNK;
+    if (c.far()) c.chunk = cdiv(seen, MOST * CHUNK) * CHUNK;
     c.splits = max(1, cdiv(seen, c.chunk));
     return c;
 }
 
-__device__ __forceinline__ void look_up(const Params &p, int from, int to) {
+// The places of an item's old tokens.
+__device__ __forceinline__ void look_up(const Params &p, const Context &c, int item) {
     const int *table = p.table + (long long)max(p.rows[0], 0) * TABLE_WIDTH;
+    const int from = c.start(item), to = min(c.end(item), c.length - 1);
+    if (c.far()) {
+        const int first = from / BLOCK_SIZE;
 #pragma unroll 1
-    for (int i = threadIdx.x; i < to - from; i += NT) places()[i] = table[(from + i) / BLOCK_SIZE] * BLOCK_SIZE + (from + i) % BLOCK_SIZE;
+        for (int i = thread(); i < cdiv(to, BLOCK_SIZE) - first; i += NT) places()[i] = table[first + i] * BLOCK_SIZE;
+    } else {
+#pragma unroll 1
+        for (int i = thread(); i < to - from; i += NT) places()[i] = table[(from + i) / BLOCK_SIZE] * BLOCK_SIZE + (from + i) % BLOCK_SIZE;
+    }
 }
 
 // Old keys and values of a layer on their way to the L2 cache.
-__device__ __forceinline__ void expect_context(const Layer &layer, const Context &c) {
+template <bool FAR> __device__ __forceinline__ void expect_context(const Layer &layer, const Context &c) {
     const int item = blockIdx.x;
     if (item >= c.items() || !c.known()) return;
     constexpr int LINES = HD * 2 / 128;
-    const int kv = item % HEADS / GROUP, tokens = min(c.end(item), c.length - 1) - c.start(item);
+    const int kv = (FAR ? item % TEAMS * COLS : item % HEADS) / GROUP, start = c.start(item), tokens = min(c.end(item), c.length - 1) - start;
 #pragma unroll 1
-    for (int i = threadIdx.x; i < tokens * LINES; i += NT) {
-        const long long place = (long long)places()[i / LINES] * (KVH * HD) + kv * HD + i % LINES * 64;
+    for (int i = thread(); i < tokens * LINES; i += NT) {
+        const long long place = (long long)c.place(start + i / LINES, start) * (KVH * HD) + kv * HD + i % LINES * 64;
         prefetch(layer.keys + place);
         prefetch(layer.values + place);
     }
@@ -230,7 +243,9 @@ enum { STORE, ADD, ACT, BEST };
 enum { CELLS, ATTENTION };
 // Which buffer the warps' sums go to: there are two, so that one meeting is enough for each. Another two for squares.
 struct Turn {
-    int sums, squares;
+    u32 bits;  // of sums, of squares
+    __device__ __forceinline__ int sums() const { return bits & 1; }
+    __device__ __forceinline__ int squares() const { return bits >> 1; }
     u32 met;   // when the warps met last
 };
 
@@ -269,7 +284,7 @@ __device__ __forceinline__ float stage(const Params &p, const Context &context, 
 #pragma unroll
     for (int u = 0; u < PER; ++u) w[u] = make_uint2(0, 0);
     float squares = 0.f;
-    if (FROM == ATTENTION && context.splits > 1 && context.splits <= FEW) {
+    if (FROM == ATTENTION && context.splits > 1 && !context.far()) {
         // Lanes look out for each split of each of the heads, at the word that is written last: asking in vain for all is dear. They do so
         // together: each by itself they would take what the L2 cache can deliver. The shares of the splits stand where the token will be.
         // STEP slices side by side are of one head: one only where a half, a chunk or a warp's part of it begins within what would be two heads.
@@ -502,7 +517,7 @@ __device__ __forceinline__ void consume(Ring &ring, Share &share, Turn &use, con
     load_first(tile);   // no result is needed for that
     float inverse;
     float squares = stage<O, NORM, FROM>(p, context, x, norm, tag, inverse, use.met);
-    if (NORM) use.squares ^= 1;
+    if (NORM) use.bits ^= 2;
     const u32 own_x = shared_at(memory) + X_AT + warp * X_WARP + t * (SW / 2) + (g & 1) * (SW / 4);
     int turn = tid >> 4, best_at = 0;   // which tile's results are this thread's to finish
     float best = -infinity();
@@ -520,7 +535,7 @@ __device__ __forceinline__ void consume(Ring &ring, Share &share, Turn &use, con
         }
 #endif
         if (KIND == ADD && mine && old_tag) old = ld_cell(out + n / 2);
-        float *red = reduced() + use.sums * RED + g * NW + warp;
+        float *red = reduced() + use.sums() * RED + g * NW + warp;
         const auto multiply_held = [&](float (&up)[2][4], float (&low)[2][4], int i, u32 from) {
 #pragma unroll
             for (int u = 0; u < BATCH; ++u) {
@@ -572,7 +587,7 @@ __device__ __forceinline__ void consume(Ring &ring, Share &share, Turn &use, con
         if (NORM && tile == begin) {
 #pragma unroll
             for (int d = 16; d; d >>= 1) squares += __shfl_xor_sync(~0u, squares, d);
-            if (lane == 0) sums()[use.squares * NW + warp] = squares;
+            if (lane == 0) sums()[use.squares() * NW + warp] = squares;
         }
         consumers_meet();
         if (ASK) use.met = now();
@@ -582,10 +597,10 @@ __device__ __forceinline__ void consume(Ring &ring, Share &share, Turn &use, con
                 const float4 one = *(const float4 *)from, two = *(const float4 *)(from + 4);
                 return one.x + one.y + (one.z + one.w) + (two.x + two.y + (two.z + two.w));
             };
-            const float *part = reduced() + use.sums * RED + turn * (NW * 16) + row * NW;
+            const float *part = reduced() + use.sums() * RED + turn * (NW * 16) + row * NW;
             v = sum(part);
             if (KIND == ACT) u = sum(part + 8 * NW);
-            if (NORM) { const float factor = rsqrtf(sum(sums() + use.squares * NW) / O::K + p.eps); v *= factor; u *= factor; }
+            if (NORM) { const float factor = rsqrtf(sum(sums() + use.squares() * NW) / O::K + p.eps); v *= factor; u *= factor; }
 #if FP8
             v *= factor_v;
             u *= factor_u;
@@ -613,7 +628,7 @@ __device__ __forceinline__ void consume(Ring &ring, Share &share, Turn &use, con
             // The next tiles' results are the next warps', while these still add.
             turn = (turn + NT / 16 - cdiv(MEET, 2) * 2) % (NT / 16);
         }
-        use.sums ^= 1;
+        use.bits ^= 1;
     }
     if (KIND == BEST) {
         // The lowest index wins ties.
@@ -625,7 +640,7 @@ __device__ __forceinline__ void consume(Ring &ring, Share &share, Turn &use, con
             float v = __shfl_xor_sync(~0u, best, d);
             better(v, __shfl_xor_sync(~0u, best_at, d));
         }
-        float *tops = reduced() + use.sums * RED;   // nobody reads this one any more
+        float *tops = reduced() + use.sums() * RED;   // nobody reads this one any more
         if (lane == 0 && warp < (MEET + 1) / 2) { tops[2 * warp] = best; tops[2 * warp + 1] = __int_as_float(best_at); }
         consumers_meet();
         if (tid == 0) {
@@ -648,16 +663,16 @@ __device__ __forceinline__ uint4 get(Eight &v, const u64 *p, u32 tag) {
     return make_uint4((u32)v.a.a, (u32)v.a.b, (u32)v.b.a, (u32)v.b.b);
 }
 
-// Query, and in the last split key and value, of the new token: to shared memory and to the cache.
+// Queries of heads from `head` on, and in the last split key and value, of the new token: to shared memory and to the cache.
 // Normed where the model does, rotated, rounded; a lane has eight dimensions of one of them.
-__device__ __forceinline__ void prepare(const Params &p, const Layer &layer, int head, bool last, u32 tag) {
-    const int vector = threadIdx.x / DL, dl = threadIdx.x % DL, kv = head / GROUP;
-    if (vector / (32 / DL) * (32 / DL) > 2) return;   // none of the warp
-    const bool is_v = vector == 2;
-    const u64 *cells = p.qkv + ((vector == 0 ? head : (is_v ? HEADS + KVH : HEADS) + kv) * HD + dl * 8) / 2;
+template <int QUERIES> __device__ __forceinline__ void prepare(const Params &p, const Layer &layer, int head, bool last, u32 tag) {
+    const int vector = thread() / DL, dl = thread() % DL, kv = head / GROUP;
+    if (vector / (32 / DL) * (32 / DL) > QUERIES + 1) return;   // none of the warp
+    const bool is_q = vector < QUERIES, is_v = vector == QUERIES + 1;
+    const u64 *cells = p.qkv + ((is_q ? head + vector : (is_v ? HEADS + KVH : HEADS) + kv) * HD + dl * 8) / 2;
     Eight asked = ask(cells);
 #if QKNORM
-    const uint4 gains = *(const uint4 *)((vector == 0 ? layer.q_norm : layer.k_norm) + dl * 8);
+    const uint4 gains = *(const uint4 *)((is_q ? layer.q_norm : layer.k_norm) + dl * 8);
 #endif
     const float *turns = angles() + dl % (DL / 2) * 8;
     float f[8];
@@ -677,22 +692,59 @@ __device__ __forceinline__ void prepare(const Params &p, const Layer &layer, int
     const float sign = dl < DL / 2 ? -1.f : 1.f;
 #pragma unroll
     for (int i = 0; i < 8; ++i) f[i] = f[i] * turns[i] + sign * __shfl_xor_sync(~0u, f[i], DL / 2) * turns[HALF + i];
-    if (vector > 2) return;
+    if (vector > QUERIES + 1) return;
     const uint4 packed = is_v ? raw : make_uint4(pack(f[0], f[1]), pack(f[2], f[3]), pack(f[4], f[5]), pack(f[6], f[7]));
     *(uint4 *)(fresh_token() + vector * HD + dl * 8) = packed;
-    if (vector > 0 && last && head % GROUP == 0)
+    if (!is_q && last && head % GROUP == 0)
         *(uint4 *)((is_v ? layer.values : layer.keys) + (long long)p.slots[0] * (KVH * HD) + kv * HD + dl * 8) = packed;
 }
 
+// A far context's splits: this block's share of all pairs of numbers, in order, the splits of a pair side by side in a warp.
+__device__ __forceinline__ void merge(const Params &p, const Context &c, u32 tag) {
+    constexpr int PAIRS = HEADS * HD / 2, SHARE = cdiv(PAIRS, GRID), AT_ONCE = NT / MAXS;
+    const int split = thread() % MAXS;
+#pragma unroll 1
+    for (int i = thread() / MAXS; i < cdiv(SHARE, AT_ONCE) * AT_ONCE; i += AT_ONCE) {
+        const int pair = blockIdx.x * SHARE + i;
+        const bool mine = i < SHARE && pair < PAIRS;
+        const u64 *const space = p.parts + ((long long)(mine ? pair / (HD / 2) : 0) * MAXS + split) * PART;
+        u64 two = (u64)tag << 32, log = two | 0xff800000u;   // of no weight
+        bool asks = mine && split < c.splits;
+#pragma unroll 1
+        for (u32 spins = 0; !__all_sync(~0u, !asks); ++spins) {
+            if (spins == 1u << 24) __trap();
+            if (spins) rest();
+            if (!asks) continue;
+            two = ld_cell(space + pair % (HD / 2));
+            log = ld_cell(space + HD / 2);
+            asks = (u32)(two >> 32) != tag || (u32)(log >> 32) != tag;
+        }
+        const float own = __uint_as_float((u32)log);
+        float above = own;
+#pragma unroll
+        for (int d = MAXS / 2; d; d >>= 1) above = fmaxf(above, __shfl_xor_sync(~0u, above, d));
+        const float weight = mine ? exp2_(own - above) : 0.f;
+        float total = weight, first = lo((u32)two) * weight, second = hi((u32)two) * weight;
+#pragma unroll
+        for (int d = MAXS / 2; d; d >>= 1) {
+            total += __shfl_xor_sync(~0u, total, d);
+            first += __shfl_xor_sync(~0u, first, d);
+            second += __shfl_xor_sync(~0u, second, d);
+        }
+        if (mine && split == 0) st_cell(p.attn + pair, pack(__fdividef(first, total), __fdividef(second, total)), tag);
+    }
+}
+
 // Attention of this block's items. A split's tokens are shared by the warps, 16 at a time the rows of a product on tensor cores;
-// the new token is a part of its own.
-__device__ __forceinline__ void attend(const Params &p, const Layer &layer, const Context &c, u32 tag) {
+// the new token is a part of its own. Columns are the query, all of them, or the queries of a team of heads.
+template <bool FAR> __device__ __forceinline__ void attend(const Params &p, const Layer &layer, const Context &c, u32 tag) {
     const int tid = thread(), warp = tid >> 5, lane = tid & 31, g = lane >> 2, t = lane & 3;
+    constexpr int QUERIES = FAR ? COLS : 1, OF_A_LANE = QUERIES > 1 ? 2 : 1;   // a lane has two columns
     float *const parts = gathered();
     float2 *const stats = (float2 *)(parts + NW * HD);
 #pragma unroll 1
     for (int item = blockIdx.x; item < c.items(); item += GRID) {
-        const int head = item % HEADS, split = item / HEADS, kv = head / GROUP;
+        const int head = item % (HEADS / QUERIES) * QUERIES, split = item / (HEADS / QUERIES), kv = head / GROUP;
         const int start = c.start(item), end = c.end(item), old = min(end, c.length - 1);   // up to `old` they are in the cache
         const bool last = end == c.length && c.length > 0, known = c.known();
         const u16 *const keys = layer.keys + kv * HD + t * 8;
@@ -704,7 +756,7 @@ __device__ __forceinline__ void attend(const Params &p, const Layer &layer, cons
             int slot[OWN / 8];
             if (known) {   // all of them before the first load, behind which they would wait
 #pragma unroll
-                for (int i = 0; i < OWN / 8; ++i) slot[i] = old <= start ? 0 : places()[min(at + i * 8 + g, old - 1) - start];
+                for (int i = 0; i < OWN / 8; ++i) slot[i] = old <= start ? 0 : c.place(min(at + i * 8 + g, old - 1), start);
             } else {
                 const int *table = p.table + (long long)max(p.rows[0], 0) * TABLE_WIDTH;
 #pragma unroll
@@ -725,40 +777,52 @@ __device__ __forceinline__ void attend(const Params &p, const Layer &layer, cons
         };
         const int begin = start + warp * OWN;
         load(begin);
-        prepare(p, layer, head, last, tag);   // the new token, while the old ones are on their way
+        prepare<QUERIES>(p, layer, head, last, tag);   // the new token, while the old ones are on their way
         consumers_meet();
-        float acc[HD / 16][4] = {}, top = -infinity(), sum = 0.f;
+        float acc[HD / 16][4] = {}, top[2] = {-infinity(), -infinity()}, sum[2] = {};
+        const u32 queries = shared_at(memory) + FRESH_AT + (QUERIES > 1 ? min(g, QUERIES - 1) * HD : 0) * 2 + t * 16;
         const auto add = [&](int at) {
-            float score[OWN / 8], above = top;
+            float score[OWN / 8][2], above[2] = {top[0], top[1]};
 #pragma unroll
             for (int i = 0; i < OWN / 8; i += 2) {
                 float one[4] = {}, two[4] = {};
 #pragma unroll
                 for (int s = 0; s < HD / 32; ++s) {
-                    const uint4 a = kr[i][s], b = kr[i + 1][s], q = lds(shared_at(memory) + FRESH_AT + (s * 32 + t * 8) * 2);
+                    const uint4 a = kr[i][s], b = kr[i + 1][s], q = lds(queries + s * 64);
                     mma(one, a.x, b.x, a.y, b.y, q.x, q.y);
                     mma(two, a.z, b.z, a.w, b.w, q.z, q.w);
                 }
-                score[i] = at + i * 8 + g < old ? (one[0] + two[0]) * p.scale : -infinity();
-                score[i + 1] = at + i * 8 + 8 + g < old ? (one[2] + two[2]) * p.scale : -infinity();
-                above = fmaxf(above, fmaxf(score[i], score[i + 1]));
+#pragma unroll
+                for (int h = 0; h < OF_A_LANE; ++h) {
+                    score[i][h] = at + i * 8 + g < old ? (one[h] + two[h]) * p.scale : -infinity();
+                    score[i + 1][h] = at + i * 8 + 8 + g < old ? (one[2 + h] + two[2 + h]) * p.scale : -infinity();
+                    above[h] = fmaxf(above[h], fmaxf(score[i][h], score[i + 1][h]));
+                }
             }
 #pragma unroll
-            for (int d = 4; d < 32; d <<= 1) above = fmaxf(above, __shfl_xor_sync(~0u, above, d));
-            if (at != begin) {
-                const float fade = exp2_(top - above);
-                sum *= fade;
+            for (int h = 0; h < OF_A_LANE; ++h) {
 #pragma unroll
-                for (int i = 0; i < HD / 16; ++i) { acc[i][0] *= fade; acc[i][2] *= fade; }
+                for (int d = 4; d < 32; d <<= 1) above[h] = fmaxf(above[h], __shfl_xor_sync(~0u, above[h], d));
+                if (at != begin) {
+                    const float fade = exp2_(top[h] - above[h]);
+                    sum[h] *= fade;
+#pragma unroll
+                    for (int i = 0; i < HD / 16; ++i) { acc[i][h] *= fade; acc[i][2 + h] *= fade; }
+                }
+                top[h] = above[h];
             }
-            top = above;
 #pragma unroll
             for (int i = 0; i < OWN / 8; i += 2) {
-                const float w0 = rounded(exp2_(score[i] - above)), w1 = rounded(exp2_(score[i + 1] - above));
-                sum += w0 + w1;
+                float w0[2], w1[2];
+#pragma unroll
+                for (int h = 0; h < OF_A_LANE; ++h) {
+                    w0[h] = rounded(exp2_(score[i][h] - above[h]));
+                    w1[h] = rounded(exp2_(score[i + 1][h] - above[h]));
+                    sum[h] += w0[h] + w1[h];
+                }
                 // A lane has the weights of tokens g and g + 8; as the product's inner index it needs 2 t, 2 t + 1, and those behind eight.
-                const u32 b0 = pack(__shfl_sync(~0u, w0, t * 8), __shfl_sync(~0u, w0, t * 8 + 4));
-                const u32 b1 = pack(__shfl_sync(~0u, w1, t * 8), __shfl_sync(~0u, w1, t * 8 + 4));
+                const u32 b0 = QUERIES > 1 ? transpose(pack(w0[0], w0[1])) : pack(__shfl_sync(~0u, w0[0], t * 8), __shfl_sync(~0u, w0[0], t * 8 + 4));
+                const u32 b1 = QUERIES > 1 ? transpose(pack(w1[0], w1[1])) : pack(__shfl_sync(~0u, w1[0], t * 8), __shfl_sync(~0u, w1[0], t * 8 + 4));
 #pragma unroll
                 for (int s = 0; s < HD / 32; ++s) {
                     const uint4 a = vr[i][s], b = vr[i + 1][s];
@@ -773,85 +837,78 @@ __device__ __forceinline__ void attend(const Params &p, const Layer &layer, cons
             load(at);
             add(at);
         }
-        // Warps in order. Register r of slice s has, of row g, number 32 s + 8 (g / 2) + 2 r + g % 2.
+        // Warps in order, a head at a time. Register r of slice s has, of row g, number 32 s + 8 (g / 2) + 2 r + g % 2.
 #pragma unroll
-        for (int d = 4; d < 32; d <<= 1) sum += __shfl_xor_sync(~0u, sum, d);
-        if (t == 0) {
-            float *own = parts + warp * HD + g / 2 * 8 + g % 2;
+        for (int h = 0; h < OF_A_LANE; ++h)
 #pragma unroll
-            for (int i = 0; i < HD / 16; ++i) {
-                own[i / 2 * 32 + i % 2 * 4] = acc[i][0];
-                own[i / 2 * 32 + i % 2 * 4 + 2] = acc[i][2];
-            }
-            if (lane == 0) stats[warp] = make_float2(top, sum);
-        }
-        const u16 *const key = fresh_token() + HD, *const value = key + HD;
-        if (warp == NW - 1 && !last && lane == 0) stats[NW] = make_float2(-infinity(), 0.f);
-        if (warp == NW - 1 && last) {   // it has the fewest old tokens
-            float score = 0.f;
-#pragma unroll
-            for (int i = lane * 2; i < HD; i += 64) {
-                const u32 a = *(const u32 *)(fresh_token() + i), b = *(const u32 *)(key + i);
-                score += lo(a) * lo(b) + hi(a) * hi(b);
-            }
-#pragma unroll
-            for (int d = 16; d; d >>= 1) score += __shfl_xor_sync(~0u, score, d);
-            if (lane == 0) stats[NW] = make_float2(score * p.scale, 1.f);
-        }
-        consumers_meet();
-        u64 *const out = p.attn + head * HD / 2;
-        if (tid < HD) {
-            float above = -infinity(), total = 0.f, result = 0.f;
-#pragma unroll
-            for (int w = 0; w <= NW; ++w) above = fmaxf(above, stats[w].x);
-            const float base = c.length > 0 ? above : 0.f;   // a sequence that is not live has no token
-#pragma unroll
-            for (int w = 0; w <= NW; ++w) {
-                const float weight = exp2_(stats[w].x - base);
-                total += stats[w].y * weight;
-                result += w < NW ? parts[w * HD + tid] * weight : last ? widen(value[tid]) * weight : 0.f;
-            }
-            result = c.length > 0 ? __fdividef(result, total) : 0.f;
-            const float other = __shfl_xor_sync(~0u, result, 1);
-            u64 *const space = p.parts + ((long long)head * MAXS + split) * PART;
-            if ((tid & 1) == 0) st_cell((c.splits == 1 ? out : space) + tid / 2, pack(result, other), tag);
-            if (tid == 0 && c.splits > 1) st_cell(space + HD / 2, __float_as_uint(above + __log2f(total)), tag);
-        }
-        if (c.splits > FEW) {
-            consumers_meet();
-            if (tid == 0) *flag() = count_round(p.semaphores + head, c.splits - 1) == (u32)c.splits - 1;   // zero again by itself behind the last split
-            consumers_meet();
-            if (*flag() && tid < HD) {
-                const u64 *space = p.parts + (long long)head * MAXS * PART;
-                float above = -infinity(), total = 0.f, result = 0.f;
+            for (int d = 4; d < 32; d <<= 1) sum[h] += __shfl_xor_sync(~0u, sum[h], d);
+        const u16 *const key = fresh_token() + QUERIES * HD, *const value = key + HD;
 #pragma unroll 1
-                for (int j = 0; j < c.splits; ++j) {
-                    const u64 *own = space + j * PART;
-                    const float here = __uint_as_float(insist(own + HD / 2, tag)), next = fmaxf(above, here);
-                    const float fade = exp2_(above - next), weight = exp2_(here - next);
-                    const u32 two = insist(own + tid / 2, tag);
-                    total = total * fade + weight;
-                    result = result * fade + (tid & 1 ? hi(two) : lo(two)) * weight;
-                    above = next;
+        for (int two = 0; two < QUERIES; two += 2)
+#pragma unroll
+        for (int h = 0; h < OF_A_LANE; ++h) {
+            const int q = two + h;
+            if (q == QUERIES) break;
+            if (q) consumers_meet();
+            if (t == q / 2) {
+                float *own = parts + warp * HD + g / 2 * 8 + g % 2;
+#pragma unroll
+                for (int i = 0; i < HD / 16; ++i) {
+                    own[i / 2 * 32 + i % 2 * 4] = acc[i][h];
+                    own[i / 2 * 32 + i % 2 * 4 + 2] = acc[i][2 + h];
                 }
-                result /= total;
+                if (g == 0) stats[warp] = make_float2(top[h], sum[h]);
+            }
+            if (warp == NW - 1 && !last && lane == 0) stats[NW] = make_float2(-infinity(), 0.f);
+            if (warp == NW - 1 && last) {   // it has the fewest old tokens
+                float score = 0.f;
+#pragma unroll
+                for (int i = lane * 2; i < HD; i += 64) {
+                    const u32 a = *(const u32 *)(fresh_token() + q * HD + i), b = *(const u32 *)(key + i);
+                    score += lo(a) * lo(b) + hi(a) * hi(b);
+                }
+#pragma unroll
+                for (int d = 16; d; d >>= 1) score += __shfl_xor_sync(~0u, score, d);
+                if (lane == 0) stats[NW] = make_float2(score * p.scale, 1.f);
+            }
+            consumers_meet();
+            if (tid < HD) {
+                float above = -infinity(), total = 0.f, result = 0.f;
+#pragma unroll
+                for (int w = 0; w <= NW; ++w) above = fmaxf(above, stats[w].x);
+                const float base = c.length > 0 ? above : 0.f;   // a sequence that is not live has no token
+#pragma unroll
+                for (int w = 0; w <= NW; ++w) {
+                    const float weight = exp2_(stats[w].x - base);
+                    total += stats[w].y * weight;
+                    result += w < NW ? parts[w * HD + tid] * weight : last ? widen(value[tid]) * weight : 0.f;
+                }
+                result = c.length > 0 ? __fdividef(result, total) : 0.f;
                 const float other = __shfl_xor_sync(~0u, result, 1);
-                if ((tid & 1) == 0) st_cell(out + tid / 2, pack(result, other), tag);
+                const bool whole = !FAR && c.splits == 1;
+                u64 *const space = p.parts + ((long long)(head + q) * MAXS + split) * PART;
+                if ((tid & 1) == 0) st_cell((whole ? p.attn + (head + q) * HD / 2 : space) + tid / 2, pack(result, other), tag);
+                if (tid == 0 && !whole) st_cell(space + HD / 2, __float_as_uint(above + __log2f(total)), tag);
             }
         }
         // Before the next item writes what this one reads. Otherwise the warps meet in between, in the MLP at the latest.
         if (GateUp::TILES < GRID || item + GRID < c.items()) consumers_meet();
     }
+    if (FAR) merge(p, c, tag);
 }
+
+// Functions of their own: as a part of the kernel they took registers from all that is near, 2 to 4 us a step.
+__device__ __noinline__ void expect_far(const Layer &layer, Context c) { expect_context<true>(layer, c); }
+__device__ __noinline__ void attend_far(const Params &p, const Layer &layer, Context c, u32 tag) { attend<true>(p, layer, c, tag); }
 
 // A norm's weights on their way to the L2 cache.
 __device__ __forceinline__ void expect(const void *from, int bytes) {
-    for (int i = threadIdx.x * 128; i < bytes; i += NT * 128) prefetch((const char *)from + i);
+    for (int i = thread() * 128; i < bytes; i += NT * 128) prefetch((const char *)from + i);
 }
 
 extern "C" __global__ void __launch_bounds__(NT + PW * 32, 1) decode(const __grid_constant__ Params p) {
     Ring ring = {0, 0};
-    if (threadIdx.x == 0) {
+    if (thread() == 0) {
 #pragma unroll 1
         for (int i = 0; i < STAGES; ++i) {
             mbar_init(shared_at(memory) + FULL_AT + i * 8, 1);
@@ -861,46 +918,47 @@ extern "C" __global__ void __launch_bounds__(NT + PW * 32, 1) decode(const __gri
     }
     __syncthreads();
     let_successor_start();
-    if (threadIdx.x >= NT) {
+    if (thread() >= NT) {
         produce(p, ring);
         wait_for_predecessor();
         return;
     }
     // What a warp lacks of a token counts nothing, as long as there are numbers.
-    for (int i = threadIdx.x * 16; i < X_BYTES; i += NT * 16) *(uint4 *)(memory + X_AT + i) = make_uint4(0, 0, 0, 0);
+    for (int i = thread() * 16; i < X_BYTES; i += NT * 16) *(uint4 *)(memory + X_AT + i) = make_uint4(0, 0, 0, 0);
     wait_for_predecessor();
     Share share = {0};
-    Turn use = {0, 0, now()};
+    Turn use = {0, now()};
     const Context c = context_of(p.lens[0]);
     if (c.length > 0) {
         const float *turns = p.rope + (long long)p.positions[0] * HD;
-        for (int i = threadIdx.x; i < HD; i += NT) angles()[i] = turns[i];
-        if ((int)blockIdx.x < c.items() && c.known()) look_up(p, c.start(blockIdx.x), min(c.end(blockIdx.x), c.length - 1));
+        for (int i = thread(); i < HD; i += NT) angles()[i] = turns[i];
+        if ((int)blockIdx.x < c.items() && c.known()) look_up(p, c, blockIdx.x);
     }
     consumers_meet();
     // Two versions of x a layer, one of all else. Starts again before it wraps: zero means the embedding.
-    u32 tag = *(volatile u32 *)p.steps % (0xffffffffu / (2 * NL)) * (2 * NL), last = 0;
+    u32 tag = *(volatile u32 *)p.steps % (0xffffffffu / (2 * NL)) * (2 * NL);
     for (int l = 0; l < NL; ++l) {
         const Layer &w = p.layer[l];
-        const u32 one = tag + 1, two = tag + 2;
-        expect_context(w, c);
+        const u32 one = tag + 1, last = l ? tag : 0;
+        if (c.far()) expect_far(w, c);
+        else expect_context<false>(w, c);
         if (blockIdx.x == GRID - 1) {
             expect(w.mlp_norm, HID * 2);
             expect(l + 1 < NL ? p.layer[l + 1].input_norm : p.final_norm, HID * 2);
         }
         consume<Qkv, true, STORE, CELLS>(ring, share, use, p, c, p.x, last, w.input_norm, w.qkv_scale, QKV_BIAS ? w.qkv_bias : nullptr,
                                          p.qkv, one, 0);
-        attend(p, w, c, one);
+        if (c.far()) attend_far(p, w, c, one);
+        else attend<false>(p, w, c, one);
         consume<Output, false, ADD, ATTENTION>(ring, share, use, p, c, p.attn, one, nullptr, w.output_scale,
                                                O_BIAS ? w.output_bias : nullptr, p.x, one, last);
         consume<GateUp, true, ACT, CELLS>(ring, share, use, p, c, p.x, one, w.mlp_norm, w.gate_up_scale, nullptr, p.act, one, 0);
-        consume<Down, false, ADD, CELLS>(ring, share, use, p, c, p.act, one, nullptr, w.down_scale, nullptr, p.x, two, one);
-        last = two;
-        tag = two;
+        consume<Down, false, ADD, CELLS>(ring, share, use, p, c, p.act, one, nullptr, w.down_scale, nullptr, p.x, tag + 2, one);
+        tag += 2;
     }
-    consume<Head, true, BEST, CELLS>(ring, share, use, p, c, p.x, last, p.final_norm, p.head_scale, nullptr, nullptr, 0, 0);
+    consume<Head, true, BEST, CELLS>(ring, share, use, p, c, p.x, tag, p.final_norm, p.head_scale, nullptr, nullptr, 0, 0);
     // It has read what each block made, so all have read `steps`.
-    if (COUNTS && blockIdx.x == 0 && threadIdx.x == 0) *p.steps = *(volatile u32 *)p.steps + 1;
+    if (COUNTS && blockIdx.x == 0 && thread() == 0) *p.steps = *(volatile u32 *)p.steps + 1;
 }
 
 // Behind `decode`: counts the step if that is left to do, and finds the best token among the blocks' (token may be null).
@@ -913,7 +971,7 @@ struct FinishParams {
 extern "C" __global__ void __launch_bounds__(32) finish(const __grid_constant__ FinishParams p) {
     let_successor_start();
     wait_for_predecessor();
-    const int lane = threadIdx.x;
+    const int lane = thread();
     if (!COUNTS && lane == 0) *p.steps += 1;
     if (!p.token) return;
     float best = -infinity();

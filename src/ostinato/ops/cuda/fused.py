@@ -35,8 +35,8 @@ HELD = 8
 MOST_HELD = 12
 """The same, where that is all that a block has of gate and up"""
 SPLITS = 16
-LONGEST = 512
-"""Most tokens in a split as long as four splits do, which is what readers merge by themselves"""
+PLACES = 256
+"""Of tokens or KV blocks in the cache, that a block of the GPU looks up once a step"""
 TUNING = {
     False: {"MOST_SLICES": 22, "FLIGHT": 3, "LEAD": 16, "PACE": 900},
     True: {"MOST_SLICES": 16, "FLIGHT": 2, "LEAD": 16, "PACE": 1200},
@@ -146,7 +146,7 @@ class FusedDecode:
             stack.embedding,
             view.ids,
         ]
-        pointers += [cells[name] for name in ("x", "qkv", "attn", "act", "parts", "semaphores", "steps")]
+        pointers += [cells[name] for name in ("x", "qkv", "attn", "act", "parts", "steps")]
         pointers += [None if greedy else scratch.logits, cells["best"], cells["best_at"]]
         pointers += [view.positions, view.slots, view.rows, view.seq_lens, view.block_table]
         results = [cells["best"], cells["best_at"], scratch.tokens if greedy else None, cells["steps"]]
@@ -184,7 +184,8 @@ class FusedDecode:
             "BLOCK_SIZE": block_size, "WINDOW": a.sliding_window or 0, "TABLE_WIDTH": table_width,
             "FP8": fp8, "QKNORM": first.q_norm is not None,
             "QKV_BIAS": first.qkv.bias is not None, "O_BIAS": first.output.bias is not None,
-            "GRID": self._grid, "WARPS": WARPS, "MAXS": SPLITS, "CHUNK": fewest_in_split(a.heads, a.head_dim), "LONGEST": LONGEST,
+            "GRID": self._grid, "WARPS": WARPS, "MAXS": SPLITS, "CHUNK": fewest_in_split(a.heads, a.head_dim),
+            "LONGEST": longest_in_split(a.head_dim), "PLACES": PLACES,
             "TOGETHER": TOGETHER, "GATED_TOGETHER": gated_together(hidden, inner, self._grid, stream["MOST_SLICES"], fp8=fp8),
             "ASK": ASK if light else 0, "COUNTS": counts, **stream,
         }  # fmt: skip
@@ -200,7 +201,6 @@ class FusedDecode:
             "attn": zeros(a.q_size // 2),
             "act": zeros(macros["INTER"] // 2),
             "parts": zeros(a.heads, SPLITS, a.head_dim // 2 + 2),
-            "semaphores": zeros(a.heads, dtype=torch.int32),
             "steps": zeros(1, dtype=torch.int32),
             # Blocks without a tile of the head never write theirs.
             "best": zeros(self._grid, dtype=torch.float32).fill_(-torch.inf),
@@ -254,7 +254,9 @@ def unsupported(stack: Stack) -> str | None:
     ):  # fmt: skip
         if size % unit:
             return f"{name} {size} is no multiple of {unit}"
-    stages = ring_stages(hidden, a.q_size, inner, a.head_dim, fp8=fp8, together=TOGETHER + 1)
+    stages = ring_stages(
+        hidden, a.q_size, inner, a.head_dim, a.heads // a.kv_heads, fp8=fp8, together=TOGETHER + 1
+    )
     flight = tuning(hidden, a.q_size, inner, fp8=fp8)["FLIGHT"]
     if stages <= flight:
         return f"its rows leave shared memory for {max(stages, 0)} chunks of weights, it needs {flight + 1}"
@@ -269,6 +271,11 @@ def fewest_in_split(heads: int, head_dim: int) -> int:
     if head_dim == 64:
         return 256
     return 32 if heads <= 16 else 128
+
+
+def longest_in_split(head_dim: int) -> int:
+    """Most tokens in a split as long as there are four at most: what a block takes at once. `LONGEST` in `decode.cu`."""
+    return WARPS * 2048 // head_dim
 
 
 def tuning(hidden: int, q_size: int, inner: int, *, fp8: bool) -> dict[str, int]:
@@ -287,7 +294,7 @@ def gated_together(hidden: int, inner: int, grid: int, most: int, *, fp8: bool) 
 
 
 def _chunk(slices: int, most: int) -> int:
-    """Slices of a chunk, of a row's."""
+    """Slices of a chunk, of a row's: their largest divisor."""
     return next(d for d in range(most, 0, -1) if slices % d == 0)
 
 
@@ -300,11 +307,11 @@ def _turns(slices: int, most: int) -> tuple[int, int]:
 
 
 def ring_stages(
-    hidden: int, q_size: int, inner: int, head_dim: int, *, fp8: bool, together: int = TOGETHER
+    hidden: int, q_size: int, inner: int, head_dim: int, group: int, *, fp8: bool, together: int = TOGETHER
 ) -> int:
     """Chunks of weights that fit into shared memory beside a token: `STAGES` in `decode.cu`.
 
-    `together`: tiles between two meetings, at most.
+    `group`: query heads of a KV head; `together`: tiles between two meetings, at most.
     """
     item, most = 1 if fp8 else 2, tuning(hidden, q_size, inner, fp8=fp8)["MOST_SLICES"]
     slices = [size // (64 // item) for size in (hidden, q_size, inner)]
@@ -316,7 +323,7 @@ def ring_stages(
     token = max(max(_turns(n, most)[1], sum(_turns(n // 2, most))) for n in slices) * 64 // item * 2
     reduced, attention = together * WARPS * 16, WARPS * head_dim + (WARPS + 2) // 2 * 4
     fixed = WARPS * token + 4 * (2 * reduced + attention) + 4 * 2 * WARPS + 4 * head_dim
-    fixed += 2 * 3 * head_dim + 4 * LONGEST + 16  # the new token; places of old ones; a flag
+    fixed += 2 * (_chunk(group, 8) + 2) * head_dim + 4 * PLACES  # the new token; places of old ones
     return (SHARED_BYTES - fixed) // (stage + 16)
 
 
