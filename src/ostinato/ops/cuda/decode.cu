@@ -226,7 +226,7 @@ __device__ __forceinline__ void look_up(const Params &p, const Context &c, int i
 }
 
 // Old keys and values of a layer on their way to the L2 cache.
-template <bool FAR> __device__ __forceinline__ void expect_context(const Layer &layer, const Context &c) {
+template <bool FAR> __device__ __forceinline__ void expect_context(const u16 *keys, const u16 *values, const Context &c) {
     const int item = blockIdx.x;
     if (item >= c.items() || !c.known()) return;
     constexpr int LINES = HD * 2 / 128;
@@ -234,8 +234,8 @@ template <bool FAR> __device__ __forceinline__ void expect_context(const Layer &
 #pragma unroll 1
     for (int i = thread(); i < tokens * LINES; i += NT) {
         const long long place = (long long)c.place(start + i / LINES, start) * (KVH * HD) + kv * HD + i % LINES * 64;
-        prefetch(layer.keys + place);
-        prefetch(layer.values + place);
+        prefetch(keys + place);
+        prefetch(values + place);
     }
 }
 
@@ -651,6 +651,16 @@ __device__ __forceinline__ void consume(Ring &ring, Share &share, Turn &use, con
     }
 }
 
+// What attention in a layer needs.
+struct Attention {
+    const u16 *q_norm, *k_norm;
+    u16 *keys, *values;
+    const u64 *qkv;
+    u64 *parts, *attn;
+    const int *table, *rows, *slots;
+    float eps, scale;
+};
+
 struct Eight { Pair a, b; };
 __device__ __forceinline__ Eight ask(const u64 *p) { return {ld_pair(p), ld_pair(p + 2)}; }
 __device__ __forceinline__ uint4 get(Eight &v, const u64 *p, u32 tag) {
@@ -665,14 +675,14 @@ __device__ __forceinline__ uint4 get(Eight &v, const u64 *p, u32 tag) {
 
 // Queries of heads from `head` on, and in the last split key and value, of the new token: to shared memory and to the cache.
 // Normed where the model does, rotated, rounded; a lane has eight dimensions of one of them.
-template <int QUERIES> __device__ __forceinline__ void prepare(const Params &p, const Layer &layer, int head, bool last, u32 tag) {
+template <int QUERIES> __device__ __forceinline__ void prepare(const Attention &a, int head, bool last, u32 tag) {
     const int vector = thread() / DL, dl = thread() % DL, kv = head / GROUP;
     if (vector / (32 / DL) * (32 / DL) > QUERIES + 1) return;   // none of the warp
     const bool is_q = vector < QUERIES, is_v = vector == QUERIES + 1;
-    const u64 *cells = p.qkv + ((is_q ? head + vector : (is_v ? HEADS + KVH : HEADS) + kv) * HD + dl * 8) / 2;
+    const u64 *cells = a.qkv + ((is_q ? head + vector : (is_v ? HEADS + KVH : HEADS) + kv) * HD + dl * 8) / 2;
     Eight asked = ask(cells);
 #if QKNORM
-    const uint4 gains = *(const uint4 *)((is_q ? layer.q_norm : layer.k_norm) + dl * 8);
+    const uint4 gains = *(const uint4 *)((is_q ? a.q_norm : a.k_norm) + dl * 8);
 #endif
     const float *turns = angles() + dl % (DL / 2) * 8;
     float f[8];
@@ -685,7 +695,7 @@ template <int QUERIES> __device__ __forceinline__ void prepare(const Params &p, 
     for (int i = 0; i < 8; ++i) s += f[i] * f[i];
 #pragma unroll
     for (int d = 1; d < DL; d <<= 1) s += __shfl_xor_sync(~0u, s, d);
-    const float factor = rsqrtf(s / HD + p.eps);
+    const float factor = rsqrtf(s / HD + a.eps);
 #pragma unroll
     for (int i = 0; i < 8; ++i) f[i] = rounded(gain[i] * rounded(f[i] * factor));
 #endif
@@ -696,18 +706,18 @@ template <int QUERIES> __device__ __forceinline__ void prepare(const Params &p, 
     const uint4 packed = is_v ? raw : make_uint4(pack(f[0], f[1]), pack(f[2], f[3]), pack(f[4], f[5]), pack(f[6], f[7]));
     *(uint4 *)(fresh_token() + vector * HD + dl * 8) = packed;
     if (!is_q && last && head % GROUP == 0)
-        *(uint4 *)((is_v ? layer.values : layer.keys) + (long long)p.slots[0] * (KVH * HD) + kv * HD + dl * 8) = packed;
+        *(uint4 *)((is_v ? a.values : a.keys) + (long long)a.slots[0] * (KVH * HD) + kv * HD + dl * 8) = packed;
 }
 
 // A far context's splits: this block's share of all pairs of numbers, in order, the splits of a pair side by side in a warp.
-__device__ __forceinline__ void merge(const Params &p, const Context &c, u32 tag) {
+__device__ __forceinline__ void merge(const Attention &a, const Context &c, u32 tag) {
     constexpr int PAIRS = HEADS * HD / 2, SHARE = cdiv(PAIRS, GRID), AT_ONCE = NT / MAXS;
     const int split = thread() % MAXS;
 #pragma unroll 1
     for (int i = thread() / MAXS; i < cdiv(SHARE, AT_ONCE) * AT_ONCE; i += AT_ONCE) {
         const int pair = blockIdx.x * SHARE + i;
         const bool mine = i < SHARE && pair < PAIRS;
-        const u64 *const space = p.parts + ((long long)(mine ? pair / (HD / 2) : 0) * MAXS + split) * PART;
+        const u64 *const space = a.parts + ((long long)(mine ? pair / (HD / 2) : 0) * MAXS + split) * PART;
         u64 two = (u64)tag << 32, log = two | 0xff800000u;   // of no weight
         bool asks = mine && split < c.splits;
 #pragma unroll 1
@@ -731,13 +741,13 @@ __device__ __forceinline__ void merge(const Params &p, const Context &c, u32 tag
             first += __shfl_xor_sync(~0u, first, d);
             second += __shfl_xor_sync(~0u, second, d);
         }
-        if (mine && split == 0) st_cell(p.attn + pair, pack(__fdividef(first, total), __fdividef(second, total)), tag);
+        if (mine && split == 0) st_cell(a.attn + pair, pack(__fdividef(first, total), __fdividef(second, total)), tag);
     }
 }
 
 // Attention of this block's items. A split's tokens are shared by the warps, 16 at a time the rows of a product on tensor cores;
 // the new token is a part of its own. Columns are the query, all of them, or the queries of a team of heads.
-template <bool FAR> __device__ __forceinline__ void attend(const Params &p, const Layer &layer, const Context &c, u32 tag) {
+template <bool FAR> __device__ __forceinline__ void attend(const Attention &a, const Context &c, u32 tag) {
     const int tid = thread(), warp = tid >> 5, lane = tid & 31, g = lane >> 2, t = lane & 3;
     constexpr int QUERIES = FAR ? COLS : 1, OF_A_LANE = QUERIES > 1 ? 2 : 1;   // a lane has two columns
     float *const parts = gathered();
@@ -747,8 +757,8 @@ template <bool FAR> __device__ __forceinline__ void attend(const Params &p, cons
         const int head = item % (HEADS / QUERIES) * QUERIES, split = item / (HEADS / QUERIES), kv = head / GROUP;
         const int start = c.start(item), end = c.end(item), old = min(end, c.length - 1);   // up to `old` they are in the cache
         const bool last = end == c.length && c.length > 0, known = c.known();
-        const u16 *const keys = layer.keys + kv * HD + t * 8;
-        const long long apart = layer.values - layer.keys;   // in numbers
+        const u16 *const keys = a.keys + kv * HD + t * 8;
+        const long long apart = a.values - a.keys;   // in numbers
         // Rows of a tile are tokens, and eight of their numbers stand side by side in a lane: of 32 each the t-th eight.
         // Loaded in any case: what is loaded under a condition would be kept in registers from layer to layer.
         uint4 kr[OWN / 8][HD / 32], vr[OWN / 8][HD / 32];
@@ -758,7 +768,7 @@ template <bool FAR> __device__ __forceinline__ void attend(const Params &p, cons
 #pragma unroll
                 for (int i = 0; i < OWN / 8; ++i) slot[i] = old <= start ? 0 : c.place(min(at + i * 8 + g, old - 1), start);
             } else {
-                const int *table = p.table + (long long)max(p.rows[0], 0) * TABLE_WIDTH;
+                const int *table = a.table + (long long)max(a.rows[0], 0) * TABLE_WIDTH;
 #pragma unroll
                 for (int i = 0; i < OWN / 8; ++i) {
                     const int token = min(at + i * 8 + g, old - 1);
@@ -777,7 +787,7 @@ template <bool FAR> __device__ __forceinline__ void attend(const Params &p, cons
         };
         const int begin = start + warp * OWN;
         load(begin);
-        prepare<QUERIES>(p, layer, head, last, tag);   // the new token, while the old ones are on their way
+        prepare<QUERIES>(a, head, last, tag);   // the new token, while the old ones are on their way
         consumers_meet();
         float acc[HD / 16][4] = {}, top[2] = {-infinity(), -infinity()}, sum[2] = {};
         const u32 queries = shared_at(memory) + FRESH_AT + (QUERIES > 1 ? min(g, QUERIES - 1) * HD : 0) * 2 + t * 16;
@@ -794,8 +804,8 @@ template <bool FAR> __device__ __forceinline__ void attend(const Params &p, cons
                 }
 #pragma unroll
                 for (int h = 0; h < OF_A_LANE; ++h) {
-                    score[i][h] = at + i * 8 + g < old ? (one[h] + two[h]) * p.scale : -infinity();
-                    score[i + 1][h] = at + i * 8 + 8 + g < old ? (one[2 + h] + two[2 + h]) * p.scale : -infinity();
+                    score[i][h] = at + i * 8 + g < old ? (one[h] + two[h]) * a.scale : -infinity();
+                    score[i + 1][h] = at + i * 8 + 8 + g < old ? (one[2 + h] + two[2 + h]) * a.scale : -infinity();
                     above[h] = fmaxf(above[h], fmaxf(score[i][h], score[i + 1][h]));
                 }
             }
@@ -869,7 +879,7 @@ template <bool FAR> __device__ __forceinline__ void attend(const Params &p, cons
                 }
 #pragma unroll
                 for (int d = 16; d; d >>= 1) score += __shfl_xor_sync(~0u, score, d);
-                if (lane == 0) stats[NW] = make_float2(score * p.scale, 1.f);
+                if (lane == 0) stats[NW] = make_float2(score * a.scale, 1.f);
             }
             consumers_meet();
             if (tid < HD) {
@@ -886,20 +896,21 @@ template <bool FAR> __device__ __forceinline__ void attend(const Params &p, cons
                 result = c.length > 0 ? __fdividef(result, total) : 0.f;
                 const float other = __shfl_xor_sync(~0u, result, 1);
                 const bool whole = !FAR && c.splits == 1;
-                u64 *const space = p.parts + ((long long)(head + q) * MAXS + split) * PART;
-                if ((tid & 1) == 0) st_cell((whole ? p.attn + (head + q) * HD / 2 : space) + tid / 2, pack(result, other), tag);
+                u64 *const space = a.parts + ((long long)(head + q) * MAXS + split) * PART;
+                if ((tid & 1) == 0) st_cell((whole ? a.attn + (head + q) * HD / 2 : space) + tid / 2, pack(result, other), tag);
                 if (tid == 0 && !whole) st_cell(space + HD / 2, __float_as_uint(above + __log2f(total)), tag);
             }
         }
         // Before the next item writes what this one reads. Otherwise the warps meet in between, in the MLP at the latest.
         if (GateUp::TILES < GRID || item + GRID < c.items()) consumers_meet();
     }
-    if (FAR) merge(p, c, tag);
+    if (FAR) merge(a, c, tag);
 }
 
-// Functions of their own: as a part of the kernel they took registers from all that is near, 2 to 4 us a step.
-__device__ __noinline__ void expect_far(const Layer &layer, Context c) { expect_context<true>(layer, c); }
-__device__ __noinline__ void attend_far(const Params &p, const Layer &layer, Context c, u32 tag) { attend<true>(p, layer, c, tag); }
+// Functions of their own: as a part of the kernel they took registers from all that is near, 2 to 4 us a step. By value, as what a
+// kernel is launched with comes slowly by reference.
+__device__ __noinline__ void expect_far(const u16 *keys, const u16 *values, Context c) { expect_context<true>(keys, values, c); }
+__device__ __noinline__ void attend_far(Attention a, Context c, u32 tag) { attend<true>(a, c, tag); }
 
 // A norm's weights on their way to the L2 cache.
 __device__ __forceinline__ void expect(const void *from, int bytes) {
@@ -940,16 +951,17 @@ extern "C" __global__ void __launch_bounds__(NT + PW * 32, 1) decode(const __gri
     for (int l = 0; l < NL; ++l) {
         const Layer &w = p.layer[l];
         const u32 one = tag + 1, last = l ? tag : 0;
-        if (c.far()) expect_far(w, c);
-        else expect_context<false>(w, c);
+        if (c.far()) expect_far(w.keys, w.values, c);
+        else expect_context<false>(w.keys, w.values, c);
         if (blockIdx.x == GRID - 1) {
             expect(w.mlp_norm, HID * 2);
             expect(l + 1 < NL ? p.layer[l + 1].input_norm : p.final_norm, HID * 2);
         }
         consume<Qkv, true, STORE, CELLS>(ring, share, use, p, c, p.x, last, w.input_norm, w.qkv_scale, QKV_BIAS ? w.qkv_bias : nullptr,
                                          p.qkv, one, 0);
-        if (c.far()) attend_far(p, w, c, one);
-        else attend<false>(p, w, c, one);
+        const Attention a = {w.q_norm, w.k_norm, w.keys, w.values, p.qkv, p.parts, p.attn, p.table, p.rows, p.slots, p.eps, p.scale};
+        if (c.far()) attend_far(a, c, one);
+        else attend<false>(a, c, one);
         consume<Output, false, ADD, ATTENTION>(ring, share, use, p, c, p.attn, one, nullptr, w.output_scale,
                                                O_BIAS ? w.output_bias : nullptr, p.x, one, last);
         consume<GateUp, true, ACT, CELLS>(ring, share, use, p, c, p.x, one, w.mlp_norm, w.gate_up_scale, nullptr, p.act, one, 0);
