@@ -876,7 +876,7 @@ class TritonOps:
         from .sampling import peaks_in
 
         assert self._products is not None
-        return peaks_in(workspace, seqs, self._products.blocks(version, seqs, linear.out_features))
+        return peaks_in(workspace, seqs, self._products.blocks(version, seqs, linear))
 
     def _linear_add(
         self,
