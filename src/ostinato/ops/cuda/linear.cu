@@ -26,7 +26,7 @@
 // beside the logits, where somebody asks.
 //
 // FP8: weights are E4M3 bytes with a float32 scale for each row. A unit of a tile is 128 inner indices of weights, 64 of x. Each warp
-// takes its rows into registers, 64 inner indices at a time, widens them to bfloat16 while the tensor cores are busy with the ones before,
+// takes its rows into registers, 64 inner indices at a time or 32, widens them to bfloat16 while the tensor cores are busy with the ones before,
 // and multiplies from there.
 //
 // Macros: FP8, KIND (0 store, 1 add to the residual, 2 gate and up with SiLU, 3 float32, 4 the best of it), TOK (8, 16, 32, 64, 128: rows of x
@@ -331,14 +331,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, MW > 2 || TOK * MW > 128 ?
         for (int j = 0; j < TOK / 8; ++j) which[j] = ~0u;
     int i = 0, w = 0, w_parity = 0, x = 0, x_parity = 0;
 #if FP8
-    u32 held[2][16];
+    constexpr int HELD = TOK * MW < 128 ? 4 : 2;     // times 16 inner indices in registers, and as many again that are being multiplied
+    u32 held[2][HELD * 4];
     const u32 mine_at = w_ring + group * 8192 + (warp % 4 * 16 + g) * 128 + g * 16 + t * 2;
-    // 64 inner indices of this warp's rows, of a stage.
+    // The c-th so many of this warp's rows, of a stage.
     auto take = [&](u32 *a, int stage, int c) {
-        const u32 from = mine_at + (stage * WA + c / 2) * W_BYTES;
+        const u32 from = mine_at + (stage * WA + c * HELD / 8) * W_BYTES;
 #pragma unroll
-        for (int k = 0; k < 4; ++k) {
-            const u32 at = from ^ (c % 2 * 4 + k) * 16;
+        for (int k = 0; k < HELD; ++k) {
+            const u32 at = from ^ (c * HELD % 8 + k) * 16;
             a[k * 4] = widened(two_at(at));
             a[k * 4 + 1] = widened(two_at(at + 1024));
             a[k * 4 + 2] = widened(two_at(at + 8));
@@ -364,17 +365,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, MW > 2 || TOK * MW > 128 ?
 #if FP8
         for (int n = 0; n < count; ++n, ++i) {
 #pragma unroll
-            for (int c = 0; c < KA; ++c) {
-                if (c % XA == 0) mbar_wait(x_full + x * 8, x_parity);
-                const u64 b = operand(x_ring + (x * XA + c % XA) * X_BYTES);
+            for (int c = 0; c < KA * 4 / HELD; ++c) {
+                constexpr int OF_X = XA * 4 / HELD;     // of a stage of x
+                if (c % OF_X == 0) mbar_wait(x_full + x * 8, x_parity);
+                const int first = c % OF_X * HELD;
+                const u64 b = operand(x_ring + (x * XA + first / 4) * X_BYTES) + first % 4 * 2;
                 begin_products();
 #pragma unroll
-                for (int k = 0; k < 4; ++k) multiply_held<TOK>(d, held[c % 2] + k * 4, b + k * 2, n || c || k);
+                for (int k = 0; k < HELD; ++k) multiply_held<TOK>(d, held[c % 2] + k * 4, b + k * 2, n || c || k);
                 commit_products();
                 // What was multiplied before is done with: its registers, and a stage of x that ended there.
                 await_products<TOK, 1>(d);
-                if (c % XA == 0 && (n || c)) x_is_read((x ? x : X_STAGES) - 1);
-                if (c + 1 < KA) take(held[(c + 1) % 2], w, c + 1);
+                if (c % OF_X == 0 && (n || c)) x_is_read((x ? x : X_STAGES) - 1);
+                if (c + 1 < KA * 4 / HELD) take(held[(c + 1) % 2], w, c + 1);
                 else {
                     if (lane == 0) mbar_arrive(w_empty + w * 8);
                     __syncwarp();
@@ -384,7 +387,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MW > 2 || TOK * MW > 128 ?
                         take(held[0], w, 0);
                     }
                 }
-                if (c % XA == XA - 1 && ++x == X_STAGES) { x = 0; x_parity ^= 1; }
+                if (c % OF_X == OF_X - 1 && ++x == X_STAGES) { x = 0; x_parity ^= 1; }
             }
         }
         await_products<TOK, 0>(d);
