@@ -224,6 +224,8 @@ def _tile(problem: Problem) -> Version | None:
     if problem.depth % (64 if problem.has_norm else 16 if problem.fp8 else 8) or problem.columns % (8 if problem.has_norm else 64):
         return None
     rows = problem.rows
+    if problem.fp8:
+        return _fp8_tile(problem)
     if problem.op == "norm_head":
         return Version(Kind.TILE, False, rows, 256 if rows in (32, 64) else 128, 64, share=2)
     depth = 128 if rows <= 16 or (rows == 32 and (problem.gate or problem.depth >= 4096)) else 64
@@ -233,6 +235,19 @@ def _tile(problem: Problem) -> Version | None:
     while splits < 8 and blocks * splits * 2 <= most and problem.depth >= 4 * splits * depth:
         splits *= 2
     return Version(Kind.TILE, False, rows, 64, depth, splits, share=2 if rows >= 64 and splits < 8 else 1)
+
+
+def _fp8_tile(problem: Problem) -> Version:
+    """The same of FP8 weights: a stage has at least 128 inner indices."""
+    rows = problem.rows
+    if problem.op == "norm_head":
+        return Version(Kind.TILE, False, rows, {16: 256, 32: 256, 64: 192, 128: 128}[rows], 128, share=2)
+    if problem.gate:
+        return Version(Kind.TILE, False, rows, 128, 128, share=1 if rows == 32 else 2)
+    blocks, splits, most = cdiv(problem.columns, 64), 1, MOST_TILES if rows <= 16 else MOST_TILES * 3 // 2
+    while splits < 8 and blocks * splits * 2 <= most and problem.depth >= 4 * splits * 128:
+        splits *= 2
+    return Version(Kind.TILE, False, rows, 64, 128, splits, share=2 if rows >= 64 and splits < 8 else 1)
 
 
 def _can_norm(problem: Problem) -> bool:
