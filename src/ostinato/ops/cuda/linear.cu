@@ -31,7 +31,7 @@
 //
 // Macros: FP8, KIND (0 store, 1 add to the residual, 2 gate and up with SiLU, 3 float32, 4 the best of it), TOK (8, 16, 32, 64, 128: rows of x
 // at most), MW (warp groups: 64 rows of weights each), LINES (rows of weights in a tile: fewer, where that shares them out evenly),
-// SPLIT, SHARE (a cluster is their product), KA (64 inner indices each, of a stage), XA (of a stage of x: KA, fewer with FP8), STAGES (of weights), X_STAGES (of x), LAG (stages
+// SPLIT, SHARE (a cluster is their product), KA (64 inner indices each, of a stage), XA (of a stage of x: KA, fewer with FP8), STAGES (of weights), X_STAGES (of x), PRE (stages of weights that are widened before x is there, with FP8), LAG (stages
 // that are asked for before the first of them is said to be there; 0: tensor copies), FLIGHT, LEAD, PACE (cycles a stage), ROTATE
 // (stages from tile to tile).
 
@@ -331,20 +331,30 @@ extern "C" __global__ void __launch_bounds__(THREADS, MW > 2 || TOK * MW > 128 ?
         for (int j = 0; j < TOK / 8; ++j) which[j] = ~0u;
     int i = 0, w = 0, w_parity = 0, x = 0, x_parity = 0;
 #if FP8
-    constexpr int HELD = TOK * MW < 128 ? 4 : 2;     // times 16 inner indices in registers, and as many again that are being multiplied
-    u32 held[2][HELD * 4];
+    constexpr int HELD = TOK * MW < 128 ? 4 : 2;    // times 16 inner indices: what is multiplied while the next are widened
+    constexpr int CHUNKS = KA * 4 / HELD, OF_X = XA * 4 / HELD;     // of a stage, and of one of x
+    static_assert(PRE < STAGES, "and what follows is loaded");
+#ifndef AHEAD
+    constexpr bool AHEAD = MW == 1;     // the chunk behind the next one is loaded: a scheduler has no other warp to go on with meanwhile
+#endif
+    u32 loaded[HELD * 4], held[PRE ? PRE * CHUNKS : 2][HELD * 4];
     const u32 mine_at = w_ring + group * 8192 + (warp % 4 * 16 + g) * 128 + g * 16 + t * 2;
-    // The c-th so many of this warp's rows, of a stage.
-    auto take = [&](u32 *a, int stage, int c) {
+    // The c-th chunk of this warp's rows, of a stage.
+    auto load = [&](int stage, int c) {
+        if (c == 0) mbar_wait(w_full + stage * 8, w_parity ^ (stage < w));
         const u32 from = mine_at + (stage * WA + c * HELD / 8) * W_BYTES;
 #pragma unroll
         for (int k = 0; k < HELD; ++k) {
             const u32 at = from ^ (c * HELD % 8 + k) * 16;
-            a[k * 4] = widened(two_at(at));
-            a[k * 4 + 1] = widened(two_at(at + 1024));
-            a[k * 4 + 2] = widened(two_at(at + 8));
-            a[k * 4 + 3] = widened(two_at(at + 1032));
+            loaded[k * 4] = two_at(at);
+            loaded[k * 4 + 1] = two_at(at + 1024);
+            loaded[k * 4 + 2] = two_at(at + 8);
+            loaded[k * 4 + 3] = two_at(at + 1032);
         }
+    };
+    auto widen = [&](u32 *a) {
+#pragma unroll
+        for (int k = 0; k < HELD * 4; ++k) a[k] = widened(loaded[k]);
     };
     int x_read = 0;
     auto x_is_read = [&](int stage) {
@@ -355,39 +365,63 @@ extern "C" __global__ void __launch_bounds__(THREADS, MW > 2 || TOK * MW > 128 ?
         __syncwarp();
         ++x_read;
     };
-    if (stages > 0) {
-        mbar_wait(w_full, 0);
-        take(held[0], 0, 0);
-    }
+    // The c-th chunk of a stage times x. The one before is done with afterwards: its registers, and a stage of x that ended there.
+    auto multiply_chunk = [&](const u32 *a, int c, bool more) {
+        if (c % OF_X == 0) mbar_wait(x_full + x * 8, x_parity);
+        const int first = c % OF_X * HELD;
+        const u64 b = operand(x_ring + (x * XA + first / 4) * X_BYTES) + first % 4 * 2;
+        begin_products();
+#pragma unroll
+        for (int k = 0; k < HELD; ++k) multiply_held<TOK>(d, a + k * 4, b + k * 2, more || k);
+        commit_products();
+        await_products<TOK, 1>(d);
+        if (c % OF_X == 0 && more) x_is_read((x ? x : X_STAGES) - 1);
+        if (c % OF_X == OF_X - 1 && ++x == X_STAGES) { x = 0; x_parity ^= 1; }
+        // Its numbers have been loaded, as they have been multiplied.
+        if (c == CHUNKS - 1) {
+            if (lane == 0) mbar_arrive(w_empty + w * 8);
+            __syncwarp();
+            if (++w == STAGES) { w = 0; w_parity ^= 1; }
+        }
+    };
+    // The first stages are widened before x is there. Every block has one more at least.
+    if (PRE) {
+#pragma unroll
+        for (int s = 0; s < PRE; ++s)
+#pragma unroll
+            for (int c = 0; c < CHUNKS; ++c) {
+                load(s, c);
+                widen(held[s * CHUNKS + c]);
+            }
+        load(PRE, 0);
+#pragma unroll
+        for (int s = 0; s < PRE; ++s)
+#pragma unroll
+            for (int c = 0; c < CHUNKS; ++c) multiply_chunk(held[s * CHUNKS + c], c, s || c);
+        await_products<TOK, 0>(d);
+        i = PRE;
+    } else load(0, 0);
+    widen(held[0]);
+    if (AHEAD) load(w, 1);
 #endif
     for (int from = start; from < p.tiles; from += step) {
         const int tile = from + share;
 #if FP8
-        for (int n = 0; n < count; ++n, ++i) {
+        for (int n = from == start ? i : 0; n < count; ++n, ++i) {
+            const bool last = i + 1 == stages;
+            const int next = w + 1 == STAGES ? 0 : w + 1;
 #pragma unroll
-            for (int c = 0; c < KA * 4 / HELD; ++c) {
-                constexpr int OF_X = XA * 4 / HELD;     // of a stage of x
-                if (c % OF_X == 0) mbar_wait(x_full + x * 8, x_parity);
-                const int first = c % OF_X * HELD;
-                const u64 b = operand(x_ring + (x * XA + first / 4) * X_BYTES) + first % 4 * 2;
-                begin_products();
-#pragma unroll
-                for (int k = 0; k < HELD; ++k) multiply_held<TOK>(d, held[c % 2] + k * 4, b + k * 2, n || c || k);
-                commit_products();
-                // What was multiplied before is done with: its registers, and a stage of x that ended there.
-                await_products<TOK, 1>(d);
-                if (c % OF_X == 0 && (n || c)) x_is_read((x ? x : X_STAGES) - 1);
-                if (c + 1 < KA * 4 / HELD) take(held[(c + 1) % 2], w, c + 1);
-                else {
-                    if (lane == 0) mbar_arrive(w_empty + w * 8);
-                    __syncwarp();
-                    if (++w == STAGES) { w = 0; w_parity ^= 1; }
-                    if (i + 1 < stages) {
-                        mbar_wait(w_full + w * 8, w_parity);
-                        take(held[0], w, 0);
-                    }
+            for (int c = 0; c < CHUNKS; ++c) {
+                multiply_chunk(held[c % 2], c, n || c);
+                if (!AHEAD) {
+                    if (c + 1 < CHUNKS) load(w, c + 1);
+                    else if (!last) load(next, 0);
                 }
-                if (c % OF_X == OF_X - 1 && ++x == X_STAGES) { x = 0; x_parity ^= 1; }
+                if (c + 1 < CHUNKS || !last) widen(held[(c + 1) % 2]);
+                if (AHEAD) {
+                    if (c + 2 < CHUNKS) load(w, c + 2);
+                    else if (!last) load(next, c + 2 - CHUNKS);
+                }
             }
         }
         await_products<TOK, 0>(d);

@@ -176,7 +176,9 @@ def candidates(problem: Problem, tiles: bool = False) -> list[Version]:
     if problem.op == "attend":
         return [Version(Kind.ATTEND, True, problem.rows), LIBRARY]
     found: list[Version | None] = [default(problem, tiles), LIBRARY]
-    if tiles and (tile := _tile(problem)):
+    if tiles and problem.fp8 and (tile := _tile(problem)):
+        found += _fp8_candidates(problem, tile)
+    elif tiles and (tile := _tile(problem)):
         if problem.op in ("norm_linear", "linear_add"):
             stages = cdiv(problem.depth, tile.depth)  # each block has one at least
             for n in (tile.splits * 2, tile.splits // 2):
@@ -238,16 +240,31 @@ def _tile(problem: Problem) -> Version | None:
 
 
 def _fp8_tile(problem: Problem) -> Version:
-    """The same of FP8 weights: a stage has at least 128 inner indices."""
+    """The same of FP8 weights, of which a stage has at least 128 inner indices."""
     rows = problem.rows
     if problem.op == "norm_head":
-        return Version(Kind.TILE, False, rows, {16: 256, 32: 256, 64: 192, 128: 128}[rows], 128, share=2)
+        return Version(Kind.TILE, False, rows, 256 if rows <= 64 else 128, 128, share=2)
     if problem.gate:
-        return Version(Kind.TILE, False, rows, 128, 128, share=1 if rows == 32 else 2)
-    blocks, splits, most = cdiv(problem.columns, 64), 1, MOST_TILES if rows <= 16 else MOST_TILES * 3 // 2
-    while splits < 8 and blocks * splits * 2 <= most and problem.depth >= 4 * splits * 128:
+        return Version(Kind.TILE, False, rows, 64 if rows >= 64 else 128, 128, share=2)
+    blocks, splits = cdiv(problem.columns, 64), 1
+    while splits < 8 and blocks * splits * 2 <= MOST_TILES * 3 // 2 and problem.depth >= 4 * splits * 128:
         splits *= 2
-    return Version(Kind.TILE, False, rows, 64, 128, splits, share=2 if rows >= 64 and splits < 8 else 1)
+    return Version(Kind.TILE, False, rows, 64, 128, splits, share=2 if rows >= 32 and splits < 8 else 1)
+
+
+def _fp8_candidates(problem: Problem, tile: Version) -> list[Version]:
+    rows = problem.rows
+    if problem.op == "norm_head":
+        return [replace(tile, columns=384 - tile.columns), replace(tile, depth=256)]
+    if problem.gate:
+        return [replace(tile, depth=256), replace(tile, columns=192 - tile.columns), replace(tile, share=1)]
+    stages = cdiv(problem.depth, 128)  # each block has one at least
+    made = [replace(tile, splits=n) for n in (tile.splits * 2, tile.splits // 2) if 1 <= n <= min(8, stages)]
+    made.append(replace(tile, depth=256))
+    if rows <= 64:
+        made.append(replace(tile, columns=128, splits=tile.splits * 2, share=1))
+    made = [v if v.splits * v.share <= 8 else replace(v, share=1) for v in made]
+    return [v for v in made if v.splits <= min(8, cdiv(problem.depth, v.depth))]
 
 
 def _can_norm(problem: Problem) -> bool:
