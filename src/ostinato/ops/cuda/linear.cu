@@ -372,7 +372,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MW > 2 || TOK * MW > 128 ?
         const u64 b = operand(x_ring + (x * XA + first / 4) * X_BYTES) + first % 4 * 2;
         begin_products();
 #pragma unroll
-        for (int k = 0; k < HELD; ++k) multiply_held<TOK>(d, a + k * 4, b + k * 2, more || k);
+        for (int k = 0; k < HELD; ++k) multiply_held<TOK>(d, a + k * 4, b + k * 2, 1);
         commit_products();
         await_products<TOK, 1>(d);
         if (c % OF_X == 0 && more) x_is_read((x ? x : X_STAGES) - 1);
@@ -385,6 +385,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, MW > 2 || TOK * MW > 128 ?
         }
     };
     // The first stages are widened before x is there. Every block has one more at least.
+    auto clear = [&]() {    // cheaper than products that do not add
+#pragma unroll
+        for (int j = 0; j < TOK / 2; ++j) d[j] = 0.f;
+    };
+    clear();
     if (PRE) {
 #pragma unroll
         for (int s = 0; s < PRE; ++s)
@@ -407,6 +412,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MW > 2 || TOK * MW > 128 ?
     for (int from = start; from < p.tiles; from += step) {
         const int tile = from + share;
 #if FP8
+        if (from != start) clear();
         for (int n = from == start ? i : 0; n < count; ++n, ++i) {
             const bool last = i + 1 == stages;
             const int next = w + 1 == STAGES ? 0 : w + 1;
