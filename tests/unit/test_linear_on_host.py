@@ -116,7 +116,7 @@ def rings(macros: dict[str, int], seed: int) -> dict[str, int]:
     stages = min(macros["STAGES"], max(-(-found // stage), 2 + seed % 2))
     return {
         "STAGES": stages, "X_STAGES": min(macros["X_STAGES"], 3 + macros["FP8"] if macros["LAG"] else 2),
-        "FLIGHT": min(macros["FLIGHT"], stages - 1), "PRE": min(macros["PRE"], stages - 1),
+        "FLIGHT": min(macros["FLIGHT"], stages - 1),
     }  # fmt: skip
 
 

@@ -31,7 +31,7 @@
 //
 // Macros: FP8, KIND (0 store, 1 add to the residual, 2 gate and up with SiLU, 3 float32, 4 the best of it), TOK (8, 16, 32, 64, 128: rows of x
 // at most), MW (warp groups: 64 rows of weights each), LINES (rows of weights in a tile: fewer, where that shares them out evenly),
-// SPLIT, SHARE (a cluster is their product), KA (64 inner indices each, of a stage), XA (of a stage of x: KA, fewer with FP8), STAGES (of weights), X_STAGES (of x), PRE (stages of weights that are widened before x is there, with FP8), LAG (stages
+// SPLIT, SHARE (a cluster is their product), KA (64 inner indices each, of a stage), XA (of a stage of x: KA, fewer with FP8), STAGES (of weights), X_STAGES (of x), LAG (stages
 // that are asked for before the first of them is said to be there; 0: tensor copies), FLIGHT, LEAD, PACE (cycles a stage), ROTATE
 // (stages from tile to tile).
 
@@ -100,6 +100,8 @@ __device__ __forceinline__ void consumers_meet() { asm volatile("bar.sync 1, %0;
 __device__ __forceinline__ void copy_or_zero(u32 to, const u16 *from, u32 bytes) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
 }
+struct Yes { static constexpr bool is = true; };
+struct No { static constexpr bool is = false; };
 // Two neighbours of shared memory, and what they are in bfloat16: exactly, but for NaN, which weights have none of. Sign, exponent and
 // mantissa move to their places; the product corrects the exponent's bias, with subnormal numbers too.
 __device__ __forceinline__ u32 two_at(u32 at) {
@@ -331,33 +333,28 @@ extern "C" __global__ void __launch_bounds__(THREADS, MW > 2 || TOK * MW > 128 ?
         for (int j = 0; j < TOK / 8; ++j) which[j] = ~0u;
     int i = 0, w = 0, w_parity = 0, x = 0, x_parity = 0;
 #if FP8
-    constexpr int HELD = TOK * MW < 128 ? 4 : 2;    // times 16 inner indices: what is multiplied while the next are widened
-    constexpr int CHUNKS = KA * 4 / HELD, OF_X = XA * 4 / HELD;     // of a stage, and of one of x
-    static_assert(PRE < STAGES, "and what follows is loaded");
-#ifndef AHEAD
-    constexpr bool AHEAD = MW == 1;     // the chunk behind the next one is loaded: a scheduler has no other warp to go on with meanwhile
-#endif
-    u32 loaded[HELD * 4], held[PRE ? PRE * CHUNKS : 2][HELD * 4];
+    // Steps of 16 inner indices. Products of PENDING of them are under way while what is multiplied AHEAD steps later is widened, and what is
+    // widened two steps later is loaded.
+    constexpr int STEPS = KA * 4, OF_X = XA * 4;    // of a stage, and of one of x
+    constexpr int SLOTS = KA == 4 && MW == 1 && TOK <= 32 ? 16 : TOK * MW < 128 ? 8 : 4, PENDING = SLOTS == 4 ? 2 : 4, AHEAD = SLOTS - PENDING;
+    static_assert(SLOTS <= STEPS && PENDING <= OF_X, "no more than one stage in advance");
+    u32 loaded[2][4], held[SLOTS][4];
     const u32 mine_at = w_ring + group * 8192 + (warp % 4 * 16 + g) * 128 + g * 16 + t * 2;
-    // The c-th chunk of this warp's rows, of a stage.
-    auto load = [&](int stage, int c) {
-        if (c == 0) mbar_wait(w_full + stage * 8, w_parity ^ (stage < w));
-        const u32 from = mine_at + (stage * WA + c * HELD / 8) * W_BYTES;
-#pragma unroll
-        for (int k = 0; k < HELD; ++k) {
-            const u32 at = from ^ (c * HELD % 8 + k) * 16;
-            loaded[k * 4] = two_at(at);
-            loaded[k * 4 + 1] = two_at(at + 1024);
-            loaded[k * 4 + 2] = two_at(at + 8);
-            loaded[k * 4 + 3] = two_at(at + 1032);
-        }
+    auto load = [&](int stage, int k) {
+        const u32 at = (mine_at + (stage * WA + k / 8) * W_BYTES) ^ k % 8 * 16;
+        u32 *to = loaded[k % 2];
+        to[0] = two_at(at);
+        to[1] = two_at(at + 1024);
+        to[2] = two_at(at + 8);
+        to[3] = two_at(at + 1032);
     };
-    auto widen = [&](u32 *a) {
+    auto widen = [&](int k) {
 #pragma unroll
-        for (int k = 0; k < HELD * 4; ++k) a[k] = widened(loaded[k]);
+        for (int i = 0; i < 4; ++i) held[k % SLOTS][i] = widened(loaded[k % 2][i]);
     };
     int x_read = 0;
-    auto x_is_read = [&](int stage) {
+    auto x_is_read = [&]() {    // the stage before this one
+        const int stage = (x ? x : X_STAGES) - 1;
         if (lane < SHARE && x_read + X_STAGES < x_stages) {
             if (SHARE == 1) mbar_arrive(x_empty + stage * 8);
             else arrive_there(there(x_empty + stage * 8, split + lane * SPLIT));
@@ -365,73 +362,57 @@ extern "C" __global__ void __launch_bounds__(THREADS, MW > 2 || TOK * MW > 128 ?
         __syncwarp();
         ++x_read;
     };
-    // The c-th chunk of a stage times x. The one before is done with afterwards: its registers, and a stage of x that ended there.
-    auto multiply_chunk = [&](const u32 *a, int c, bool more) {
-        if (c % OF_X == 0) mbar_wait(x_full + x * 8, x_parity);
-        const int first = c % OF_X * HELD;
-        const u64 b = operand(x_ring + (x * XA + first / 4) * X_BYTES) + first % 4 * 2;
-        begin_products();
+    // A stage of weights; `first` of all: as much as there is room for is widened already. `begins` a tile.
+    auto multiply_stage = [&](auto first, bool begins) {
+        const int next = w + 1 == STAGES ? 0 : w + 1;
+        const u32 next_parity = w_parity ^ (next == 0);
+        const bool more = i + 1 < stages;
 #pragma unroll
-        for (int k = 0; k < HELD; ++k) multiply_held<TOK>(d, a + k * 4, b + k * 2, 1);
-        commit_products();
-        await_products<TOK, 1>(d);
-        if (c % OF_X == 0 && more) x_is_read((x ? x : X_STAGES) - 1);
-        if (c % OF_X == OF_X - 1 && ++x == X_STAGES) { x = 0; x_parity ^= 1; }
-        // Its numbers have been loaded, as they have been multiplied.
-        if (c == CHUNKS - 1) {
-            if (lane == 0) mbar_arrive(w_empty + w * 8);
-            __syncwarp();
-            if (++w == STAGES) { w = 0; w_parity ^= 1; }
+        for (int k = 0; k < STEPS; ++k) {
+            if (k % OF_X == 0) mbar_wait(x_full + x * 8, x_parity);
+            begin_products();
+            multiply_held<TOK>(d, held[k % SLOTS], operand(x_ring + (x * XA + k % OF_X / 4) * X_BYTES) + k % 4 * 2, 1);
+            commit_products();
+            await_products<TOK, PENDING>(d);
+            if ((k + 1) % OF_X == PENDING % OF_X && (k >= OF_X + PENDING - 1 || !begins)) x_is_read();
+            if (k % OF_X == OF_X - 1 && ++x == X_STAGES) { x = 0; x_parity ^= 1; }
+            if (first.is && k < PENDING) continue;
+            const int wide = k + AHEAD, own = wide + 2;
+            widen(wide % STEPS);
+            // Where there is no next stage what is loaded is of no use, and does no harm.
+            if (own == STEPS) mbar_wait(w_full + (more ? next : w) * 8, more ? next_parity : w_parity);
+            load(own < STEPS ? w : next, own % STEPS);
         }
+        // Its numbers have been loaded, as they have been multiplied.
+        if (lane == 0) mbar_arrive(w_empty + w * 8);
+        __syncwarp();
+        w = next;
+        w_parity = next_parity;
+        ++i;
     };
-    // The first stages are widened before x is there. Every block has one more at least.
     auto clear = [&]() {    // cheaper than products that do not add
 #pragma unroll
         for (int j = 0; j < TOK / 2; ++j) d[j] = 0.f;
     };
     clear();
-    if (PRE) {
+    mbar_wait(w_full, 0);
 #pragma unroll
-        for (int s = 0; s < PRE; ++s)
-#pragma unroll
-            for (int c = 0; c < CHUNKS; ++c) {
-                load(s, c);
-                widen(held[s * CHUNKS + c]);
-            }
-        load(PRE, 0);
-#pragma unroll
-        for (int s = 0; s < PRE; ++s)
-#pragma unroll
-            for (int c = 0; c < CHUNKS; ++c) multiply_chunk(held[s * CHUNKS + c], c, s || c);
-        await_products<TOK, 0>(d);
-        i = PRE;
-    } else load(0, 0);
-    widen(held[0]);
-    if (AHEAD) load(w, 1);
+    for (int k = 0; k < SLOTS; ++k) {
+        load(0, k);
+        widen(k);
+    }
+    if (SLOTS == STEPS) mbar_wait(w_full + (stages > 1) * 8, 0);
+    load(SLOTS / STEPS, SLOTS % STEPS);
+    load(SLOTS / STEPS, SLOTS % STEPS + 1);
+    multiply_stage(Yes(), true);
+    if (KIND == ACT) await_products<TOK, 0>(d);     // else the compiler waits for each
 #endif
     for (int from = start; from < p.tiles; from += step) {
         const int tile = from + share;
 #if FP8
-        if (from != start) clear();
-        for (int n = from == start ? i : 0; n < count; ++n, ++i) {
-            const bool last = i + 1 == stages;
-            const int next = w + 1 == STAGES ? 0 : w + 1;
-#pragma unroll
-            for (int c = 0; c < CHUNKS; ++c) {
-                multiply_chunk(held[c % 2], c, n || c);
-                if (!AHEAD) {
-                    if (c + 1 < CHUNKS) load(w, c + 1);
-                    else if (!last) load(next, 0);
-                }
-                if (c + 1 < CHUNKS || !last) widen(held[(c + 1) % 2]);
-                if (AHEAD) {
-                    if (c + 2 < CHUNKS) load(w, c + 2);
-                    else if (!last) load(next, c + 2 - CHUNKS);
-                }
-            }
-        }
+        for (int n = from == start; n < count; ++n) multiply_stage(No(), n == 0);
         await_products<TOK, 0>(d);
-        x_is_read((x ? x : X_STAGES) - 1);
+        x_is_read();
         if (KIND == ACT) {
             const int n = tile * (ROWS / 2) + warp * 8 + g;
             scales[0] = n < p.n ? p.scale[n] : 0.f;
@@ -496,6 +477,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, MW > 2 || TOK * MW > 128 ?
                 if (c < p.rows && n < p.n) *(u32 *)((u16 *)p.out + (long long)c * p.n + n) = both;
             }
         }
+#if FP8
+        clear();
+#endif
     }
     if (HEAD && p.best) {
         // What each token's threads found, side by side in the ring of weights; then a warp looks at a token.

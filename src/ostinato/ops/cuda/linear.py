@@ -150,7 +150,7 @@ class Products:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._processors = torch.cuda.get_device_properties(device).multi_processor_count
-        self._kernels: dict[tuple[Product, Tile, int, int, int], Kernel] = {}
+        self._kernels: dict[tuple[Product, Tile, int, int], Kernel] = {}
         self._maps = Maps()
 
     def run(
@@ -239,10 +239,7 @@ class Products:
         lead = (
             max(4, min(LEAD_BYTES // tile.weight_bytes, stages * 3 // 4)) if kind is Product.ADD else AT_ONCE
         )
-        # As much as registers suffice for is widened before x is there; each block has a stage more.
-        early = 2 if tile.groups == 1 and tile.rows <= 32 else int((tile.rows, tile.groups) != (64, 2))
-        pre = min(early * 128 // tile.depth, stages - 1, tile.stages - 1) if tile.fp8 else 0
-        found = self._kernels.get((kind, tile, lines, lead, pre))
+        found = self._kernels.get((kind, tile, lines, lead))
         if found is None:
             tall_gate = kind is Product.GATE and tile.blocks == 1 and tile.rows == 64
             flight = FLIGHT_BYTES * (2 if kind in HEADS else 4 / 3 if tall_gate else 1)
@@ -251,11 +248,10 @@ class Products:
             macros = {
                 "KIND": int(kind), "TOK": tile.rows, "MW": tile.groups, "SPLIT": tile.splits, "SHARE": tile.share,
                 "LINES": lines, "FP8": int(tile.fp8), "KA": tile.depth // 64, "XA": tile.x_depth // 64, "STAGES": tile.stages, "X_STAGES": tile.x_stages, "LAG": tile.lag,
-                "PRE": pre,
                 "FLIGHT": max(1, min(under_way, tile.stages - 1)), "LEAD": lead, "PACE": pace,
                 "ROTATE": int(tile.rows not in TOGETHER),
             }  # fmt: skip
-            found = self._kernels[kind, tile, lines, lead, pre] = build(
+            found = self._kernels[kind, tile, lines, lead] = build(
                 SOURCE, "linear", macros, device=self._device, grid=1, block=tile.threads,
                 shared_bytes=tile.shared_bytes, cluster=tile.splits * tile.share,
             )  # fmt: skip
