@@ -183,9 +183,7 @@ def test_every_number_is_widened_exactly(products: Products) -> None:
     [(128256, 2048, False), (12824, 576, False), (1000, 72, False), (136, 64, False), (8, 64, False),
      (128256, 2048, True), (12824, 576, True), (136, 80, True)],
 )  # fmt: skip
-def test_the_best_token_is_that_of_the_logits(
-    products: Products, vocab: int, hidden: int, fp8: bool
-) -> None:
+def test_the_best_token_is_that_of_the_logits(products: Products, vocab: int, hidden: int, fp8: bool) -> None:
     """Bit for bit, the first of equals; whatever a NaN or an infinity does to a row."""
     weight = torch.randn(vocab, hidden, device=CUDA).mul_(hidden**-0.5)
     weight[vocab // 2 :] = weight[: vocab - vocab // 2].clone()  # each logit twice
@@ -234,7 +232,8 @@ def test_the_best_token_is_that_of_the_logits(
 
 @pytest.mark.parametrize("rows", [2, 8, 11, 32, 50, 100])
 @pytest.mark.parametrize(
-    ("hidden", "inner", "fp8"), [(2048, 8192, False), (576, 1536, False), (2048, 8192, True), (576, 1536, True)]
+    ("hidden", "inner", "fp8"),
+    [(2048, 8192, False), (576, 1536, False), (2048, 8192, True), (576, 1536, True)],
 )
 def test_a_norm_that_is_begun_equals_one_that_is_not(rows: int, hidden: int, inner: int, fp8: bool) -> None:
     """The ops of half a layer, with `then` and without: the second way is the plain one."""
@@ -285,9 +284,7 @@ def test_every_candidate_can_be_launched(products: Products, fp8: bool) -> None:
         ("norm_linear", 3072, 2048), ("linear_add", 2048, 8192), ("norm_gate_up", 8192, 2048),
         ("linear_add", 1024, 2048), ("norm_linear", 6144, 4096), ("norm_head", 12800, 1024),
     ):  # fmt: skip
-        linear = linear_of(
-            torch.zeros(columns * (2 if op == "norm_gate_up" else 1), depth, device=CUDA), fp8
-        )
+        linear = linear_of(torch.zeros(columns * (2 if op == "norm_gate_up" else 1), depth, device=CUDA), fp8)
         for rows in (2, 9, 32, 64, 128):
             problem = problem_of(op, linear, next(n for n in (16, 32, 64, 128) if rows <= n), BF16)
             for version in candidates(problem, tiles=True):

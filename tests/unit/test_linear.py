@@ -169,7 +169,9 @@ def test_a_launch_is_given_what_the_source_reads(made: list[FakeKernel], fp8: bo
         "next_squares": then.squares, "best": None, "best_at": None, "scale": scale,
     }  # fmt: skip
     assert list(expected) == names
-    assert source[source.index("#if FP8\n    const") :].split("\n")[2] == "#endif", "the last pointer, where there is one"
+    assert source[source.index("#if FP8\n    const") :].split("\n")[2] == "#endif", (
+        "the last pointer, where there is one"
+    )
     if not fp8:
         names.remove("scale")
         del expected["scale"]

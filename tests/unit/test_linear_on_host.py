@@ -182,8 +182,10 @@ def linear_of(case: Case, weight: torch.Tensor, bias: torch.Tensor | None) -> Li
         return Linear(among(weight.to(BF16)), bias)
     narrow, scale = torch.empty_like(weight, dtype=torch.float8_e4m3fn), among(torch.empty(len(weight)))
     quantize(weight, narrow, scale)
-    narrow[::3, ::7] = 2.0**-9 * torch.arange(-3, 5)[torch.arange(narrow[::3, ::7].numel()) % 8].view(narrow[::3, ::7].shape)
-    room = torch.full((len(weight) + 128, weight.shape[1]), 0x7E, dtype=torch.uint8)   # 448
+    narrow[::3, ::7] = 2.0**-9 * torch.arange(-3, 5)[torch.arange(narrow[::3, ::7].numel()) % 8].view(
+        narrow[::3, ::7].shape
+    )
+    room = torch.full((len(weight) + 128, weight.shape[1]), 0x7E, dtype=torch.uint8)  # 448
     room[64:-64] = narrow.view(torch.uint8)
     return Linear(room.view(torch.float8_e4m3fn)[64:-64], bias, scale)
 

@@ -120,7 +120,10 @@ def tile_of(
     x_depth = depth
     if fp8:
         # Weights of as many bytes have twice the inner indices: so has x, in smaller pieces.
-        x_depth, x_stages = 64 if rows >= 64 else 128, {8: 5, 16: 5, 32: 4, 64: 6 if groups == 1 else 4, 128: 3 if gathered else 4}[rows]
+        x_depth, x_stages = (
+            64 if rows >= 64 else 128,
+            {8: 5, 16: 5, 32: 4, 64: 6 if groups == 1 else 4, 128: 3 if gathered else 4}[rows],
+        )
     share = min(share, rows // 8)
     lag = 2 if rows == 32 and share == 1 and kind not in HEADS else 0
     tile = Tile(rows, groups, splits, share, depth, 0, x_stages, x_depth, lag, parts, blocks, fp8)
@@ -273,7 +276,9 @@ class Maps:
     def pairs(self, t: torch.Tensor, box: int) -> bytes:
         """Of gate and up, t [2 n, k]: boxes of so many rows, eight gates and eight ups in turn."""
         n, row, size = t.shape[0] // 2, t.shape[1] * t.itemsize, t.itemsize
-        return self._map(t, (t.shape[1], 8, 2, n // 8), (row, row * n, 8 * row), (128 // size, 8, 2, box // 16))
+        return self._map(
+            t, (t.shape[1], 8, 2, n // 8), (row, row * n, 8 * row), (128 // size, 8, 2, box // 16)
+        )
 
     def _map(
         self, t: torch.Tensor, sizes: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]

@@ -223,7 +223,9 @@ def _tile(problem: Problem) -> Version | None:
     """None where `linear.cu` does not multiply this."""
     if problem.rows == 1 or problem.dtype is not torch.bfloat16:
         return None
-    if problem.depth % (64 if problem.has_norm else 16 if problem.fp8 else 8) or problem.columns % (8 if problem.has_norm else 64):
+    if problem.depth % (64 if problem.has_norm else 16 if problem.fp8 else 8) or problem.columns % (
+        8 if problem.has_norm else 64
+    ):
         return None
     rows = problem.rows
     if problem.fp8:
