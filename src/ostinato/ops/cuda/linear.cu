@@ -333,16 +333,26 @@ extern "C" __global__ void __launch_bounds__(THREADS, MW > 2 || TOK * MW > 128 ?
         for (int j = 0; j < TOK / 8; ++j) which[j] = ~0u;
     int i = 0, w = 0, w_parity = 0, x = 0, x_parity = 0;
 #if FP8
-    // Steps of 16 inner indices. Products of PENDING of them are under way while what is multiplied AHEAD steps later is widened, and what is
-    // widened two steps later is loaded.
+    // Steps of 16 inner indices, so many in a group of products. While those of PENDING groups are under way a group is widened into the room
+    // (SLOTS) of one that is done, and what is widened LATER steps behind it is loaded.
     constexpr int STEPS = KA * 4, OF_X = XA * 4;    // of a stage, and of one of x
-    constexpr int SLOTS = KA == 4 && MW == 1 && TOK <= 32 ? 16 : TOK * MW < 128 ? 8 : 4, PENDING = SLOTS == 4 ? 2 : 4, AHEAD = SLOTS - PENDING;
-    static_assert(SLOTS <= STEPS && PENDING <= OF_X, "no more than one stage in advance");
-    u32 loaded[2][4], held[SLOTS][4];
+#ifndef GROUP
+    constexpr int GROUP = TOK == 128 && !GATHERED ? 1 : TOK * MW < 128 ? 4 : 2;
+#endif
+#ifndef SLOTS
+    constexpr int SLOTS = TOK * MW < 128 ? 8 : 4;
+#endif
+    constexpr int PENDING = GROUP == 1 ? SLOTS / 2 : 1;
+    constexpr int AHEAD = SLOTS - PENDING * GROUP, LATER_ = GROUP == 1 ? 2 : MW == 1 ? GROUP : 0;
+#ifndef LATER
+    constexpr int LATER = LATER_;
+#endif
+    static_assert(SLOTS <= STEPS && PENDING * GROUP <= OF_X, "no more than one stage in advance");
+    u32 loaded[LATER ? LATER : GROUP][4], held[SLOTS][4];
     const u32 mine_at = w_ring + group * 8192 + (warp % 4 * 16 + g) * 128 + g * 16 + t * 2;
     auto load = [&](int stage, int k) {
         const u32 at = (mine_at + (stage * WA + k / 8) * W_BYTES) ^ k % 8 * 16;
-        u32 *to = loaded[k % 2];
+        u32 *to = loaded[k % (LATER ? LATER : GROUP)];
         to[0] = two_at(at);
         to[1] = two_at(at + 1024);
         to[2] = two_at(at + 8);
@@ -350,7 +360,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MW > 2 || TOK * MW > 128 ?
     };
     auto widen = [&](int k) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) held[k % SLOTS][i] = widened(loaded[k % 2][i]);
+        for (int i = 0; i < 4; ++i) held[k % SLOTS][i] = widened(loaded[k % (LATER ? LATER : GROUP)][i]);
     };
     int x_read = 0;
     auto x_is_read = [&]() {    // the stage before this one
@@ -367,21 +377,29 @@ extern "C" __global__ void __launch_bounds__(THREADS, MW > 2 || TOK * MW > 128 ?
         const int next = w + 1 == STAGES ? 0 : w + 1;
         const u32 next_parity = w_parity ^ (next == 0);
         const bool more = i + 1 < stages;
+        // Where there is no next stage what is loaded is of no use, and does no harm.
+        auto load_group = [&](int k) {
+            if (k == STEPS) mbar_wait(w_full + (more ? next : w) * 8, more ? next_parity : w_parity);
 #pragma unroll
-        for (int k = 0; k < STEPS; ++k) {
+            for (int j = k; j < k + GROUP; ++j) load(j < STEPS ? w : next, j % STEPS);
+        };
+#pragma unroll
+        for (int k = 0; k < STEPS; k += GROUP) {
             if (k % OF_X == 0) mbar_wait(x_full + x * 8, x_parity);
             begin_products();
-            multiply_held<TOK>(d, held[k % SLOTS], operand(x_ring + (x * XA + k % OF_X / 4) * X_BYTES) + k % 4 * 2, 1);
+#pragma unroll
+            for (int j = k; j < k + GROUP; ++j)
+                multiply_held<TOK>(d, held[j % SLOTS], operand(x_ring + (x * XA + j % OF_X / 4) * X_BYTES) + j % 4 * 2, 1);
             commit_products();
             await_products<TOK, PENDING>(d);
-            if ((k + 1) % OF_X == PENDING % OF_X && (k >= OF_X + PENDING - 1 || !begins)) x_is_read();
-            if (k % OF_X == OF_X - 1 && ++x == X_STAGES) { x = 0; x_parity ^= 1; }
-            if (first.is && k < PENDING) continue;
-            const int wide = k + AHEAD, own = wide + 2;
-            widen(wide % STEPS);
-            // Where there is no next stage what is loaded is of no use, and does no harm.
-            if (own == STEPS) mbar_wait(w_full + (more ? next : w) * 8, more ? next_parity : w_parity);
-            load(own < STEPS ? w : next, own % STEPS);
+            const int done = k + GROUP - PENDING * GROUP;   // steps
+            if (done % OF_X == 0 && (done > 0 || !begins)) x_is_read();
+            if ((k + GROUP) % OF_X == 0 && ++x == X_STAGES) { x = 0; x_parity ^= 1; }
+            if (first.is && k < PENDING * GROUP) continue;
+            if (!LATER) load_group(k + AHEAD);
+#pragma unroll
+            for (int j = k; j < k + GROUP; ++j) widen((j + AHEAD) % STEPS);
+            if (LATER) load_group(k + AHEAD + LATER);
         }
         // Its numbers have been loaded, as they have been multiplied.
         if (lane == 0) mbar_arrive(w_empty + w * 8);
@@ -401,9 +419,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, MW > 2 || TOK * MW > 128 ?
         load(0, k);
         widen(k);
     }
-    if (SLOTS == STEPS) mbar_wait(w_full + (stages > 1) * 8, 0);
-    load(SLOTS / STEPS, SLOTS % STEPS);
-    load(SLOTS / STEPS, SLOTS % STEPS + 1);
+    if (LATER && SLOTS == STEPS) mbar_wait(w_full + (stages > 1) * 8, 0);
+#pragma unroll
+    for (int k = SLOTS; k < SLOTS + LATER; ++k) load(k / STEPS, k % STEPS);
     multiply_stage(Yes(), true);
     if (KIND == ACT) await_products<TOK, 0>(d);     // else the compiler waits for each
 #endif
