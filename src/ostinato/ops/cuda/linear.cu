@@ -336,23 +336,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, MW > 2 || TOK * MW > 128 ?
     // Steps of 16 inner indices, so many in a group of products. While those of PENDING groups are under way a group is widened into the room
     // (SLOTS) of one that is done, and what is widened LATER steps behind it is loaded.
     constexpr int STEPS = KA * 4, OF_X = XA * 4;    // of a stage, and of one of x
-#ifndef GROUP
     constexpr int GROUP = TOK == 128 && !GATHERED ? 1 : TOK * MW < 128 ? 4 : 2;
-#endif
-#ifndef SLOTS
-    constexpr int SLOTS = TOK * MW < 128 ? 8 : 4;
-#endif
-    constexpr int PENDING = GROUP == 1 ? SLOTS / 2 : 1;
-    constexpr int AHEAD = SLOTS - PENDING * GROUP, LATER_ = GROUP == 1 ? 2 : MW == 1 ? GROUP : 0;
-#ifndef LATER
-    constexpr int LATER = LATER_;
-#endif
+    constexpr int SLOTS = TOK * MW < 128 ? 8 : 4, PENDING = GROUP == 1 ? 2 : 1, AHEAD = SLOTS - PENDING * GROUP;
+    constexpr int LATER = GROUP == 1 ? 2 : MW == 1 && !GATHERED ? GROUP : 0, LOADED = LATER ? LATER : GROUP;
     static_assert(SLOTS <= STEPS && PENDING * GROUP <= OF_X, "no more than one stage in advance");
-    u32 loaded[LATER ? LATER : GROUP][4], held[SLOTS][4];
+    u32 loaded[LOADED][4], held[SLOTS][4];
     const u32 mine_at = w_ring + group * 8192 + (warp % 4 * 16 + g) * 128 + g * 16 + t * 2;
     auto load = [&](int stage, int k) {
         const u32 at = (mine_at + (stage * WA + k / 8) * W_BYTES) ^ k % 8 * 16;
-        u32 *to = loaded[k % (LATER ? LATER : GROUP)];
+        u32 *to = loaded[k % LOADED];
         to[0] = two_at(at);
         to[1] = two_at(at + 1024);
         to[2] = two_at(at + 8);
@@ -360,7 +352,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MW > 2 || TOK * MW > 128 ?
     };
     auto widen = [&](int k) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) held[k % SLOTS][i] = widened(loaded[k % (LATER ? LATER : GROUP)][i]);
+        for (int i = 0; i < 4; ++i) held[k % SLOTS][i] = widened(loaded[k % LOADED][i]);
     };
     int x_read = 0;
     auto x_is_read = [&]() {    // the stage before this one

@@ -122,7 +122,13 @@ def tile_of(
         # Weights of as many bytes have twice the inner indices: so has x, in smaller pieces.
         x_depth, x_stages = (
             64 if rows >= 64 else 128,
-            {8: 5, 16: 5, 32: 4, 64: 6 if groups == 1 else 4, 128: 3 if gathered else 4}[rows],
+            {
+                8: 5,
+                16: 5,
+                32: 4,
+                64: 6 if groups == 1 else 4,
+                128: 3 if gathered else 4 if groups == 1 else 6,
+            }[rows],
         )
     share = min(share, rows // 8)
     lag = 2 if rows == 32 and share == 1 and kind not in HEADS else 0

@@ -247,7 +247,7 @@ def _fp8_tile(problem: Problem) -> Version:
     if problem.op == "norm_head":
         return Version(Kind.TILE, False, rows, 256 if rows <= 64 else 128, 128, share=2)
     if problem.gate:
-        return Version(Kind.TILE, False, rows, 64 if rows >= 64 else 128, 128, share=2)
+        return Version(Kind.TILE, False, rows, 64 if rows == 64 else 128, 128, share=2)
     blocks, splits = cdiv(problem.columns, 64), 1
     while splits < 8 and blocks * splits * 2 <= MOST_TILES * 3 // 2 and problem.depth >= 4 * splits * 128:
         splits *= 2
