@@ -25,15 +25,14 @@
 // Greedy steps need no logits: BEST leaves each block's largest, and where it is. WIDE, too, leaves the largest
 // beside the logits, where somebody asks.
 //
-// FP8: weights are E4M3 bytes with a float32 scale for each row. A unit of a tile is 128 inner indices of weights, 64 of x. Each warp
-// takes its rows into registers, 64 inner indices at a time or 32, widens them to bfloat16 while the tensor cores are busy with the ones before,
-// and multiplies from there.
+// FP8: weights are E4M3 bytes with a float32 scale for each row; 128 bytes of a tile's row are 128 inner indices of weights, 64 of x. Each
+// warp takes its rows into registers, widens them to bfloat16 while products of the ones before are under way, and multiplies from there.
 //
-// Macros: FP8, KIND (0 store, 1 add to the residual, 2 gate and up with SiLU, 3 float32, 4 the best of it), TOK (8, 16, 32, 64, 128: rows of x
-// at most), MW (warp groups: 64 rows of weights each), LINES (rows of weights in a tile: fewer, where that shares them out evenly),
-// SPLIT, SHARE (a cluster is their product), KA (64 inner indices each, of a stage), XA (of a stage of x: KA, fewer with FP8), STAGES (of weights), X_STAGES (of x), LAG (stages
-// that are asked for before the first of them is said to be there; 0: tensor copies), FLIGHT, LEAD, PACE (cycles a stage), ROTATE
-// (stages from tile to tile).
+// Macros: FP8, KIND (0 store, 1 add to the residual, 2 gate and up with SiLU, 3 float32, 4 the best of it), TOK (8, 16, 32, 64, 128: rows
+// of x at most), MW (warp groups: 64 rows of weights each), LINES (rows of weights in a tile: fewer, where that shares them out evenly),
+// SPLIT, SHARE (a cluster is their product), KA (64 inner indices each, of a stage), XA (the same, of a stage of x: KA, or with FP8 a part of
+// it), STAGES (of weights), X_STAGES (of x), LAG (stages of x that are asked for before the first of them is said to be there; 0: tensor
+// copies), FLIGHT, LEAD, PACE (cycles a stage), ROTATE (stages from tile to tile).
 
 #include "common.cuh"
 #include "ring.cuh"
@@ -100,8 +99,6 @@ __device__ __forceinline__ void consumers_meet() { asm volatile("bar.sync 1, %0;
 __device__ __forceinline__ void copy_or_zero(u32 to, const u16 *from, u32 bytes) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
 }
-struct Yes { static constexpr bool is = true; };
-struct No { static constexpr bool is = false; };
 // Two neighbours of shared memory, and what they are in bfloat16: exactly, but for NaN, which weights have none of. Sign, exponent and
 // mantissa move to their places; the product corrects the exponent's bias, with subnormal numbers too.
 __device__ __forceinline__ u32 two_at(u32 at) {
@@ -117,6 +114,9 @@ __device__ __forceinline__ u32 widened(u32 two) {
 }
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 __device__ __forceinline__ void copies_are_seen() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+struct Yes { static constexpr bool is = true; };
+struct No { static constexpr bool is = false; };
 
 extern "C" __global__ void __launch_bounds__(THREADS, MW > 2 || TOK * MW > 128 ? 1 : 2) linear(const __grid_constant__ Params p) {
     extern __shared__ __align__(1024) unsigned char memory[];
@@ -333,8 +333,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MW > 2 || TOK * MW > 128 ?
         for (int j = 0; j < TOK / 8; ++j) which[j] = ~0u;
     int i = 0, w = 0, w_parity = 0, x = 0, x_parity = 0;
 #if FP8
-    // Steps of 16 inner indices, so many in a group of products. While those of PENDING groups are under way a group is widened into the room
-    // (SLOTS) of one that is done, and what is widened LATER steps behind it is loaded.
+    // Steps of 16 inner indices, GROUP of them in a group of products. While PENDING groups are under way another one is widened, AHEAD steps
+    // before its turn, in the room of one that is done; what is widened LATER steps behind it is loaded, or, with none, itself just before.
     constexpr int STEPS = KA * 4, OF_X = XA * 4;    // of a stage, and of one of x
     constexpr int GROUP = TOK == 128 && !GATHERED ? 1 : TOK * MW < 128 ? 4 : 2;
     constexpr int SLOTS = TOK * MW < 128 ? 8 : 4, PENDING = GROUP == 1 ? 2 : 1, AHEAD = SLOTS - PENDING * GROUP;
@@ -415,19 +415,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, MW > 2 || TOK * MW > 128 ?
 #pragma unroll
     for (int k = SLOTS; k < SLOTS + LATER; ++k) load(k / STEPS, k % STEPS);
     multiply_stage(Yes(), true);
-    if (KIND == ACT) await_products<TOK, 0>(d);     // else the compiler waits for each
+    if (KIND == ACT) await_products<TOK, 0>(d);     // else the compiler waits for every single product
 #endif
     for (int from = start; from < p.tiles; from += step) {
         const int tile = from + share;
 #if FP8
+        if (KIND == ACT) {
+            const int n = tile * (ROWS / 2) + warp * 8 + g;
+            rescale(n, p.n + n, n < p.n ? 2 * p.n : 0);
+        } else if (HEAD) rescale(tile * LINES + warp * 16 + g, tile * LINES + warp * 16 + g + 8, p.n);
         for (int n = from == start; n < count; ++n) multiply_stage(No(), n == 0);
         await_products<TOK, 0>(d);
         x_is_read();
-        if (KIND == ACT) {
-            const int n = tile * (ROWS / 2) + warp * 8 + g;
-            scales[0] = n < p.n ? p.scale[n] : 0.f;
-            scales[1] = n < p.n ? p.scale[p.n + n] : 0.f;
-        } else if (HEAD) rescale(tile * LINES + warp * 16 + g, tile * LINES + warp * 16 + g + 8, p.n);
 #else
         for (int n = 0; n < count; ++n, ++i) {
             mbar_wait(w_full + w * 8, w_parity);

@@ -257,7 +257,7 @@ def _fp8_tile(problem: Problem) -> Version:
 def _fp8_candidates(problem: Problem, tile: Version) -> list[Version]:
     rows = problem.rows
     if problem.op == "norm_head":
-        return [replace(tile, columns=384 - tile.columns), replace(tile, depth=256)]
+        return [replace(tile, depth=256)] + ([replace(tile, columns=128)] if rows <= 32 else [])
     if problem.gate:
         return [replace(tile, depth=256), replace(tile, columns=192 - tile.columns), replace(tile, share=1)]
     stages = cdiv(problem.depth, 128)  # each block has one at least
