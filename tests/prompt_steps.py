@@ -205,7 +205,7 @@ def check(case: Case, device: str) -> TritonOps:
     mine, old = (t.cache.data.flatten(2, 3).clone() for t in (ours, before))
     mine[:, :, s.slots[tokens].long()] = old[:, :, s.slots[tokens].long()] = 0
     assert torch.equal(mine.view(torch.uint8), old.view(torch.uint8)), "the rest of the cache"
-    if ops.picks(model.head, len(seqs)):
+    if ops.picks(model.head, len(seqs), model.embedding.dtype):
         logits = s.logits
         Step(before.world, before.cache, before.scratch).run(model, ops, greedy=True)
         chosen = logits.gather(

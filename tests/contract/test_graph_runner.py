@@ -530,7 +530,7 @@ class Picking(ReferenceOps):
 
     steps = 0
 
-    def picks(self, linear: Any, seqs: int) -> bool:
+    def picks(self, linear: Any, seqs: int, dtype: torch.dtype) -> bool:
         return seqs == 1
 
     def best_token(self, *args: Any, **kwargs: Any) -> None:

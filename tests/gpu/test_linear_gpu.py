@@ -7,6 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from ostinato.models.quantize import quantize
 from ostinato.ops import Linear, NextNorm, Peaks, squares_words
 from ostinato.ops.cuda.linear import ROWS, Product, Products, tile_of
 from ostinato.ops.reference import rms_norm
@@ -31,6 +32,18 @@ CASES = [
     (Product.WIDE, 1000, 72, (1, 1, 64)),
 ]
 """(what becomes of it, outputs, inputs, (warp groups, splits, depth))"""
+FP8_CASES = [
+    (Product.STORE, 3072, 2048, (1, 2, 256)),
+    (Product.STORE, 200, 144, (1, 2, 128)),
+    (Product.ADD, 2048, 2048, (1, 4, 128)),
+    (Product.ADD, 2048, 8192, (2, 8, 128)),
+    (Product.ADD, 576, 1552, (1, 8, 128)),
+    (Product.GATE, 8192, 2048, (2, 1, 128)),
+    (Product.GATE, 1544, 576, (1, 1, 256)),
+    (Product.WIDE, 12825, 2048, (3, 1, 128)),
+    (Product.WIDE, 1000, 80, (1, 1, 128)),
+]
+"""The same, of FP8 weights"""
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +70,12 @@ def by_hand(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """The product with what stands around it: in bfloat16 rounded where ops one by one round, or in float64 nowhere."""
-    y = (x.to(dtype) if factor is None else (x.double() * factor).to(dtype)) @ linear.weight.to(dtype).T
+    y = x.to(dtype) if factor is None else (x.double() * factor).to(dtype)
+    if linear.scale is None:
+        y = y @ linear.weight.to(dtype).T
+    else:  # no product is rounded before its scale
+        wide = torch.promote_types(dtype, torch.float32)
+        y = (y.to(wide) @ linear.weight.to(wide).T * linear.scale).to(dtype)
     if linear.bias is not None:
         y = y + linear.bias.to(dtype)
     if gate:
@@ -66,11 +84,27 @@ def by_hand(
     return y if before is None else before.to(dtype) + y
 
 
+def linear_of(weight: torch.Tensor, fp8: bool, bias: torch.Tensor | None = None) -> Linear:
+    """Of a wide weight."""
+    if not fp8:
+        return Linear(weight.to(BF16), bias)
+    found = Linear(
+        torch.empty_like(weight, dtype=torch.float8_e4m3fn), bias, torch.empty(len(weight), device=CUDA)
+    )
+    assert found.scale is not None
+    quantize(weight, found.weight, found.scale)
+    return found
+
+
 @pytest.mark.parametrize("rows", COUNTS)
 @pytest.mark.parametrize("share", [1, 2])
-@pytest.mark.parametrize(("kind", "columns", "depth", "cut"), CASES)
+@pytest.mark.parametrize(
+    ("fp8", "kind", "columns", "depth", "cut"),
+    [*((False, *case) for case in CASES), *((True, *case) for case in FP8_CASES)],
+)
 def test_no_worse_than_the_op(
     products: Products,
+    fp8: bool,
     kind: Product,
     columns: int,
     depth: int,
@@ -82,15 +116,15 @@ def test_no_worse_than_the_op(
     if splits * share > 8:
         return
     size = next(n for n in ROWS if rows <= n)
-    if tile_of(kind, size, groups, splits, share, chunk) is None:
-        chunk = 64
-        if tile_of(kind, size, groups, splits, share, chunk) is None:
+    if tile_of(kind, size, groups, splits, share, chunk, fp8) is None:
+        chunk = 128 if fp8 else 64
+        if tile_of(kind, size, groups, splits, share, chunk, fp8) is None:
             return
     version = Version(Kind.TILE, False, 64, 64 * groups, chunk, splits, share=share)
     gate, add, wide = kind is Product.GATE, kind is Product.ADD, kind is Product.WIDE
-    weight = torch.randn(columns * (2 if gate else 1), depth, device=CUDA).mul_(depth**-0.5).to(BF16)
+    weight = torch.randn(columns * (2 if gate else 1), depth, device=CUDA).mul_(depth**-0.5)
     has_bias = kind in (Product.STORE, Product.ADD) and rows % 2 == 1
-    linear = Linear(weight, torch.randn(columns, device=CUDA).to(BF16) if has_bias else None)
+    linear = linear_of(weight, fp8, torch.randn(columns, device=CUDA).to(BF16) if has_bias else None)
     x = torch.randn(rows, depth, device=CUDA).to(BF16)
     room = torch.full((rows + 2, columns), float("nan"), device=CUDA, dtype=torch.float32 if wide else BF16)
     before = torch.randn(rows, columns, device=CUDA).to(BF16)
@@ -128,14 +162,38 @@ def test_no_worse_than_the_op(
         assert then.squares[-1:].isnan().all()
 
 
-@pytest.mark.parametrize(("vocab", "hidden"), [(128256, 2048), (12824, 576), (1000, 72), (136, 64), (8, 64)])
-def test_the_best_token_is_that_of_the_logits(products: Products, vocab: int, hidden: int) -> None:
+def test_every_number_is_widened_exactly(products: Products) -> None:
+    """All E4M3 bytes but NaN, each in every place of a tile, by a product with one and zeros."""
+    numbers = torch.tensor([n for n in range(256) if n & 127 != 127], dtype=torch.uint8, device=CUDA)
+    weight = numbers[(torch.arange(64 * 128, device=CUDA) * 7 + 3) % len(numbers)].view(64, 128)
+    wide = weight.view(torch.float8_e4m3fn)
+    scale = 2.0 ** torch.arange(-32, 32, device=CUDA)
+    for rows in (8, 128):
+        out = torch.full((128, 64), torch.nan, device=CUDA)
+        for one, x in enumerate(torch.eye(128, device=CUDA, dtype=BF16).split(rows)):
+            version = Version(Kind.TILE, False, 128, 64, 128)
+            products.run(
+                Product.WIDE, version, x, Linear(wide, None, scale), out[one * rows : (one + 1) * rows]
+            )
+        assert torch.equal(out, wide.float().T * scale)
+
+
+@pytest.mark.parametrize(
+    ("vocab", "hidden", "fp8"),
+    [(128256, 2048, False), (12824, 576, False), (1000, 72, False), (136, 64, False), (8, 64, False),
+     (128256, 2048, True), (12824, 576, True), (136, 80, True)],
+)  # fmt: skip
+def test_the_best_token_is_that_of_the_logits(products: Products, vocab: int, hidden: int, fp8: bool) -> None:
     """Bit for bit, the first of equals; whatever a NaN or an infinity does to a row."""
-    weight = torch.randn(vocab, hidden, device=CUDA).mul_(hidden**-0.5).to(BF16)
+    weight = torch.randn(vocab, hidden, device=CUDA).mul_(hidden**-0.5)
     weight[vocab // 2 :] = weight[: vocab - vocab // 2].clone()  # each logit twice
     weight[vocab // 3] = 0
-    weight[vocab // 3, 0] = torch.inf
-    head = Linear(weight)
+    weight[vocab // 3, 0] = 1 if fp8 else torch.inf
+    head = linear_of(weight, fp8)
+    weight = head.weight.float()
+    if head.scale is not None:
+        head.scale[vocab // 3] = torch.inf
+        weight *= head.scale.unsqueeze(1)
     for rows in COUNTS:
         x = torch.randn(rows, hidden, device=CUDA).to(BF16)
         x[:, 0], x[0, 0] = -1, 1
@@ -147,8 +205,8 @@ def test_the_best_token_is_that_of_the_logits(products: Products, vocab: int, hi
         expected = (x.double() @ weight[some].double().T)[numbers]
         for columns in (64, 128, 256)[: 3 if rows <= 64 else 2]:
             bucket = next(n for n in (16, 32, 64, 128) if rows <= n)
-            version = Version(Kind.TILE, False, bucket, columns, 64, share=2)
-            parts = products.blocks(version, rows, vocab)
+            version = Version(Kind.TILE, False, bucket, columns, 128 if fp8 else 64, share=2)
+            parts = products.blocks(version, rows, head)
             peaks = Peaks(
                 torch.full((rows, parts), torch.nan, device=CUDA),
                 torch.full((rows, parts), -7, dtype=torch.int32, device=CUDA),
@@ -173,11 +231,14 @@ def test_the_best_token_is_that_of_the_logits(products: Products, vocab: int, hi
 
 
 @pytest.mark.parametrize("rows", [2, 8, 11, 32, 50, 100])
-@pytest.mark.parametrize(("hidden", "inner"), [(2048, 8192), (576, 1536)])
-def test_a_norm_that_is_begun_equals_one_that_is_not(rows: int, hidden: int, inner: int) -> None:
+@pytest.mark.parametrize(
+    ("hidden", "inner", "fp8"),
+    [(2048, 8192, False), (576, 1536, False), (2048, 8192, True), (576, 1536, True)],
+)
+def test_a_norm_that_is_begun_equals_one_that_is_not(rows: int, hidden: int, inner: int, fp8: bool) -> None:
     """The ops of half a layer, with `then` and without: the second way is the plain one."""
-    down = Linear(torch.randn(hidden, inner, device=CUDA).mul_(inner**-0.5).to(BF16))
-    gate_up = Linear(torch.randn(2 * inner, hidden, device=CUDA).mul_(hidden**-0.5).to(BF16))
+    down = linear_of(torch.randn(hidden, inner, device=CUDA).mul_(inner**-0.5), fp8)
+    gate_up = linear_of(torch.randn(2 * inner, hidden, device=CUDA).mul_(hidden**-0.5), fp8)
     weight = (1 + torch.randn(hidden, device=CUDA) / 4).to(BF16)
     x, residual = (
         torch.randn(rows, inner, device=CUDA).to(BF16),
@@ -217,14 +278,13 @@ def test_a_norm_that_is_begun_equals_one_that_is_not(rows: int, hidden: int, inn
         no_worse(out, plain, exact)
 
 
-def test_every_candidate_can_be_launched(products: Products) -> None:
+@pytest.mark.parametrize("fp8", [False, True])
+def test_every_candidate_can_be_launched(products: Products, fp8: bool) -> None:
     for op, columns, depth in (
         ("norm_linear", 3072, 2048), ("linear_add", 2048, 8192), ("norm_gate_up", 8192, 2048),
         ("linear_add", 1024, 2048), ("norm_linear", 6144, 4096), ("norm_head", 12800, 1024),
     ):  # fmt: skip
-        linear = Linear(
-            torch.zeros(columns * (2 if op == "norm_gate_up" else 1), depth, device=CUDA, dtype=BF16)
-        )
+        linear = linear_of(torch.zeros(columns * (2 if op == "norm_gate_up" else 1), depth, device=CUDA), fp8)
         for rows in (2, 9, 32, 64, 128):
             problem = problem_of(op, linear, next(n for n in (16, 32, 64, 128) if rows <= n), BF16)
             for version in candidates(problem, tiles=True):
@@ -241,7 +301,7 @@ def test_every_candidate_can_be_launched(products: Products) -> None:
                     products.run(kind, version, x, linear, out)
                     assert not out.any()
                     if kind is Product.WIDE:
-                        parts = products.blocks(version, rows, columns)
+                        parts = products.blocks(version, rows, linear)
                         peaks = Peaks(
                             torch.ones(rows, parts, device=CUDA),
                             torch.ones(rows, parts, dtype=torch.int32, device=CUDA),

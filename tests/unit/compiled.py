@@ -101,6 +101,7 @@ def struct_fields(source: str) -> tuple[list[str], list[str]]:
     lines = [
         line.split("//")[0].strip(" ;")
         for line in source.split("struct Params {\n")[1].split("};")[0].splitlines()
+        if not line.startswith("#")
     ]
     pointers = [n.strip(" *") for line in lines if "*" in line for n in line[line.index("*") :].split(",")]
     numbers = [n.strip() for line in lines if "*" not in line for n in line.split(" ", 1)[1].split(",")]

@@ -48,7 +48,8 @@ static void copied(int block, u32 bar, long long bytes) {
     b.bytes -= bytes;
     settle(b);
 }
-struct Product { float *d; u64 a, b; bool more; int group; };
+// `held`: this thread's part of A, in registers that are read as late as the product; what they held then is `part`.
+struct Product { float *d; u64 a, b; bool more; int group; const u32 *held; u32 part[4]; };
 struct Sum { float *d; int cols; float numbers[144]; };
 struct Pipe { std::vector<Product> products; std::vector<Sum> sums; int groups; bool begun, late; };
 static Pipe pipes[FIBERS];
@@ -64,7 +65,17 @@ static void eight(float *to, u64 operand, int row, int half) {
 static void execute(Sum &sum, const Product &p) {
     const int row = threadIdx.x / 32 % 4 * 16 + lane() / 4, t = lane() % 4;
     float a[2][16], b[16];
-    for (int i = 0; i < 4; ++i) eight(a[i / 2] + i % 2 * 8, p.a, row + i / 2 * 8, i % 2);
+    if (p.held)
+        for (int i = 0; i < 2; ++i) {
+            const u32 own[2] = {p.part[i], p.part[2 + i]};
+            post(2, own);
+            for (int k = 0; k < 16; ++k) {
+                const u32 pair = of(lane() / 4 * 4 + k % 8 / 2, k / 8);
+                a[i][k] = from_bf16(k % 2 ? pair >> 16 : pair & 0xffff);
+            }
+        }
+    else
+        for (int i = 0; i < 4; ++i) eight(a[i / 2] + i % 2 * 8, p.a, row + i / 2 * 8, i % 2);
     for (int n = 0; n < sum.cols / 4; ++n) {
         for (int i = 0; i < 2; ++i) eight(b + i * 8, p.b, n / 2 * 8 + 2 * t + n % 2, i);
         for (int i = 0; i < 2; ++i) {
@@ -125,11 +136,13 @@ static void copy_or_zero(u32 to, const u16 *from, u32 bytes) {
 static void commit_copies() { commit(); }
 static void copies_are_seen() {}
 
-// A map: address, dimensions, sizes, strides in bytes of all but the first, box. Rows of 64 columns are 128 bytes of shared memory.
+// A map: address, dimensions, sizes, strides in bytes of all but the first, box. Its rows, of 64 numbers or 128 bytes, are 128 bytes of
+// shared memory.
 template <class Map> static void copy_box(u32 to, const Map *map, const int (&from)[4], u32 bar, int block) {
     const u64 *w = map->words, *sizes = w + 2, *strides = w + 6, *box = w + 9;
     const int rank = (int)w[1];
-    if (to % 128 || box[0] != 64) failed("a tile that is not of rows of 128 bytes");
+    const long long size = 128 / (long long)box[0];
+    if (to % 128 || (size != 1 && size != 2)) failed("a tile that is not of rows of 128 bytes");
     int rows = 1;
     for (int i = 1; i < rank; ++i) rows *= (int)box[i];
     later([=] {
@@ -144,10 +157,10 @@ template <class Map> static void copy_box(u32 to, const Map *map, const int (&fr
             for (int c = 0; c < 8; ++c) {
                 u32 at = to + r * 128 + c * 16;
                 at ^= (at >> 7 & 7) << 4;
-                u16 *piece = (u16 *)of_block(block, at, 16);
-                for (int i = 0; i < 8; ++i) {
-                    const long long column = from[0] + c * 8 + i;
-                    piece[i] = inside && column >= 0 && column < (long long)sizes[0] ? ((const u16 *)row)[column] : 0;
+                unsigned char *piece = of_block(block, at, 16);
+                for (int i = 0; i < 16; ++i) {
+                    const long long byte = from[0] * size + c * 16 + i;
+                    piece[i] = inside && byte >= 0 && byte < (long long)sizes[0] * size ? row[byte] : 0;
                 }
             }
         }
@@ -169,10 +182,17 @@ template <class Map> static void copy4(u32 to, const Map *map, int a, int d, u32
     copy_box(to, map, {a, 0, 0, d}, bar, blockIdx.x);
 }
 
+static u32 two_at(u32 at) { return *(const u16 *)shared(at, 2); }
+static u32 widened(u32 two) {
+    u32 r[2];
+    unpack(two, r[0], r[1]);
+    return pack(from_f16(r[0] & 0xffff), from_f16(r[0] >> 16));
+}
+
 // Products. Until they are waited for their results are NaN.
 static void begin_products() { pipes[current].begun = true; pipes[current].late = chosen() % 2; }
 static void commit_products() { ++pipes[current].groups; }
-template <int COLS> static void multiply(float *d, u64 a, u64 b, u32 more) {
+template <int COLS> static void multiply(float *d, u64 a, u64 b, u32 more, const u32 *held = nullptr) {
     Pipe &pipe = pipes[current];
     if (!pipe.begun) failed("a product without a fence in front");
     auto sum = std::find_if(pipe.sums.begin(), pipe.sums.end(), [&](const Sum &s) { return s.d == d; });
@@ -182,15 +202,22 @@ template <int COLS> static void multiply(float *d, u64 a, u64 b, u32 more) {
         std::copy(d, d + COLS / 2, sum->numbers);
         std::fill(d, d + COLS / 2, NAN);
     }
-    const Product product{d, a, b, more != 0, pipe.groups};
+    Product product{d, a, b, more != 0, pipe.groups, held, {}};
+    if (held) {
+        // A warp's threads read each other's parts, so that all of them do it now or none.
+        pipe.late = take((u32)pipe.late, 0);
+        std::copy(held, held + 4, product.part);
+    }
     if (pipe.products.empty() && !pipe.late) execute(*sum, product);
     else pipe.products.push_back(product);
 }
+template <int COLS> static void multiply_held(float *d, const u32 *a, u64 b, u32 more) { multiply<COLS>(d, 0, b, more, a); }
 template <int COLS, int PENDING> static void await_products(float *) {
     Pipe &pipe = pipes[current];
     for (int n = pipe.late ? 1 << chosen() % 6 : 0; n; --n) yield();   // others go on meanwhile
     std::vector<Product> left;
-    for (const Product &p : pipe.products) {
+    for (Product &p : pipe.products) {
+        if (p.held) std::copy(p.held, p.held + 4, p.part);
         Sum &sum = *std::find_if(pipe.sums.begin(), pipe.sums.end(), [&](const Sum &s) { return s.d == p.d; });
         if (p.group < pipe.groups - PENDING) execute(sum, p);
         else left.push_back(p);

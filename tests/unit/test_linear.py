@@ -47,17 +47,20 @@ def problems(rows: int, dtype: torch.dtype = BF16, fp8: bool = False) -> list[Pr
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("fp8", [False, True])
 @pytest.mark.parametrize("rows", [16, 32, 64, 128])
-def test_every_candidate_fits_for_every_number_of_rows(rows: int) -> None:
-    for problem in problems(rows):
+def test_every_candidate_fits_for_every_number_of_rows(rows: int, fp8: bool) -> None:
+    for problem in problems(rows, fp8=fp8):
         versions = [v for v in tune.candidates(problem, tiles=True) if v.kind is Kind.TILE]
         assert versions
         assert tune.default(problem, tiles=True) in versions
         for v in versions:
             for size in (n for n in ROWS if n <= rows):
-                tile = tile_of(PRODUCTS[problem.op], size, v.columns // 64, v.splits, v.share, v.depth)
+                tile = tile_of(PRODUCTS[problem.op], size, v.columns // 64, v.splits, v.share, v.depth, fp8)
                 assert tile is not None, (problem, v, size)
                 assert tile.stages >= 2
+                assert tile.depth % (128 if fp8 else 64) == tile.depth % tile.x_depth == 0
+                assert tile.lag == 0 or tile.x_stages > tile.lag + fp8
                 assert (tile.shared_bytes + 1024) * tile.blocks <= 2 * SHARED_BYTES
                 assert v.splits * v.share <= 8, (
                     "the most blocks of a cluster that every Hopper GPU has room for"
@@ -90,7 +93,8 @@ def test_many_rows_are_read_once_for_two_tiles() -> None:
     [
         Problem("norm_linear", 3072, 2048, 1, BF16, False),
         Problem("norm_linear", 3072, 2048, 16, torch.float16, False),
-        Problem("norm_linear", 3072, 2048, 16, BF16, True),
+        Problem("norm_linear", 3072, 2048, 16, torch.float16, True),
+        Problem("linear_add", 2048, 2056, 16, BF16, True),
         Problem("norm_linear", 3072, 72, 16, BF16, False),
         Problem("linear_add", 72, 2048, 16, BF16, False),
     ],
@@ -124,7 +128,8 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[FakeKernel]:
     return no_gpu_needed(monkeypatch, linear, FakeKernel)
 
 
-def test_a_launch_is_given_what_the_source_reads(made: list[FakeKernel]) -> None:
+@pytest.mark.parametrize("fp8", [False, True])
+def test_a_launch_is_given_what_the_source_reads(made: list[FakeKernel], fp8: bool) -> None:
     """The C++ struct is read here, so that a field moved there cannot go unnoticed."""
     source = linear.SOURCE.read_text()
     names, numbers = struct_fields(source)
@@ -150,22 +155,33 @@ def test_a_launch_is_given_what_the_source_reads(made: list[FakeKernel]) -> None
         torch.zeros(n, dtype=BF16), torch.zeros(rows, n, dtype=BF16), torch.zeros(squares_words(rows, n))
     )
     version = Version(Kind.TILE, False, 16, 64, 128, 4)
-    Products(GPU).run(Product.ADD, version, x, Linear(weight), out, squares=squares, eps=1e-5, then=then)
+    scale = torch.zeros(n) if fp8 else None
+    if fp8:
+        weight = weight.to(torch.float8_e4m3fn)
+    weights = Linear(weight, scale=scale)
+    Products(GPU).run(Product.ADD, version, x, weights, out, squares=squares, eps=1e-5, then=then)
     (kernel,) = made
     ((params, grid),) = kernel.launches
     assert grid == n // 64 * 4
     assert len(params) == 128 + 2 * 128
     expected = {
         "weight": weight, "x": x, "out": out, "bias": None, "squares": squares, "gain": then.weight, "y": then.scaled,
-        "next_squares": then.squares, "best": None, "best_at": None,
+        "next_squares": then.squares, "best": None, "best_at": None, "scale": scale,
     }  # fmt: skip
     assert list(expected) == names
-    found = struct.unpack("<10Q", params[:80])
+    assert source[source.index("#if FP8\n    const") :].split("\n")[2] == "#endif", (
+        "the last pointer, where there is one"
+    )
+    if not fp8:
+        names.remove("scale")
+        del expected["scale"]
+    end = 8 * len(names)
+    found = struct.unpack(f"<{len(names)}Q", params[:end])
     assert found == tuple(0 if t is None else t.data_ptr() for t in expected.values())
-    assert struct.unpack("<5ifi", params[80:108]) == (rows, n, k, 4, 4, pytest.approx(1e-5), k // 64)
+    assert struct.unpack("<5ifi", params[end : end + 28]) == (rows, n, k, 4, 4, pytest.approx(1e-5), k // 64)
     assert POINTERS.pop(kernel.handle) == len(names)
     assert kernel.options["cluster"] == 4
-    assert kernel.macros["TOK"] == 8
+    assert (kernel.macros["TOK"], kernel.macros["FP8"], kernel.macros["KA"]) == (8, fp8, 2)
     listed = source[source.index("// Macros:") :].split("\n\n")[0]
     assert all(name in listed or f"{name} " in source for name in kernel.macros)
 
@@ -174,7 +190,7 @@ def test_the_best_of_each_block_has_a_place(made: list[FakeKernel]) -> None:
     rows, n, k = 33, 128256, 64
     x, head = torch.zeros(rows, k, dtype=BF16), Linear(torch.zeros(1, k, dtype=BF16).expand(n, k))
     products, version = Products(GPU), Version(Kind.TILE, False, 64, 128, 64, share=2)
-    parts = products.blocks(version, rows, n)
+    parts = products.blocks(version, rows, head)
     assert parts == 2 * 132, "two on a multiprocessor"
     peaks = Peaks(torch.zeros(rows, parts), torch.zeros(rows, parts, dtype=torch.int32))
     products.run(Product.BEST, version, x, head, None, peaks=peaks)
@@ -189,7 +205,7 @@ def test_the_best_of_each_block_has_a_place(made: list[FakeKernel]) -> None:
         assert pointers[8:] == (peaks.values.data_ptr(), 0 if tokens is None else tokens.data_ptr())
         assert (pointers[2] == 0) == (kernel is best), "the best alone is no row of logits"
     assert best.macros["LINES"] * parts * 4 >= n > best.macros["LINES"] * parts * 4 - parts * 4, "four each"
-    few = products.blocks(Version(Kind.TILE, False, 16, 64, 64), 2, 320)
+    few = products.blocks(Version(Kind.TILE, False, 16, 64, 64), 2, Linear(torch.zeros(320, 64, dtype=BF16)))
     assert few == 5, "a small vocabulary has fewer tiles"
 
 
@@ -221,25 +237,28 @@ def test_rows_choose_the_narrowest_tile(made: list[FakeKernel]) -> None:
     assert [kernel.macros["TOK"] for kernel in made] == [8, 16, 32, 64], "each is compiled once"
 
 
+@pytest.mark.parametrize("dtype", [BF16, torch.float8_e4m3fn])
 def test_gates_and_ups_are_interleaved_by_the_map(
-    made: list[FakeKernel], monkeypatch: pytest.MonkeyPatch
+    made: list[FakeKernel], monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
 ) -> None:
     maps: list[tuple[Any, ...]] = []
     monkeypatch.setattr(linear, "_encode", lambda *what: maps.append(what) or bytes(128))
     k, n = 128, 96
-    weight = torch.zeros(2 * n, k, dtype=BF16)
-    version = Version(Kind.TILE, False, 16, 64, 64)
+    size = dtype.itemsize
+    weight = torch.zeros(2 * n, k).to(dtype)
+    weights = Linear(weight, scale=None if dtype is BF16 else torch.zeros(2 * n))
+    version = Version(Kind.TILE, False, 16, 64, 128)
     Products(GPU).run(
-        Product.GATE, version, torch.zeros(3, k, dtype=BF16), Linear(weight), torch.zeros(3, n, dtype=BF16)
+        Product.GATE, version, torch.zeros(3, k, dtype=BF16), weights, torch.zeros(3, n, dtype=BF16)
     )
     address, sizes, strides, box = maps[0]
-    assert (address, sizes, box) == (weight.data_ptr(), (k, 8, 2, n // 8), (64, 8, 2, 4))
+    assert (address, sizes, box) == (weight.data_ptr(), (k, 8, 2, n // 8), (128 // size, 8, 2, 4))
     plain = torch.arange(2 * n).view(2, n // 8, 8)
     for group in range(n // 8):
         for half in range(2):
             for row in range(8):
                 at = row * strides[0] + half * strides[1] + group * strides[2]
-                assert at == int(plain[half, group, row]) * 2 * k
+                assert at == int(plain[half, group, row]) * size * k
 
 
 def test_what_cannot_be_compiled_leaves_it_to_others(

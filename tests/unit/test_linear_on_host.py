@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 
+from ostinato.models.quantize import quantize
 from ostinato.ops import Linear, NextNorm, Peaks, squares_words
 from ostinato.ops.cuda import linear
 from ostinato.ops.cuda.linear import Product, Products
@@ -47,6 +48,7 @@ class Case:
     sums: int = 0
     """Of a norm that is begun; 0: x is as it is"""
     then: bool = True
+    fp8: bool = False
 
     @property
     def version(self) -> Version:
@@ -79,6 +81,20 @@ CASES = [
     Case(GATE, 200, 192, 20, processors=1),
     Case(GATE, 160, 448, 64, groups=2, share=2, processors=2, sums=7),
     Case(GATE, 96, 136, 128, share=2, processors=1),
+    # FP8 weights, of which a stage has 128 inner indices at least; those of x are shorter with more than 32 rows.
+    Case(STORE, 200, 144, 5, splits=2, depth=128, bias=True, fp8=True),
+    Case(ADD, 136, 1040, 8, groups=2, splits=8, depth=128, sums=3, fp8=True),
+    Case(ADD, 64, 256, 1, depth=256, bias=True, fp8=True),
+    Case(STORE, 192, 1024, 16, groups=2, depth=256, sums=8, fp8=True),
+    Case(ADD, 192, 1040, 31, splits=2, depth=128, fp8=True),
+    Case(ADD, 320, 320, 32, share=2, depth=128, sums=5, fp8=True),
+    Case(ADD, 320, 528, 50, splits=2, share=2, depth=128, sums=6, fp8=True),
+    Case(STORE, 128, 1280, 64, splits=4, depth=256, bias=True, fp8=True),
+    Case(ADD, 192, 400, 100, splits=2, share=2, depth=128, bias=True, fp8=True),
+    Case(GATE, 200, 528, 8, processors=2, depth=128, sums=4, fp8=True),
+    Case(GATE, 200, 192, 20, processors=1, depth=128, fp8=True),
+    Case(GATE, 160, 448, 64, groups=2, share=2, processors=2, depth=128, sums=7, fp8=True),
+    Case(GATE, 96, 144, 128, share=2, processors=1, depth=128, fp8=True),
 ]
 HEADS = [
     Case(WIDE, 8, 64, 2),
@@ -86,15 +102,20 @@ HEADS = [
     Case(WIDE, 333, 640, 30, depth=128, processors=1),
     Case(WIDE, 700, 136, 40, share=2, processors=2),
     Case(WIDE, 200, 264, 128, groups=2, share=2, processors=2, sums=5),
+    Case(WIDE, 300, 80, 7, processors=2, depth=128, sums=2, fp8=True),
+    Case(WIDE, 333, 640, 30, depth=256, processors=1, fp8=True),
+    Case(WIDE, 700, 144, 40, groups=2, share=2, depth=128, processors=2, fp8=True),
+    Case(WIDE, 200, 272, 128, groups=2, share=2, depth=128, processors=2, sums=5, fp8=True),
 ]
 
 
 def rings(macros: dict[str, int], seed: int) -> dict[str, int]:
     """Short ones, so that all stages are used again and again."""
     found = (macros["MW"] * 32 + 4) * 8 * macros["TOK"] if macros["KIND"] in (WIDE, BEST) else 0
-    stages = min(macros["STAGES"], max(-(-found // (macros["KA"] * macros["MW"] * 8192)), 2 + seed % 2))
+    stage = macros["KA"] * macros["MW"] * (4096 if macros["FP8"] else 8192)
+    stages = min(macros["STAGES"], max(-(-found // stage), 2 + seed % 2))
     return {
-        "STAGES": stages, "X_STAGES": min(macros["X_STAGES"], 3 if macros["LAG"] else 2),
+        "STAGES": stages, "X_STAGES": min(macros["X_STAGES"], 3 + macros["FP8"] if macros["LAG"] else 2),
         "FLIGHT": min(macros["FLIGHT"], stages - 1),
     }  # fmt: skip
 
@@ -155,21 +176,40 @@ def among(t: torch.Tensor) -> torch.Tensor:
     return room[64:-64]
 
 
+def linear_of(case: Case, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
+    """Of a wide weight [n, k]."""
+    if not case.fp8:
+        return Linear(among(weight.to(BF16)), bias)
+    narrow, scale = torch.empty_like(weight, dtype=torch.float8_e4m3fn), among(torch.empty(len(weight)))
+    quantize(weight, narrow, scale)
+    narrow[::3, ::7] = 2.0**-9 * torch.arange(-3, 5)[torch.arange(narrow[::3, ::7].numel()) % 8].view(
+        narrow[::3, ::7].shape
+    )
+    room = torch.full((len(weight) + 128, weight.shape[1]), 0x7E, dtype=torch.uint8)  # 448
+    room[64:-64] = narrow.view(torch.uint8)
+    return Linear(room.view(torch.float8_e4m3fn)[64:-64], bias, scale)
+
+
 def operands(case: Case) -> tuple[torch.Tensor, Linear, torch.Tensor | None, torch.Tensor | None]:
     """x, weights, squares of a norm that is begun, and its factor."""
     n, k, rows = case.n, case.k, case.rows
-    weight = torch.randn(n * (2 if case.kind is GATE else 1), k).mul_(k**-0.5).to(BF16)
+    weight = torch.randn(n * (2 if case.kind is GATE else 1), k).mul_(k**-0.5)
     bias = among(torch.randn(n).to(BF16)) if case.bias else None
     squares = among(torch.rand(case.sums, rows) * 3 * k / case.sums) if case.sums else None
     factor = None if squares is None else torch.rsqrt(squares.double().sum(0) / k + EPS).unsqueeze(1)
-    return among(torch.randn(rows, k).to(BF16)), Linear(among(weight), bias), squares, factor
+    return among(torch.randn(rows, k).to(BF16)), linear_of(case, weight, bias), squares, factor
 
 
 def by_hand(
     case: Case, x: torch.Tensor, linear: Linear, factor: torch.Tensor | None, before: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:  # fmt: skip
     """In bfloat16 rounded where ops one by one round, or in float64 nowhere."""
-    y = (x.to(dtype) if factor is None else (x.double() * factor).to(dtype)) @ linear.weight.to(dtype).T
+    y = x.to(dtype) if factor is None else (x.double() * factor).to(dtype)
+    if linear.scale is None:
+        y = y @ linear.weight.to(dtype).T
+    else:  # what no product rounds, before the scale
+        wide = torch.promote_types(dtype, torch.float32)
+        y = (y.to(wide) @ linear.weight.to(wide).T * linear.scale).to(dtype)
     if linear.bias is not None:
         y = y + linear.bias.to(dtype)
     if case.kind is GATE:
@@ -228,10 +268,12 @@ def test_the_head_and_its_best(
     host = Host(case, tmp_path, monkeypatch, seed)
     n, rows = case.n, case.rows
     x, weights, squares, factor = operands(case)
-    weights.weight[n // 2 :] = weights.weight[: n - n // 2].clone()  # each logit twice
+    for t in (weights.weight.view(torch.uint8), weights.scale):
+        if t is not None:
+            t[n // 2 :] = t[: n - n // 2].clone()  # each logit twice
     x[rows // 2] = 0
     x[rows // 3] = torch.nan
-    parts = host.products.blocks(case.version, rows, n)
+    parts = host.products.blocks(case.version, rows, weights)
     host.behind(x, squares)
     logits = among(torch.zeros(rows, n))
     found, results = [], []

@@ -504,8 +504,8 @@ def test_linear_ops(seed: int, hidden: int, dtype: torch.dtype) -> None:
 class Heads:
     """In place of `linear.cu`: the kinds for the head, cut into parts of seven tokens."""
 
-    def blocks(self, version: Version, rows: int, n: int) -> int:
-        return -(-n // 7)
+    def blocks(self, version: Version, rows: int, linear: Linear) -> int:
+        return -(-linear.out_features // 7)
 
     def run(
         self,
@@ -542,9 +542,9 @@ def test_greedy_without_logits(seed: int) -> None:
     index, rows = torch.arange(seqs).int() * 2 % 7, torch.tensor([4, 3, -1, 0, 1, -1, 2, 5, 6]).int()
     index[1] = 3
     head = Linear(weight)
-    assert ops.picks(head, seqs)
-    assert not ops.picks(Linear(weight.half()), seqs)
-    assert not TritonOps().picks(head, seqs)
+    assert ops.picks(head, seqs, torch.bfloat16)
+    assert not ops.picks(Linear(weight.half()), seqs, torch.float16)
+    assert not TritonOps().picks(head, seqs, torch.bfloat16)
     workspace = torch.full((ops.sampler_words(seqs, vocab),), -1, dtype=torch.int32)
     given = {"last": torch.full((seqs, hidden), torch.nan, dtype=torch.bfloat16), "workspace": workspace}
     results = []

@@ -176,11 +176,11 @@ def test_what_is_said_is_what_a_step_launches(
         lines = ops.versions(model, rows, decode=decode)
         assert [line.op for line in lines[-3:]] == ["best_token", "sample", "prepare, embed, advance"]
         said = {(line.op, line.version) for line in lines[:-3]}
-        for greedy in {False, ops.picks(model.head, rows)}:
+        for greedy in {False, ops.picks(model.head, rows, model.embedding.dtype)}:
             assert launched(ops, model, rows, decode, greedy) == said, (rows, greedy)
         best = lines[-3].version
         assert ("without logits" in best) == (
-            (decode and ops.fuses(model, rows)) or ops.picks(model.head, rows)
+            (decode and ops.fuses(model, rows)) or ops.picks(model.head, rows, model.embedding.dtype)
         )
 
 

@@ -144,7 +144,9 @@ class StepProgram:
         """Whether a step leaves logits in the arena: greedy ones find the best token without, where the op set can."""
         if key.sampler is not SamplerVariant.GREEDY:
             return True
-        return not (self.fuses(key) or self.ops.picks(self.model.head, key.num_seqs))
+        return not (
+            self.fuses(key) or self.ops.picks(self.model.head, key.num_seqs, self.model.embedding.dtype)
+        )
 
     def prompt_logprobs(self, batch: Batch) -> dict[int, list[TokenLogprobs]]:
         """Candidates at prompt positions, from the hidden states that the step left in the arena.

@@ -443,8 +443,8 @@ class OpSet(Protocol):
         """
         ...
 
-    def picks(self, linear: Linear, seqs: int) -> bool:
-        """Whether `best_token` does without logits, with the head `linear` and `seqs` sequences, padding included."""
+    def picks(self, linear: Linear, seqs: int, dtype: torch.dtype) -> bool:
+        """Whether `best_token` does without logits, with the head `linear`, activations in `dtype` and `seqs` sequences, padding included."""
         ...
 
     def best_token(

@@ -297,7 +297,7 @@ class ReferenceOps:
         torch.index_select(x, 0, last_index, out=last)
         apply(rms_norm(last, norm, eps), linear, logits)
 
-    def picks(self, linear: Linear, seqs: int) -> bool:
+    def picks(self, linear: Linear, seqs: int, dtype: torch.dtype) -> bool:
         return False
 
     def best_token(

@@ -25,11 +25,14 @@
 // Greedy steps need no logits: BEST leaves each block's largest, and where it is. WIDE, too, leaves the largest
 // beside the logits, where somebody asks.
 //
-// Macros: KIND (0 store, 1 add to the residual, 2 gate and up with SiLU, 3 float32, 4 the best of it), TOK (8, 16, 32, 64, 128: rows of x
-// at most), MW (warp groups: 64 rows of weights each), LINES (rows of weights in a tile: fewer, where that shares them out evenly),
-// SPLIT, SHARE (a cluster is their product), KA (64 inner indices each, of a stage), STAGES (of weights), X_STAGES (of x), LAG (stages
-// that are asked for before the first of them is said to be there; 0: tensor copies), FLIGHT, LEAD, PACE (cycles a stage), ROTATE
-// (stages from tile to tile).
+// FP8: weights are E4M3 bytes with a float32 scale for each row; 128 bytes of a tile's row are 128 inner indices of weights, 64 of x. Each
+// warp takes its rows into registers, widens them to bfloat16 while products of the ones before are under way, and multiplies from there.
+//
+// Macros: FP8, KIND (0 store, 1 add to the residual, 2 gate and up with SiLU, 3 float32, 4 the best of it), TOK (8, 16, 32, 64, 128: rows
+// of x at most), MW (warp groups: 64 rows of weights each), LINES (rows of weights in a tile: fewer, where that shares them out evenly),
+// SPLIT, SHARE (a cluster is their product), KA (64 inner indices each, of a stage), XA (the same, of a stage of x: KA, or with FP8 a part of
+// it), STAGES (of weights), X_STAGES (of x), LAG (stages of x that are asked for before the first of them is said to be there; 0: tensor
+// copies), FLIGHT, LEAD, PACE (cycles a stage), ROTATE (stages from tile to tile).
 
 #include "common.cuh"
 #include "ring.cuh"
@@ -37,7 +40,9 @@
 
 enum { STORE, ADD, ACT, WIDE, BEST };
 constexpr int ROWS = 64 * MW;               // of weights in a tile, at most
-constexpr int COPIED = LINES * 128;         // bytes of 64 inner indices of a tile
+constexpr int WIDE_UNIT = FP8 ? 128 : 64;   // inner indices of weights that lie in 128 bytes
+constexpr int WA = KA * 64 / WIDE_UNIT;     // of them, of a stage
+constexpr int COPIED = LINES * 128;         // bytes of a unit of a tile
 constexpr int W_BYTES = ROWS * 128;         // the same in a ring; what stands in rows that a tile lacks does not matter
 constexpr int X_BYTES = TOK * 128;
 constexpr int CONSUMERS = MW * 128;         // threads; then a warp that copies weights, one for x, and those for the norm's factors
@@ -49,11 +54,12 @@ constexpr int NOWHERE = 0x7fffffff;
 constexpr int OWN = TOK / SPLIT;            // tokens that a block finishes
 constexpr int SLICE = TOK / SHARE;          // tokens of x that a block copies, for all that share them
 constexpr int CLUSTER = SPLIT * SHARE;
+static_assert(FP8 ? KA % 2 == 0 && KA % XA == 0 : KA == XA, "whole units");
 static_assert(TOK % SPLIT == 0, "tokens are shared out evenly");
 static_assert(SHARE == 1 || SLICE % 8 == 0, "swizzled by eight rows");
 static_assert(GATHERED || SPLIT == 1, "gate and up, and the head, have tiles enough");
 static_assert(LINES == ROWS || (HEAD && LINES < ROWS), "whole tiles where sums or pairs are by 64 rows");
-static_assert(!LAG || (SHARE == 1 && LAG < X_STAGES && LAG <= 3), "a tile of x for one block");
+static_assert(!LAG || (SHARE == 1 && LAG + FP8 < X_STAGES && LAG <= 3), "a tile of x for one block; with FP8 two are held");
 
 // Eight tokens or more are finished by the threads that hold a part of them, each the same numbers of its warp's tile.
 constexpr bool STRAIGHT = GATHERED && OWN % 8 == 0;
@@ -75,6 +81,9 @@ struct Params {
     float *next_squares;        // [n / 64, rows] with gain
     float *best;                // [rows, blocks] BEST, and WIDE or null: the largest of each block's outputs
     int *best_at;               // [rows, blocks] BEST: the first of them that has it
+#if FP8
+    const float *scale;         // [n], of ACT [2 n]: what finished sums are multiplied by
+#endif
     int rows, n, k, tiles, chunks;
     float eps;
     int sums;                   // of a token's squares
@@ -90,16 +99,32 @@ __device__ __forceinline__ void consumers_meet() { asm volatile("bar.sync 1, %0;
 __device__ __forceinline__ void copy_or_zero(u32 to, const u16 *from, u32 bytes) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
 }
+// Two neighbours of shared memory, and what they are in bfloat16: exactly, but for NaN, which weights have none of. Sign, exponent and
+// mantissa move to their places; the product corrects the exponent's bias, with subnormal numbers too.
+__device__ __forceinline__ u32 two_at(u32 at) {
+    u16 v;
+    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(at) : "memory");
+    return v;
+}
+__device__ __forceinline__ u32 widened(u32 two) {
+    u32 r;
+    asm("{\n.reg .b32 a;\nprmt.b32 a, %1, 0, 0x9180;\nshl.b32 a, a, 4;\nand.b32 a, a, 0x87f087f0;\nmul.rn.bf16x2 %0, a, %2;\n}"
+        : "=r"(r) : "r"(two), "r"(0x7b807b80));     // 2^120
+    return r;
+}
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 __device__ __forceinline__ void copies_are_seen() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+struct Yes { static constexpr bool is = true; };
+struct No { static constexpr bool is = false; };
 
 extern "C" __global__ void __launch_bounds__(THREADS, MW > 2 || TOK * MW > 128 ? 1 : 2) linear(const __grid_constant__ Params p) {
     extern __shared__ __align__(1024) unsigned char memory[];
     __shared__ __align__(8) u64 bars[2 * STAGES + 2 * X_STAGES + 3];
     __shared__ float factors[TOK];
     const int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31;
-    const u32 w_ring = (shared_at(memory) + 1023) & ~1023u, x_ring = w_ring + STAGES * KA * W_BYTES;
-    const u32 parts = x_ring + X_STAGES * KA * X_BYTES;
+    const u32 w_ring = (shared_at(memory) + 1023) & ~1023u, x_ring = w_ring + STAGES * WA * W_BYTES;
+    const u32 parts = x_ring + X_STAGES * XA * X_BYTES;
     const u32 w_full = shared_at(bars), w_empty = w_full + STAGES * 8, x_full = w_empty + STAGES * 8, x_empty = x_full + X_STAGES * 8;
     const u32 go = x_empty + X_STAGES * 8, normed = go + 8, sent = normed + 8;
     // Blocks of a cluster: splits side by side, then tiles.
@@ -107,6 +132,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MW > 2 || TOK * MW > 128 ?
     const int start = blockIdx.x / CLUSTER * SHARE, first = start + share, step = gridDim.x / SPLIT;
     const int begin = p.chunks * split / SPLIT, count = p.chunks * (split + 1) / SPLIT - begin;
     const int stages = (p.tiles - start + step - 1) / step * count;     // that pass through the rings
+    constexpr int PER = KA / XA;        // stages of x for one of weights
+    const int x_stages = stages * PER;
     // Blocks begin at different inner indices: rows of weights lie a power of two apart, and the same
     // index of all of them would meet in few channels of memory.
     auto turned = [&](int tile) { return tile / SHARE * ROTATE % count; };
@@ -149,13 +176,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, MW > 2 || TOK * MW > 128 ?
                     mbar_wait(w_full + (before < 0 ? before + STAGES : before) * 8, before < 0 ? parity : parity ^ 1);
                 }
                 last = clock64();
-                const u32 bar = w_full + stage * 8, to = w_ring + stage * KA * W_BYTES;
+                const u32 bar = w_full + stage * 8, to = w_ring + stage * WA * W_BYTES;
                 const int inner = (begin + at) * KA * 64;
-                mbar_expect(bar, KA * COPIED);
+                mbar_expect(bar, WA * COPIED);
 #pragma unroll
-                for (int a = 0; a < KA; ++a) {
-                    if (KIND == ACT) copy4(to + a * W_BYTES, &p.weight_map, inner + a * 64, (tile + share) * (ROWS / 16), bar, hint);
-                    else copy2(to + a * W_BYTES, &p.weight_map, inner + a * 64, (tile + share) * LINES, bar, hint);
+                for (int a = 0; a < WA; ++a) {
+                    if (KIND == ACT) copy4(to + a * W_BYTES, &p.weight_map, inner + a * WIDE_UNIT, (tile + share) * (ROWS / 16), bar, hint);
+                    else copy2(to + a * W_BYTES, &p.weight_map, inner + a * WIDE_UNIT, (tile + share) * LINES, bar, hint);
                 }
                 if (i == stages - LEAD) let_successor_start();
                 if (++at == count) at = 0;
@@ -168,21 +195,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, MW > 2 || TOK * MW > 128 ?
         wait_for_predecessor();
         if (lane == 0) mbar_arrive(go);
         const int piece = lane % 8;     // of 16 bytes
-        int tile = start, n = 0, at = turned(tile), stage = 0, parity = 1, told = 0;
+        int tile = start, n = 0, at = turned(tile) * PER, stage = 0, parity = 1, told = 0;
         auto tell = [&]() {
             copies_are_seen();
             __syncwarp();
             if (lane == 0) mbar_arrive(x_full + told * 8);
             if (++told == X_STAGES) told = 0;
         };
-        for (int i = 0; i < stages; ++i) {
+        for (int i = 0; i < x_stages; ++i) {
             if (i >= X_STAGES) mbar_wait(x_empty + stage * 8, parity);
-            const int inner = (begin + at) * KA * 64 + piece * 8;
+            const int inner = (begin * PER + at) * XA * 64 + piece * 8;
 #pragma unroll
-            for (int a = 0; a < KA; ++a) {
+            for (int a = 0; a < XA; ++a) {
                 const u32 bytes = inner + a * 64 < p.k ? 16 : 0;
                 const u16 *from = p.x + (bytes ? inner + a * 64 : 0);
-                const u32 to = x_ring + (stage * KA + a) * X_BYTES;
+                const u32 to = x_ring + (stage * XA + a) * X_BYTES;
 #pragma unroll 8
                 for (int c = lane / 8; c < TOK; c += 4)
                     copy_or_zero(to + c * 128 + (piece ^ c % 8) * 16, from + (long long)min(c, p.rows - 1) * p.k, bytes);
@@ -192,14 +219,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, MW > 2 || TOK * MW > 128 ?
                 copies_left<LAG>();
                 tell();
             }
-            if (++at == count) at = 0;
-            if (++n == count) { n = 0; at = turned(tile += step); }
+            if (++at == count * PER) at = 0;
+            if (++n == count * PER) { n = 0; at = turned(tile += step) * PER; }
             if (++stage == X_STAGES) { stage = 0; parity ^= 1; }
         }
         // What is left of them, in order.
-        if (LAG > 2 && stages > 2) { copies_left<2>(); tell(); }
-        if (LAG > 1 && stages > 1) { copies_left<1>(); tell(); }
-        if (stages > 0) { copies_left<0>(); tell(); }
+        if (LAG > 2 && x_stages > 2) { copies_left<2>(); tell(); }
+        if (LAG > 1 && x_stages > 1) { copies_left<1>(); tell(); }
+        if (x_stages > 0) { copies_left<0>(); tell(); }
         return;
     }
     if (warp == CONSUMERS / 32 + 1) {
@@ -211,17 +238,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, MW > 2 || TOK * MW > 128 ?
         mbar_arrive(go);
         int i = 0, stage = 0, parity = 1;
         for (int tile = start; tile < p.tiles; tile += step) {
-            int at = turned(tile);
-            for (int n = 0; n < count; ++n, ++i) {
+            int at = turned(tile) * PER;
+            for (int n = 0; n < count * PER; ++n, ++i) {
                 if (i >= X_STAGES) mbar_wait(x_empty + stage * 8, parity);
-                const u32 bar = x_full + stage * 8, to = x_ring + stage * KA * X_BYTES + share * SLICE * 128;
-                const int inner = (begin + at) * KA * 64;
-                mbar_expect(bar, KA * X_BYTES);
+                const u32 bar = x_full + stage * 8, to = x_ring + stage * XA * X_BYTES + share * SLICE * 128;
+                const int inner = (begin * PER + at) * XA * 64;
+                mbar_expect(bar, XA * X_BYTES);
 #pragma unroll
-                for (int a = 0; a < KA; ++a)
+                for (int a = 0; a < XA; ++a)
                     if (SHARE == 1) copy2(to + a * X_BYTES, &p.x_map, inner + a * 64, 0, bar, hint);
                     else copy2(to + a * X_BYTES, &p.x_map, inner + a * 64, share * SLICE, bar, hint, sharing);
-                if (++at == count) at = 0;
+                if (++at == count * PER) at = 0;
                 if (++stage == X_STAGES) { stage = 0; parity ^= 1; }
             }
         }
@@ -283,6 +310,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, MW > 2 || TOK * MW > 128 ?
             if (KIND == ADD && own < OWN && c < p.rows) old = *(const u32 *)((const u16 *)p.out + (long long)c * p.n + column);
         }
     }
+#if FP8
+    float scales[2] = {};       // of this thread's two rows of a tile, or, where a warp has a token, of its two columns
+    auto rescale = [&](int a, int b, int most) {
+        scales[0] = a < most ? p.scale[a] : 0.f;
+        scales[1] = b < most ? p.scale[b] : 0.f;
+    };
+    if (STRAIGHT) rescale(row, row + 8, p.n);
+    else if (GATHERED) rescale(column, column + 1, p.n);
+#else
+    constexpr float scales[2] = {1.f, 1.f};
+#endif
     float d[TOK / 2];
     // The largest of what this thread has of each token, and which it was: two a tile, two tokens a word.
     float top[HEAD ? TOK / 4 : 1];
@@ -294,8 +332,102 @@ extern "C" __global__ void __launch_bounds__(THREADS, MW > 2 || TOK * MW > 128 ?
 #pragma unroll
         for (int j = 0; j < TOK / 8; ++j) which[j] = ~0u;
     int i = 0, w = 0, w_parity = 0, x = 0, x_parity = 0;
+#if FP8
+    // Steps of 16 inner indices, GROUP of them in a group of products. While PENDING groups are under way another one is widened, AHEAD steps
+    // before its turn, in the room of one that is done; what is widened LATER steps behind it is loaded, or, with none, itself just before.
+    constexpr int STEPS = KA * 4, OF_X = XA * 4;    // of a stage, and of one of x
+    constexpr int GROUP = TOK == 128 && !GATHERED ? 1 : TOK * MW < 128 ? 4 : 2;
+    constexpr int SLOTS = TOK * MW < 128 ? 8 : 4, PENDING = GROUP == 1 ? 2 : 1, AHEAD = SLOTS - PENDING * GROUP;
+    constexpr int LATER = GROUP == 1 ? 2 : MW == 1 && !GATHERED ? GROUP : 0, LOADED = LATER ? LATER : GROUP;
+    static_assert(SLOTS <= STEPS && PENDING * GROUP <= OF_X, "no more than one stage in advance");
+    u32 loaded[LOADED][4], held[SLOTS][4];
+    const u32 mine_at = w_ring + group * 8192 + (warp % 4 * 16 + g) * 128 + g * 16 + t * 2;
+    auto load = [&](int stage, int k) {
+        const u32 at = (mine_at + (stage * WA + k / 8) * W_BYTES) ^ k % 8 * 16;
+        u32 *to = loaded[k % LOADED];
+        to[0] = two_at(at);
+        to[1] = two_at(at + 1024);
+        to[2] = two_at(at + 8);
+        to[3] = two_at(at + 1032);
+    };
+    auto widen = [&](int k) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) held[k % SLOTS][i] = widened(loaded[k % LOADED][i]);
+    };
+    int x_read = 0;
+    auto x_is_read = [&]() {    // the stage before this one
+        const int stage = (x ? x : X_STAGES) - 1;
+        if (lane < SHARE && x_read + X_STAGES < x_stages) {
+            if (SHARE == 1) mbar_arrive(x_empty + stage * 8);
+            else arrive_there(there(x_empty + stage * 8, split + lane * SPLIT));
+        }
+        __syncwarp();
+        ++x_read;
+    };
+    // A stage of weights; `first` of all: as much as there is room for is widened already. `begins` a tile.
+    auto multiply_stage = [&](auto first, bool begins) {
+        const int next = w + 1 == STAGES ? 0 : w + 1;
+        const u32 next_parity = w_parity ^ (next == 0);
+        const bool more = i + 1 < stages;
+        // Where there is no next stage what is loaded is of no use, and does no harm.
+        auto load_group = [&](int k) {
+            if (k == STEPS) mbar_wait(w_full + (more ? next : w) * 8, more ? next_parity : w_parity);
+#pragma unroll
+            for (int j = k; j < k + GROUP; ++j) load(j < STEPS ? w : next, j % STEPS);
+        };
+#pragma unroll
+        for (int k = 0; k < STEPS; k += GROUP) {
+            if (k % OF_X == 0) mbar_wait(x_full + x * 8, x_parity);
+            begin_products();
+#pragma unroll
+            for (int j = k; j < k + GROUP; ++j)
+                multiply_held<TOK>(d, held[j % SLOTS], operand(x_ring + (x * XA + j % OF_X / 4) * X_BYTES) + j % 4 * 2, 1);
+            commit_products();
+            await_products<TOK, PENDING>(d);
+            const int done = k + GROUP - PENDING * GROUP;   // steps
+            if (done % OF_X == 0 && (done > 0 || !begins)) x_is_read();
+            if ((k + GROUP) % OF_X == 0 && ++x == X_STAGES) { x = 0; x_parity ^= 1; }
+            if (first.is && k < PENDING * GROUP) continue;
+            if (!LATER) load_group(k + AHEAD);
+#pragma unroll
+            for (int j = k; j < k + GROUP; ++j) widen((j + AHEAD) % STEPS);
+            if (LATER) load_group(k + AHEAD + LATER);
+        }
+        // Its numbers have been loaded, as they have been multiplied.
+        if (lane == 0) mbar_arrive(w_empty + w * 8);
+        __syncwarp();
+        w = next;
+        w_parity = next_parity;
+        ++i;
+    };
+    auto clear = [&]() {    // cheaper than products that do not add
+#pragma unroll
+        for (int j = 0; j < TOK / 2; ++j) d[j] = 0.f;
+    };
+    clear();
+    mbar_wait(w_full, 0);
+#pragma unroll
+    for (int k = 0; k < SLOTS; ++k) {
+        load(0, k);
+        widen(k);
+    }
+    if (LATER && SLOTS == STEPS) mbar_wait(w_full + (stages > 1) * 8, 0);
+#pragma unroll
+    for (int k = SLOTS; k < SLOTS + LATER; ++k) load(k / STEPS, k % STEPS);
+    multiply_stage(Yes(), true);
+    if (KIND == ACT) await_products<TOK, 0>(d);     // else the compiler waits for every single product
+#endif
     for (int from = start; from < p.tiles; from += step) {
         const int tile = from + share;
+#if FP8
+        if (KIND == ACT) {
+            const int n = tile * (ROWS / 2) + warp * 8 + g;
+            rescale(n, p.n + n, n < p.n ? 2 * p.n : 0);
+        } else if (HEAD) rescale(tile * LINES + warp * 16 + g, tile * LINES + warp * 16 + g + 8, p.n);
+        for (int n = from == start; n < count; ++n) multiply_stage(No(), n == 0);
+        await_products<TOK, 0>(d);
+        x_is_read();
+#else
         for (int n = 0; n < count; ++n, ++i) {
             mbar_wait(w_full + w * 8, w_parity);
             mbar_wait(x_full + x * 8, x_parity);
@@ -317,6 +449,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MW > 2 || TOK * MW > 128 ?
             if (++x == X_STAGES) { x = 0; x_parity ^= 1; }
         }
         await_products<TOK, 0>(d);
+#endif
         if (from == start) mbar_wait(normed, 0);
         if (GATHERED) break;
         const u32 pair = (u32)(from - start) / step * 2;
@@ -327,7 +460,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MW > 2 || TOK * MW > 128 ?
             for (int i = 0; i < 2; ++i) {
                 const int c = j * 8 + 2 * t + i, n = tile * LINES + warp * 16 + g;
                 const bool inside = n < p.n && warp * 16 + g < LINES, inside8 = n + 8 < p.n && warp * 16 + g + 8 < LINES;
-                const float v = d[j * 4 + i] * factors[c], u = d[j * 4 + 2 + i] * factors[c];
+                const float v = d[j * 4 + i] * factors[c] * scales[0], u = d[j * 4 + 2 + i] * factors[c] * scales[1];
                 if (KIND == ACT) {
                     const float gate = rounded(v);
                     r[i] = rounded(__fdividef(gate, 1.f + exp2_(-1.4426950408889634f * gate))) * rounded(u);
@@ -353,6 +486,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, MW > 2 || TOK * MW > 128 ?
                 if (c < p.rows && n < p.n) *(u32 *)((u16 *)p.out + (long long)c * p.n + n) = both;
             }
         }
+#if FP8
+        clear();
+#endif
     }
     if (HEAD && p.best) {
         // What each token's threads found, side by side in the ring of weights; then a warp looks at a token.
@@ -429,7 +565,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MW > 2 || TOK * MW > 128 ?
             squares[e * 2] = squares[e * 2 + 1] = 0.f;
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
-                float a = mine[e * 4 + h * 2] * factors[c] + biases[h], b = mine[e * 4 + h * 2 + 1] * factors[c + 1] + biases[h];
+                float a = mine[e * 4 + h * 2] * factors[c] * scales[h] + biases[h], b = mine[e * 4 + h * 2 + 1] * factors[c + 1] * scales[h] + biases[h];
                 if (KIND == ADD) {
                     const u32 turned = transpose(before[e * 2 + h]);
                     a += lo(turned); b += hi(turned);
@@ -487,8 +623,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MW > 2 || TOK * MW > 128 ?
             b += from[place(s, c % PAIRED, half * 64 + lane * 2 + 1)];
         }
         const float factor = factors[c];
-        a = a * factor + lo(bias);
-        b = b * factor + hi(bias);
+        a = a * factor * scales[0] + lo(bias);
+        b = b * factor * scales[1] + hi(bias);
         if (KIND == ADD) { a += lo(old); b += hi(old); }
         const u32 both = pack(a, b);
         *(u32 *)((u16 *)p.out + (long long)c * p.n + column) = both;

@@ -63,16 +63,20 @@ class Tile:
     share: int
     """Blocks of a cluster, with neighbouring tiles, that read x once"""
     depth: int
-    """Inner indices of a stage, a multiple of 64"""
+    """Inner indices of a stage, a multiple of 64, of 128 with FP8 weights"""
     stages: int
     """Of weights"""
     x_stages: int
+    x_depth: int
+    """Inner indices of one of them"""
     lag: int
     """Stages of x that a warp asks for before the first is there; 0: they are tensor copies"""
     parts_bytes: int
     """Of shared memory for parts of sums"""
     blocks: int
     """On a multiprocessor"""
+    fp8: bool = False
+    """Weights are bytes."""
 
     @property
     def threads(self) -> int:
@@ -81,24 +85,26 @@ class Tile:
     @property
     def weight_bytes(self) -> int:
         """Of a stage"""
-        return self.depth * 2 * self.groups * 64
+        return self.depth * (1 if self.fp8 else 2) * self.groups * 64
 
     @property
     def shared_bytes(self) -> int:
-        x_bytes = self.x_stages * self.depth * 2 * self.rows
+        x_bytes = self.x_stages * self.x_depth * 2 * self.rows
         return self.stages * self.weight_bytes + x_bytes + self.parts_bytes + 1024
 
 
 @cache
-def _tile(kind: Product, rows: int, version: Version) -> Tile:
+def _tile(kind: Product, rows: int, version: Version, fp8: bool = False) -> Tile:
     """Raises: KernelError: it does not fit."""
-    found = tile_of(kind, rows, version.columns // 64, version.splits, version.share, version.depth)
+    found = tile_of(kind, rows, version.columns // 64, version.splits, version.share, version.depth, fp8)
     if found is None:
         raise KernelError(f"{version} does not fit into shared memory for {rows} rows")
     return found
 
 
-def tile_of(kind: Product, rows: int, groups: int, splits: int, share: int, depth: int) -> Tile | None:
+def tile_of(
+    kind: Product, rows: int, groups: int, splits: int, share: int, depth: int, fp8: bool = False
+) -> Tile | None:
     """The tile with as many stages as fit; None where two do not."""
     gathered = kind in (Product.STORE, Product.ADD)
     if rows % splits or (splits > 1 and not gathered):
@@ -111,14 +117,27 @@ def tile_of(kind: Product, rows: int, groups: int, splits: int, share: int, dept
     parts = parts if gathered else 0
     tall = not gathered and blocks == 1 and rows <= 64
     x_stages = 5 if tall else {8: 4, 16: 4, 32: 3, 64: 5 if gathered else 3, 128: 3 if gathered else 4}[rows]
+    x_depth = depth
+    if fp8:
+        # Weights of as many bytes have twice the inner indices: so has x, in smaller pieces.
+        x_depth, x_stages = (
+            64 if rows >= 64 else 128,
+            {
+                8: 5,
+                16: 5,
+                32: 4,
+                64: 6 if groups == 1 else 4,
+                128: 3 if gathered else 4 if groups == 1 else 6,
+            }[rows],
+        )
     share = min(share, rows // 8)
     lag = 2 if rows == 32 and share == 1 and kind not in HEADS else 0
-    tile = Tile(rows, groups, splits, share, depth, 0, x_stages, lag, parts, blocks)
+    tile = Tile(rows, groups, splits, share, depth, 0, x_stages, x_depth, lag, parts, blocks, fp8)
     stages = min(16, (shared - 1024 - tile.shared_bytes) // tile.weight_bytes)
     return replace(tile, stages=stages) if stages >= 2 else None
 
 
-SIMPLE = Tile(8, 1, 1, 1, 64, 2, 2, 0, 0, 1)
+SIMPLE = Tile(8, 1, 1, 1, 64, 2, 2, 64, 0, 0, 1)
 
 
 class Products:
@@ -163,7 +182,8 @@ class Products:
             kind: what becomes of it.
             version: how it is cut, for at least `len(x)` rows.
             x: [rows, k] bfloat16.
-            linear: bfloat16 weights [n, k], for GATE [2 n, k]; bias for STORE and ADD only.
+            linear: weights [n, k], for GATE [2 n, k], bfloat16, or finite E4M3 with a scale, where k is a multiple of 16; bias for
+                STORE and ADD only.
             out: [rows, n] bfloat16; float32 for WIDE; None for BEST.
             squares: [sums, rows] of a norm whose weight x already has; None: x is as it is.
             sums: k / 64 where nothing is said.
@@ -174,9 +194,9 @@ class Products:
         Raises:
             KernelError: it does not fit, or does not compile.
         """
-        (rows, k), weight = x.shape, linear.weight
+        (rows, k), weight, fp8 = x.shape, linear.weight, linear.scale is not None
         n = linear.out_features // (2 if kind is Product.GATE else 1)
-        tile = _tile(kind, next(size for size in ROWS if rows <= size), version)
+        tile = _tile(kind, next(size for size in ROWS if rows <= size), version, fp8)
         lines, tiles, grid = self._cut(kind, tile, n)
         chunks = -(-k // tile.depth)
         if chunks < tile.splits:
@@ -190,10 +210,12 @@ class Products:
             squares,
             *((then.weight, then.scaled, then.squares) if then else (None,) * 3),
             *((peaks.values, peaks.tokens) if peaks else (None,) * 2),
+            *((linear.scale,) if fp8 else ()),
         )
         params = addresses(pointers) + struct.pack(
-            "<5ifi20x", rows, n, k, tiles, chunks, eps, k // 64 if sums is None else sums
+            "<5ifi", rows, n, k, tiles, chunks, eps, k // 64 if sums is None else sums
         )
+        params += bytes(-len(params) % 64)
         if kind is Product.GATE:
             params += self._maps.pairs(weight, lines)
         else:
@@ -201,10 +223,11 @@ class Products:
         params += self._maps.rows(x, tile.rows // tile.share)
         kernel.launch(params, grid)
 
-    def blocks(self, version: Version, rows: int, n: int) -> int:
-        """Parts of a row of n outputs in the two kinds for the head."""
-        tile = _tile(Product.BEST, next(size for size in ROWS if rows <= size), version)
-        return self._cut(Product.BEST, tile, n)[2]
+    def blocks(self, version: Version, rows: int, linear: Linear) -> int:
+        """Parts of a row of the head's outputs in the two kinds for it."""
+        fp8 = linear.scale is not None
+        tile = _tile(Product.BEST, next(size for size in ROWS if rows <= size), version, fp8)
+        return self._cut(Product.BEST, tile, linear.out_features)[2]
 
     def _cut(self, kind: Product, tile: Tile, n: int) -> tuple[int, int, int]:
         """Rows of weights in a tile, tiles, and blocks, for n outputs."""
@@ -233,7 +256,7 @@ class Products:
             under_way = round(flight / tile.blocks / tile.weight_bytes)
             macros = {
                 "KIND": int(kind), "TOK": tile.rows, "MW": tile.groups, "SPLIT": tile.splits, "SHARE": tile.share,
-                "LINES": lines, "KA": tile.depth // 64, "STAGES": tile.stages, "X_STAGES": tile.x_stages, "LAG": tile.lag,
+                "LINES": lines, "FP8": int(tile.fp8), "KA": tile.depth // 64, "XA": tile.x_depth // 64, "STAGES": tile.stages, "X_STAGES": tile.x_stages, "LAG": tile.lag,
                 "FLIGHT": max(1, min(under_way, tile.stages - 1)), "LEAD": lead, "PACE": pace,
                 "ROTATE": int(tile.rows not in TOGETHER),
             }  # fmt: skip
@@ -241,25 +264,27 @@ class Products:
                 SOURCE, "linear", macros, device=self._device, grid=1, block=tile.threads,
                 shared_bytes=tile.shared_bytes, cluster=tile.splits * tile.share,
             )  # fmt: skip
-            POINTERS[found.handle] = 10
+            POINTERS[found.handle] = 11 if tile.fp8 else 10
         return found
 
 
 class Maps:
-    """Tensor maps of bfloat16 matrices, swizzled by 128 bytes; boxes are 64 columns wide."""
+    """Tensor maps of matrices of bfloat16 or bytes, swizzled by 128 bytes, which is how wide boxes are."""
 
     def __init__(self) -> None:
         self._made: dict[tuple[int, ...], bytes] = {}
 
     def rows(self, t: torch.Tensor, box: int) -> bytes:
         """Of t [n, k]: boxes of so many rows."""
-        n, k = t.shape
-        return self._map(t, (k, n), (2 * k,), (64, box))
+        (n, k), size = t.shape, t.itemsize
+        return self._map(t, (k, n), (size * k,), (128 // size, box))
 
     def pairs(self, t: torch.Tensor, box: int) -> bytes:
         """Of gate and up, t [2 n, k]: boxes of so many rows, eight gates and eight ups in turn."""
-        n, k = t.shape[0] // 2, t.shape[1]
-        return self._map(t, (k, 8, 2, n // 8), (2 * k, 2 * k * n, 16 * k), (64, 8, 2, box // 16))
+        n, row, size = t.shape[0] // 2, t.shape[1] * t.itemsize, t.itemsize
+        return self._map(
+            t, (t.shape[1], 8, 2, n // 8), (row, row * n, 8 * row), (128 // size, 8, 2, box // 16)
+        )
 
     def _map(
         self, t: torch.Tensor, sizes: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]
@@ -277,9 +302,10 @@ def _encode(address: int, sizes: tuple[int, ...], strides: tuple[int, ...], box:
 
     from .program import _check
 
+    types = driver.CUtensorMapDataType
     made = _check(
         driver.cuTensorMapEncodeTiled(
-            driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+            types.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 if box[0] == 64 else types.CU_TENSOR_MAP_DATA_TYPE_UINT8,
             len(sizes),
             address,
             [driver.cuuint64_t(size) for size in sizes],

@@ -102,6 +102,19 @@ template <int COLS> __device__ __forceinline__ void multiply(float *d, u64 a, u6
     PRODUCT(136, N17, P17, "%68", "%69", "%70")
     PRODUCT(144, N18, P18, "%72", "%73", "%74")
 }
+// The same with a warp's 16 rows of A in registers, as fragments of four; nobody may write them before the product is waited for.
+#define HELD_PRODUCT(cols, numbers, registers, a0_, a1_, a2_, a3_, b_, more_) \
+    if constexpr (COLS == cols) \
+        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " more_ ", 0;\n" \
+                     "wgmma.mma_async.sync.aligned.m64n" #cols "k16.f32.bf16.bf16 {" numbers "}, {" a0_ "," a1_ "," a2_ "," a3_ "}, " b_ ", p, 1, 1, 0;\n}" \
+                     : registers : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(more));
+template <int COLS> __device__ __forceinline__ void multiply_held(float *d, const u32 *a, u64 b, u32 more) {
+    HELD_PRODUCT(8, N1, P1, "%4", "%5", "%6", "%7", "%8", "%9")
+    HELD_PRODUCT(16, N2, P2, "%8", "%9", "%10", "%11", "%12", "%13")
+    HELD_PRODUCT(32, N4, P4, "%16", "%17", "%18", "%19", "%20", "%21")
+    HELD_PRODUCT(64, N8, P8, "%32", "%33", "%34", "%35", "%36", "%37")
+    HELD_PRODUCT(128, N16, P16, "%64", "%65", "%66", "%67", "%68", "%69")
+}
 __device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int COLS, int PENDING> __device__ __forceinline__ void await_products(float *d) {

@@ -302,7 +302,7 @@ class TritonOps:
                 product("norm_gate_up", layer.gate_up)
                 begun = product("linear_add", layer.down).kind is Kind.TILE
             product("norm_head", stack.head)
-            if self.picks(stack.head, rows):
+            if self.picks(stack.head, rows, dtype):
                 best = "linear.cu: in the head's kernel, without logits"
         note("best_token", best)
         draws = self._sampler is not None and self._sampler.serves(stack.head.out_features)
@@ -725,9 +725,8 @@ class TritonOps:
         self._tile(Product.WIDE, version, x, last_index, norm, eps, linear, last, logits, begun, peaks)
         return peaks
 
-    def picks(self, linear: Linear, seqs: int) -> bool:
-        dtype = linear.weight.dtype  # of the activations, where nothing is quantised
-        return linear.scale is None and self._table("norm_head", linear, seqs, dtype).kind is Kind.TILE
+    def picks(self, linear: Linear, seqs: int, dtype: torch.dtype) -> bool:
+        return self._table("norm_head", linear, seqs, dtype).kind is Kind.TILE
 
     def best_token(
         self,
@@ -876,7 +875,7 @@ class TritonOps:
         from .sampling import peaks_in
 
         assert self._products is not None
-        return peaks_in(workspace, seqs, self._products.blocks(version, seqs, linear.out_features))
+        return peaks_in(workspace, seqs, self._products.blocks(version, seqs, linear))
 
     def _linear_add(
         self,

@@ -176,7 +176,9 @@ def candidates(problem: Problem, tiles: bool = False) -> list[Version]:
     if problem.op == "attend":
         return [Version(Kind.ATTEND, True, problem.rows), LIBRARY]
     found: list[Version | None] = [default(problem, tiles), LIBRARY]
-    if tiles and (tile := _tile(problem)):
+    if tiles and problem.fp8 and (tile := _tile(problem)):
+        found += _fp8_candidates(problem, tile)
+    elif tiles and (tile := _tile(problem)):
         if problem.op in ("norm_linear", "linear_add"):
             stages = cdiv(problem.depth, tile.depth)  # each block has one at least
             for n in (tile.splits * 2, tile.splits // 2):
@@ -219,11 +221,15 @@ def candidates(problem: Problem, tiles: bool = False) -> list[Version]:
 
 def _tile(problem: Problem) -> Version | None:
     """None where `linear.cu` does not multiply this."""
-    if problem.rows == 1 or problem.dtype is not torch.bfloat16 or problem.fp8:
+    if problem.rows == 1 or problem.dtype is not torch.bfloat16:
         return None
-    if problem.depth % (64 if problem.has_norm else 8) or problem.columns % (8 if problem.has_norm else 64):
+    if problem.depth % (64 if problem.has_norm else 16 if problem.fp8 else 8) or problem.columns % (
+        8 if problem.has_norm else 64
+    ):
         return None
     rows = problem.rows
+    if problem.fp8:
+        return _fp8_tile(problem)
     if problem.op == "norm_head":
         return Version(Kind.TILE, False, rows, 256 if rows in (32, 64) else 128, 64, share=2)
     depth = 128 if rows <= 16 or (rows == 32 and (problem.gate or problem.depth >= 4096)) else 64
@@ -233,6 +239,34 @@ def _tile(problem: Problem) -> Version | None:
     while splits < 8 and blocks * splits * 2 <= most and problem.depth >= 4 * splits * depth:
         splits *= 2
     return Version(Kind.TILE, False, rows, 64, depth, splits, share=2 if rows >= 64 and splits < 8 else 1)
+
+
+def _fp8_tile(problem: Problem) -> Version:
+    """The same of FP8 weights, of which a stage has at least 128 inner indices."""
+    rows = problem.rows
+    if problem.op == "norm_head":
+        return Version(Kind.TILE, False, rows, 256 if rows <= 64 else 128, 128, share=2)
+    if problem.gate:
+        return Version(Kind.TILE, False, rows, 64 if rows == 64 else 128, 128, share=2)
+    blocks, splits = cdiv(problem.columns, 64), 1
+    while splits < 8 and blocks * splits * 2 <= MOST_TILES * 3 // 2 and problem.depth >= 4 * splits * 128:
+        splits *= 2
+    return Version(Kind.TILE, False, rows, 64, 128, splits, share=2 if rows >= 32 and splits < 8 else 1)
+
+
+def _fp8_candidates(problem: Problem, tile: Version) -> list[Version]:
+    rows = problem.rows
+    if problem.op == "norm_head":
+        return [replace(tile, depth=256)] + ([replace(tile, columns=128)] if rows <= 32 else [])
+    if problem.gate:
+        return [replace(tile, depth=256), replace(tile, columns=192 - tile.columns), replace(tile, share=1)]
+    stages = cdiv(problem.depth, 128)  # each block has one at least
+    made = [replace(tile, splits=n) for n in (tile.splits * 2, tile.splits // 2) if 1 <= n <= min(8, stages)]
+    made.append(replace(tile, depth=256))
+    if rows <= 64:
+        made.append(replace(tile, columns=128, splits=tile.splits * 2, share=1))
+    made = [v if v.splits * v.share <= 8 else replace(v, share=1) for v in made]
+    return [v for v in made if v.splits <= min(8, cdiv(problem.depth, v.depth))]
 
 
 def _can_norm(problem: Problem) -> bool:
