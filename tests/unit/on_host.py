@@ -62,7 +62,8 @@ def tiles_launch(path: Path, name: str) -> str:
     """The source, for `host_tiles.h`, and a C function `run` as `launches` has it."""
     return without_assembler(path) + (
         'extern "C" int run(const void *p, unsigned seed) { static Params held; std::memcpy(&held, p, sizeof(Params));'
-        f" return run_tiles(seed, [] {{ {name}(held); }}); }}\n}}\n"
+        f" return run_tiles(seed, [] {{ {name}(held); }}); }}\n"
+        'extern "C" unsigned long bytes_of_params() { return sizeof(Params); }\n}\n'
     )
 
 
@@ -85,6 +86,7 @@ def launches(**kernels: str) -> str:
     return "".join(
         f'extern "C" int run_{name}(const {call.partition(" ")[0]} *p, unsigned seed)'
         f" {{ return run_grid(seed, [&] {{ {call.partition(' ')[2]}; }}); }}\n"
+        f'extern "C" unsigned long bytes_of_{name}() {{ return sizeof({call.partition(" ")[0]}); }}\n'
         for name, call in kernels.items()
     )
 
@@ -107,6 +109,7 @@ Written = Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
 def run_tiles(library: ctypes.CDLL, written: Written, params: bytes, seed: int) -> bool:
     """Run a program of `tiles_launch`; whether all its threads ended."""
+    assert len(params) == library.bytes_of_params()
     for now, *both in written:
         places = (ctypes.c_void_p(t.data_ptr()) for t in (now, *both))
         library.write_at_the_wait(*places, ctypes.c_size_t(now.nbytes))

@@ -186,6 +186,7 @@ class Host:
             for now, *both in self.written if name == "decode" else ():
                 places = (ctypes.c_void_p(t.data_ptr()) for t in (now, *both))
                 library.write_at_the_wait(*places, ctypes.c_size_t(now.nbytes))
+            assert len(params) == getattr(library, f"bytes_of_{name}")()
             ended = kernel(ctypes.create_string_buffer(params, len(params)), self.seed)
             library.forget()
             assert ended, name

@@ -69,6 +69,7 @@ def test_against_the_reference(tmp_path: Path, changes: dict[str, Any], lengths:
             )
         )
         params = rows.pack(pointers, model, len(lengths), grid)
+        assert len(params) == library.bytes_of_rows()
         assert library.run_rows(ctypes.create_string_buffer(params, len(params)), seed + attempt)
         assert (kept["steps"] == attempt + 1).all()
         assert (kept["words"][(attempt + 1) % 2] == -1).all(), "the next step's words are empty"

@@ -6,7 +6,6 @@ What this cannot show: the memory model and speed. tests/gpu does that.
 from __future__ import annotations
 
 import ctypes
-import struct
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +13,6 @@ import pytest
 import torch
 
 from ostinato.ops.cuda import sample
-from ostinato.ops.cuda.program import addresses
 from ostinato.sampling import philox_uniform
 
 from .on_host import compiled, launches, needs_compiler, portable
@@ -44,7 +42,8 @@ def drawn(
     out = torch.full((len(rows),), -9, dtype=torch.int32)
     by_row = [inputs.temperature, inputs.min_p, inputs.top_p, inputs.top_k, inputs.seed]
     numbers = (inputs.seed.stride(0), 0 if largest is None else largest.shape[1], len(inputs.temperature))
-    params = addresses([logits, rows, positions, *by_row, out, largest]) + struct.pack("<iii", *numbers)
+    params = sample.pack([logits, rows, positions, *by_row, out, largest], *numbers)
+    assert len(params) == library.bytes_of_draw()
     assert library.run_draw(ctypes.create_string_buffer(params, len(params)), seed)
     return out.tolist()
 

@@ -66,6 +66,7 @@ class Kernel:
             attributes.append(together)
         config.attrs, config.numAttrs = attributes, len(attributes)
         self._config = config
+        self._param_bytes = _param_bytes(driver, function)
 
     @property
     def function(self) -> Any:
@@ -90,7 +91,15 @@ class Kernel:
         )
 
     def launch(self, params: bytes, grid: int | None = None) -> None:
-        """Launch with one parameter, a struct passed by value; `grid`: other than it was built with."""
+        """Launch with one parameter, a struct passed by value; `grid`: other than it was built with.
+
+        Raises:
+            KernelError: the struct has another size. The driver would read what lies behind it.
+        """
+        if self._param_bytes not in (None, len(params)):
+            raise KernelError(
+                f"the kernel's parameter has {self._param_bytes} bytes, it was given {len(params)}"
+            )
         if grid is not None:
             self._config.gridDimX = grid
         held = ctypes.create_string_buffer(params, len(params))
@@ -98,6 +107,15 @@ class Kernel:
         self._config.hStream = torch.cuda.current_stream().cuda_stream
         status = self._driver.cuLaunchKernelEx(self._config, self._function, ctypes.addressof(slots), 0)
         _check(status, "launch")
+
+
+def _param_bytes(driver: Any, function: Any) -> int | None:
+    """Of a function's only parameter; None where the driver cannot say (before CUDA 12.4)."""
+    try:
+        _, size = _check(driver.cuFuncGetParamInfo(function, 0), "parameter")
+    except (AttributeError, KernelError, RuntimeError):
+        return None
+    return int(size)
 
 
 def build(

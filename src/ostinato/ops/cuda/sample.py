@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -96,8 +97,8 @@ class ClusterSampler:
         pointers = [logits, rows, positions, *by_row, out, largest]
         POINTERS[kernel.handle] = len(pointers)
         parts = 0 if largest is None else largest.shape[1]
-        numbers = struct.pack("<iii", inputs.seed.stride(0), parts, len(inputs.temperature))
-        kernel.launch(addresses(pointers) + numbers, seqs * way.cluster)
+        params = pack(pointers, inputs.seed.stride(0), parts, len(inputs.temperature))
+        kernel.launch(params, seqs * way.cluster)
         return True
 
     def _build(self, vocab: int) -> dict[Way, Kernel]:
@@ -116,6 +117,11 @@ class ClusterSampler:
                 logger.info("tokens are drawn by the Triton kernels: %s", error)
                 return {}
         return found
+
+
+def pack(pointers: Sequence[torch.Tensor | None], seed_stride: int, parts: int, num_rows: int) -> bytes:
+    """`struct Params`."""
+    return addresses(pointers) + struct.pack("<3i4x", seed_stride, parts, num_rows)
 
 
 def way_for(seqs: int, vocab: int) -> Way:
