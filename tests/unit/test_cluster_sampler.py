@@ -67,7 +67,7 @@ def test_few_rows_get_the_larger_cluster(built: list[FakeKernel], seqs: int, clu
         inputs.seed,
         out,
     )
-    assert params == struct.pack("<10Q3i", *(t.data_ptr() for t in tensors), 0, 3, 0, seqs)
+    assert params == struct.pack("<10Q3i4x", *(t.data_ptr() for t in tensors), 0, 3, 0, seqs)
     assert POINTERS[kernel.handle] == 10, "what an audit reads as addresses"
 
 
