@@ -77,7 +77,7 @@ def test_the_largest_logits_of_parts_are_passed_on(built: list[FakeKernel], seqs
     largest = torch.zeros(seqs, parts)
     assert ClusterSampler(CPU).run(logits, rows, positions, inputs, out=out, largest=largest)
     (kernel,) = (k for k in built if k.launches)
-    pointer, _, count, _ = struct.unpack("<Q3i", kernel.launches[0][0][-20:])
+    pointer, _, count, _ = struct.unpack("<Q3i4x", kernel.launches[0][0][-24:])
     assert (pointer, count) == (largest.data_ptr(), parts)
 
 
