@@ -82,7 +82,8 @@ def test_a_baseline_is_compiled_and_held_against_ours(
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     file = tmp_path / "out.json"
     args = ["--model", str(tmp_path), "--load-format", "dummy", "--batch-size", "2", "--input-len", "8"]
-    args += ["--output-len", "24", "--num-iters", "3", "--num-iters-warmup", "4"]  # keys serve from the third on
+    # Keys serve from the third run on.
+    args += ["--output-len", "24", "--num-iters", "3", "--num-iters-warmup", "4"]
     assert main(["bench", "latency", *args, "--baseline", name, "--json", str(file)]) == 0
     assert list((tmp_path / "inductor").rglob("*.py"))  # the compiler wrote what it made
     found = json.loads(file.read_text())
