@@ -293,15 +293,15 @@ def gated_together(hidden: int, inner: int, grid: int, most: int, *, fp8: bool) 
     return TOGETHER + 1 if fits and -(-(inner // 8) // grid) == TOGETHER + 1 else TOGETHER
 
 
-def _chunk(slices: int, most: int) -> int:
-    """Slices of a chunk, of a row's: their largest divisor."""
-    return next(d for d in range(most, 0, -1) if slices % d == 0)
+def _divisor(n: int, most: int) -> int:
+    """The largest up to `most`; of a row's slices, those of a chunk."""
+    return next(d for d in range(most, 0, -1) if n % d == 0)
 
 
 def _turns(slices: int, most: int) -> tuple[int, int]:
     """Slices of a row that a warp multiplies; the same in whole batches."""
-    each = -(-_chunk(slices, most) // WARPS)
-    turns = slices // _chunk(slices, most) * each
+    each = -(-_divisor(slices, most) // WARPS)
+    turns = slices // _divisor(slices, most) * each
     batch = max(1, min(turns, max(1, HELD // each) * each))
     return turns, -(-turns // batch) * batch
 
@@ -319,11 +319,11 @@ def ring_stages(
     def apart(nbytes: int) -> int:
         return nbytes if nbytes // 64 % 2 else nbytes + 64
 
-    stage = 16 * max(apart(_chunk(n, most) * 64) for n in slices)
+    stage = 16 * max(apart(_divisor(n, most) * 64) for n in slices)
     token = max(max(_turns(n, most)[1], sum(_turns(n // 2, most))) for n in slices) * 64 // item * 2
     reduced, attention = together * WARPS * 16, WARPS * head_dim + (WARPS + 2) // 2 * 4
     fixed = WARPS * token + 4 * (2 * reduced + attention) + 4 * 2 * WARPS + 4 * head_dim
-    fixed += 2 * (_chunk(group, 8) + 2) * head_dim + 4 * PLACES  # the new token; places of old ones
+    fixed += 2 * (_divisor(group, 8) + 2) * head_dim + 4 * PLACES  # the new token; places of old ones
     return (SHARED_BYTES - fixed) // (stage + 16)
 
 

@@ -235,10 +235,16 @@ def _tile(problem: Problem) -> Version | None:
     depth = 128 if rows <= 16 or (rows == 32 and (problem.gate or problem.depth >= 4096)) else 64
     if problem.gate:
         return Version(Kind.TILE, False, rows, 64 if rows < 64 else 128, depth, share=1 if rows == 32 else 2)
-    blocks, splits, most = cdiv(problem.columns, 64), 1, MOST_TILES if rows <= 16 else MOST_TILES * 3 // 2
+    splits = _tile_splits(problem, depth, MOST_TILES if rows <= 16 else MOST_TILES * 3 // 2)
+    return Version(Kind.TILE, False, rows, 64, depth, splits, share=2 if rows >= 64 and splits < 8 else 1)
+
+
+def _tile_splits(problem: Problem, depth: int, most: int) -> int:
+    """Blocks that share the inner dimension of tiles of 64 columns: at most so many in all, each with two stages at least."""
+    blocks, splits = cdiv(problem.columns, 64), 1
     while splits < 8 and blocks * splits * 2 <= most and problem.depth >= 4 * splits * depth:
         splits *= 2
-    return Version(Kind.TILE, False, rows, 64, depth, splits, share=2 if rows >= 64 and splits < 8 else 1)
+    return splits
 
 
 def _fp8_tile(problem: Problem) -> Version:
@@ -248,9 +254,7 @@ def _fp8_tile(problem: Problem) -> Version:
         return Version(Kind.TILE, False, rows, 256 if rows <= 64 else 128, 128, share=2)
     if problem.gate:
         return Version(Kind.TILE, False, rows, 64 if rows == 64 else 128, 128, share=2)
-    blocks, splits = cdiv(problem.columns, 64), 1
-    while splits < 8 and blocks * splits * 2 <= MOST_TILES * 3 // 2 and problem.depth >= 4 * splits * 128:
-        splits *= 2
+    splits = _tile_splits(problem, 128, MOST_TILES * 3 // 2)
     return Version(Kind.TILE, False, rows, 64, 128, splits, share=2 if rows >= 32 and splits < 8 else 1)
 
 
