@@ -535,9 +535,11 @@ def test_greedy_without_logits(seed: int) -> None:
     ops = TritonOps(Table(tiles=True))
     ops._products = Heads()  # type: ignore[assignment]
     seqs, hidden, vocab = 9, 64, 1000
-    x, norm = torch.randn(20, hidden).bfloat16(), torch.ones(hidden).bfloat16()
     weight = torch.randn(vocab, hidden).bfloat16()
     weight[500:] = weight[:500]
+    # A row of the head finds itself, whatever the norms' last bits are.
+    meant = torch.randperm(499)[:20] + 1
+    x, norm = weight[meant], torch.ones(hidden).bfloat16()
     x[3] = torch.nan
     index, rows = torch.arange(seqs).int() * 2 % 7, torch.tensor([4, 3, -1, 0, 1, -1, 2, 5, 6]).int()
     index[1] = 3
@@ -555,9 +557,8 @@ def test_greedy_without_logits(seed: int) -> None:
         if peaks is not None:
             pick(peaks, rows, tokens)
         results.append(tokens.tolist())
-    assert results[0] == results[1]
-    assert results[0][1] == results[0][2] == results[0][5] == 0
-    assert 0 < max(results[0]) < 500
+    expected = torch.where((rows < 0) | (index == 3), 0, meant[index.long()]).tolist()
+    assert results == [expected, expected]
     logits = torch.full((seqs, vocab), torch.nan)
     largest = ops.norm_head(x, index, norm, EPS, head, logits=logits, **given)
     assert largest is not None
