@@ -4,8 +4,9 @@
 
 The main loop is `Engine.step` over the engine's own scheduler, plan, buffers, graph runner, result ring
 and outputs; the graphs replay nothing. Prompts of 32 tokens, greedy, token ids only, two steps in
-flight. `--text`: text is wanted, at the end; `--stop`: and a stop string, which never comes, is watched for. Microseconds are medians of the decode steps on graphs. `launch` is a round of the main loop less
-what comes behind the wait: `read` up to the tokens, `commit` up to the outputs.
+flight. `--text`: text is wanted, at the end; `--stop`: and a stop string, which never comes, is watched for;
+one token of 256 is its first letter. Microseconds are medians of the decode steps on graphs. `launch` is a round
+of the main loop less what comes behind the wait: `read` up to the tokens, `commit` up to the outputs.
 
 A steady step has the rows of the step before it; `--churn` gives requests random lengths and replaces
 those that end, so that few steps are steady. `--cold` empties the processor's caches while the host would
@@ -161,12 +162,12 @@ class Host:
         self.engine.add_request([self._random.randrange(VOCAB) for _ in range(PROMPT)], params)
 
     def post(self) -> None:
-        """What a step does at its end: everybody gets token 5."""
+        """What a step does at its end: everybody gets some byte."""
         state, places = self.buffers.state, len(self.buffers.state.posted) - 1
         number = int(state.number) % (places * POST_CYCLE) + 1
         state.number.fill_(number)
         place = state.posted[1 + (number - 1) % places]
-        place.fill_(5)
+        place.random_(2, 256)
         place[0] = number
 
     def step(self) -> dict[str, float] | None:

@@ -190,9 +190,8 @@ class OutputAssembler:
         if sink is None:
             return ""
         if request.index not in entry.final_text:
-            if not sink.watches:
-                tokens = request.output_token_ids
-                sink.catch_up(tokens[:-1] if request.silent_end else tokens)
+            tokens = request.output_token_ids
+            sink.catch_up(tokens[:-1] if request.silent_end else tokens)
             if not request.finished:
                 return sink.text
             entry.final_text[request.index] = sink.finish()

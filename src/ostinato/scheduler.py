@@ -23,7 +23,7 @@ from bisect import insort
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from operator import attrgetter, itemgetter
+from operator import attrgetter, getitem, itemgetter
 
 from .errors import ConfigError, KVCacheError, RequestError
 from .kv_blocks import BlockAllocator, extend_hashes
@@ -136,15 +136,18 @@ class _Steady:
         "look_from",
         "members",
         "num_blocks",
+        "open",
         "outputs",
+        "passes",
         "pick",
+        "pick_watching",
         "requests",
         "result_events",
         "schedule",
         "stop_ids",
         "variant",
+        "watching",
         "with_logprobs",
-        "with_stop_strings",
     )
 
     def __init__(self, entries: Sequence[_Entry], first_step: int) -> None:
@@ -154,7 +157,12 @@ class _Steady:
         rows = tuple(request.row for request in requests)
         self.entries, self.requests = entries, requests
         self.with_logprobs = [i for i, r in enumerate(requests) if r.params.logprobs is not None]
-        self.with_stop_strings = [i for i, r in enumerate(requests) if _watching(r) is not None]
+        sinks = {i: sink for i, r in enumerate(requests) if (sink := _watching(r)) is not None}
+        self.watching = tuple(sinks)
+        """Places of the members that watch for stop strings."""
+        self.passes = [sink.passes for sink in sinks.values()]
+        self.open = set(sinks)
+        """Those of whom any token may complete one: all, as earlier steps may still be in flight, until looked at."""
         self.members = Members(
             requests,
             rows,
@@ -168,9 +176,10 @@ class _Steady:
         self.stop_ids = frozenset().union(*(r.stop_token_ids for r in requests))
         self.variant = SamplerVariant(max(entry.variant for entry in entries))
         self.num_blocks: Sequence[int] = [len(r.blocks) for r in requests]
-        self.pick: Callable[[Sequence[int]], Sequence[int]]
+        self.pick = _picker(rows)
         """Tokens of the members from those of all columns."""
-        self.pick = itemgetter(*rows) if len(rows) > 1 else itemgetter(slice(rows[0], rows[0] + 1))
+        self.pick_watching = _picker(self.watching)
+        """Tokens of those that watch from the members'."""
         self.schedule: Schedule | None = None
         """Of the steps that only repeat the last one."""
         self.alone: Schedule | None = None
@@ -198,9 +207,14 @@ class _Steady:
         self.wait_for_event()
 
     def wait_for_event(self) -> None:
-        """Look at rows when the next one fills a block or reaches its length; at every token where a stop string may end."""
-        always = self.with_stop_strings or self.with_logprobs
-        self.look_from = 0 if always else self.result_events[0][0] if self.result_events else _NEVER
+        """Look at rows when the next one fills a block or reaches its length; at every token where logprobs are kept."""
+        self.look_from = (
+            0 if self.with_logprobs else self.result_events[0][0] if self.result_events else _NEVER
+        )
+
+    def passed(self, tokens: Sequence[int]) -> bool:
+        """Whether none of the members' tokens can have to do with a stop string."""
+        return not self.open and all(map(getitem, self.passes, self.pick_watching(tokens)))
 
     def settle(self) -> int:
         """Write what was counted into the requests; the steps that were launched since the last time."""
@@ -819,7 +833,12 @@ class Scheduler:
             )
         if group is not None and schedule is group.alone:
             token, done = result.tokens[group.column], group.committed + 1
-            if token >= 0 and done < group.look_from and token not in group.stop_ids:
+            if (
+                token >= 0
+                and done < group.look_from
+                and token not in group.stop_ids
+                and not (group.watching and not group.passed((token,)))
+            ):
                 group.committed = done  # one row, and nothing but a token
                 group.append(token)
                 return group.requests
@@ -874,7 +893,7 @@ class Scheduler:
             raise self._no_token(step, group.members.rows[place], group.requests[place])
         deque(map(list.append, group.outputs, tokens), maxlen=0)  # the fastest loop there is over two lists
         stops = not group.stop_ids.isdisjoint(tokens)
-        if stops or done >= group.look_from:
+        if stops or done >= group.look_from or (group.watching and not group.passed(tokens)):
             self._look_at(group, tokens, result, done, stops)
             if self._steady is not group:
                 return list(group.requests)
@@ -901,8 +920,17 @@ class Scheduler:
             else:
                 heapq.heappush(events, (min(entry.next_full, entry.last_start) - starts[i], i))
         group.wait_for_event()
-        for i in sorted(look.union(group.with_stop_strings)) if look else group.with_stop_strings:
+        watching = {
+            i
+            for i, passes in zip(group.watching, group.passes, strict=True)
+            if i in group.open or not passes[tokens[i]]
+        }
+        for i in sorted(look | watching):
             self._take(entries[i], tokens[i], starts[i] + done)
+        for i in watching:
+            sink = requests[i].sink
+            assert sink is not None
+            (group.open.add if sink.open else group.open.discard)(i)
 
     def _take(self, entry: _Entry, token: int, end: int) -> None:
         """A token was appended, `end` tokens are computed: end the request if it says so."""
@@ -922,7 +950,7 @@ class Scheduler:
             return
         sink = _watching(request)
         if sink is not None:
-            match = sink.push(token)
+            match = sink.catch_up(request.output_token_ids)
             if match is not None and may_stop:
                 request.stop_reason = match
                 self._finish(entry, FinishReason.STOP)
@@ -959,8 +987,15 @@ class Scheduler:
         del self._entries[request.request_id]  # last: an interrupt in between loses no request
 
 
+def _picker(places: Sequence[int]) -> Callable[[Sequence[int]], Sequence[int]]:
+    """`itemgetter` that returns several items, be it one or none."""
+    if len(places) > 1:
+        return itemgetter(*places)
+    return itemgetter(slice(places[0], places[0] + 1) if places else slice(0))
+
+
 def _watching(request: Request) -> TextSink | None:
-    """What each of its tokens is pushed to as it comes."""
+    """What looks for stop strings in its tokens."""
     sink = request.sink
     return sink if sink is not None and sink.watches else None
 

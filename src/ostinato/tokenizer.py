@@ -14,8 +14,10 @@ from __future__ import annotations
 import codecs
 import json
 import re
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,6 +80,7 @@ class Tokenizer:
         self._special_ids = frozenset(i for i, token in added.items() if token.special)
         self._to_bytes, self._strip = _byte_rule(library)
         self._pieces: dict[int, bytes] = {}
+        self._passing = lru_cache(maxsize=32)(lambda stops, skip: _Passing(self._piece, skip, stops))
         self._head, self._tail = _ends(library)
         if add_bos is not None:
             self._head = [self._need("add_bos_token", self.bos_token_id)] if add_bos else []
@@ -237,13 +240,17 @@ class Tokenizer:
             shown: special tokens that are not skipped. With a decoder that looks at neighbours none is then.
         """
         feed: _Bytes | _Window
+        stops = params.stop_strings
+        passes: Mapping[int, bool] = defaultdict(bool)  # none
         if self._to_bytes is None:
             feed = _Window(self, params.skip_special_tokens and not shown, prompt_ids)
         else:
             skip = self._special_ids.difference(shown) if params.skip_special_tokens else frozenset()
             strip = self._strip and not any(self._piece(i) for i in reversed(prompt_ids) if i not in skip)
             feed = _Bytes(self._piece, skip, strip)
-        return _Sink(feed, params.stop_strings, params.include_stop_str_in_output, params.min_tokens)
+            if not any("\ufffd" in stop for stop in stops):  # that may be any bytes
+                passes = self._passing(tuple(stops), skip)
+        return _Sink(feed, stops, passes, params.include_stop_str_in_output, params.min_tokens)
 
     def _piece(self, token_id: int) -> bytes:
         """The bytes that a token stands for; cached, since a stream asks again and again."""
@@ -407,6 +414,11 @@ class _Bytes:
     def flush(self) -> str:
         return self._utf8.decode(b"", final=True)
 
+    @property
+    def pending(self) -> bool:
+        """Whether a part of a character is held back."""
+        return bool(self._utf8.getstate()[0])
+
 
 class _Window:
     """Tokens to text by decoding the last few again, for decoders that look at neighbours."""
@@ -432,6 +444,10 @@ class _Window:
     def flush(self) -> str:
         return self._advance(hold=False)
 
+    @property
+    def pending(self) -> bool:
+        return True
+
     def _advance(self, hold: bool) -> str:
         before = self._tokenizer.decode(self._ids[: self._shown], self._skip_special)
         now = self._tokenizer.decode(self._ids, self._skip_special)
@@ -442,6 +458,26 @@ class _Window:
         return now[len(before) :]
 
 
+class _Passing(dict[int, bool]):
+    """`TextSink.passes` where tokens have bytes; found out when a token is first met.
+
+    A stop string's bytes begin in some token: that one holds them all, or ends with their beginning.
+    """
+
+    def __init__(self, piece: Callable[[int], bytes], skip: frozenset[int], stops: Sequence[str]) -> None:
+        self._piece, self._skip = piece, skip
+        self._stops = [stop.encode(errors="surrogatepass") for stop in stops]
+
+    def __missing__(self, token_id: int) -> bool:
+        piece = b"" if token_id in self._skip else self._piece(token_id)
+        passes = self[token_id] = not any(
+            stop.startswith(piece[at:]) or piece.startswith(stop, at)
+            for stop in self._stops
+            for at in range(len(piece))
+        )
+        return passes
+
+
 class _Sink:
     """`TextSink`: text of one request, cut at the first stop string to be completed.
 
@@ -450,11 +486,15 @@ class _Sink:
     """
 
     def __init__(
-        self, feed: _Bytes | _Window, stops: Sequence[str], include_stop: bool, min_tokens: int
+        self,
+        feed: _Bytes | _Window,
+        stops: Sequence[str],
+        passes: Mapping[int, bool],
+        include_stop: bool,
+        min_tokens: int,
     ) -> None:
-        self._feed, self._stops = feed, tuple(stops)
+        self._feed, self._stops, self.passes = feed, tuple(stops), passes
         self._include, self._min_tokens = include_stop, min_tokens
-        self._firsts = {stop[0] for stop in stops}
         self._parts: list[str] = []
         """The text, in pieces: one string that grows would be copied with each token."""
         self._held = ""
@@ -471,19 +511,28 @@ class _Sink:
     def watches(self) -> bool:
         return bool(self._stops)
 
-    def catch_up(self, token_ids: Sequence[int]) -> None:
-        assert not self._stops, "each token may end at a stop string"
-        self._parts.append(self._feed.push_all(token_ids[self._count :]))
-        self._count = len(token_ids)
+    @property
+    def open(self) -> bool:
+        return bool(self._held) or self._feed.pending
+
+    def catch_up(self, token_ids: Sequence[int]) -> str | None:
+        new = token_ids[self._count :]
+        if not new:
+            return None
+        passed = new[:-1] if self._stops else new
+        if passed:
+            assert not self._held, "each token may complete a stop string"
+            self._parts.append(self._feed.push_all(passed))
+            self._count += len(passed)
+        return self.push(new[-1]) if self._stops else None
 
     def push(self, token_id: int) -> str | None:
         assert not self._stopped, "push after a stop string"
         self._count += 1
-        new = self._feed.push(token_id)
-        window = self._held + new
-        if self._firsts.isdisjoint(window):
-            self._parts.append(window)  # nothing was held, as it would begin a stop string
+        if self.passes[token_id] and not self.open:
+            self._parts.append(self._feed.push(token_id))
             return None
+        window = self._held + self._feed.push(token_id)
         found = self._find(window, len(self._held)) if self._count > self._min_tokens else None
         if found is not None:
             start, end, stop = found

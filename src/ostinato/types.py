@@ -354,10 +354,24 @@ class TextSink(Protocol):
 
     @property
     def watches(self) -> bool:
-        """Whether a token may complete a stop string: then each is pushed as it arrives.
+        """Whether a token may complete a stop string.
 
-        Else nothing is done for a token until somebody wants the text (`catch_up`).
+        Else nothing is done for a token until somebody wants the text (`catch_up`); the same goes for a
+        token that `passes` while the sink is not `open`.
         """
+        ...
+
+    @property
+    def passes(self) -> Mapping[int, bool]:
+        """Of any token: whether it can neither begin nor complete a stop string, whatever stands before it.
+
+        Requests that watch for the same have the same one.
+        """
+        ...
+
+    @property
+    def open(self) -> bool:
+        """Whether the text so far may end within a stop string: then any token may complete it."""
         ...
 
     @property
@@ -366,15 +380,18 @@ class TextSink(Protocol):
         ...
 
     def push(self, token_id: int) -> str | None:
-        """Add one token; the stop string that it completed, or None.
+        """Add the next token; the stop string that it completed, or None.
 
         After a match `text` ends before the stop string (or after it, where the request
         asked for that), and no further push is allowed.
         """
         ...
 
-    def catch_up(self, token_ids: Sequence[int]) -> None:
-        """Add what is new of all tokens so far; where no stop string is watched for."""
+    def catch_up(self, token_ids: Sequence[int]) -> str | None:
+        """Add what is new of all tokens so far; the stop string that the last one completed, or None.
+
+        Those before the last complete none: they pass, or no stop string is watched for.
+        """
         ...
 
     def finish(self) -> str:

@@ -69,10 +69,23 @@ class FakeSink:
 
     def __init__(self, pair, after=0):
         self.pair, self.after, self.tokens, self.matched = pair, after, [], False
+        self.passes = {token: token != pair[0] for token in range(VOCAB)}
 
     @property
     def text(self):
         return repr(self.tokens)
+
+    @property
+    def open(self):
+        return self.tokens[-1:] == [self.pair[0]]
+
+    def catch_up(self, token_ids):
+        new = token_ids[len(self.tokens) :]
+        for token in new[:-1]:
+            assert self.passes[token]
+            assert not self.open
+            self.push(token)
+        return self.push(new[-1]) if new else None
 
     def push(self, token_id):
         assert not self.matched, "no push after a match"
@@ -527,6 +540,7 @@ def check_answers(engine, specs, requests):
         assert request.prompt_logprobs == alone.prompt_logprobs
         assert request.cumulative_logprob == pytest.approx(alone.cumulative_logprob)
         if request.sink is not None:
+            request.sink.catch_up(got[:-1] if request.silent_end else got)
             assert request.sink.tokens == alone.sink.tokens
     # Equal prompts get their first token in order of arrival.
     seen: dict[tuple, int] = {}
@@ -934,6 +948,8 @@ def test_a_stop_string_before_min_tokens_does_not_end_the_request():
     request = Spec((1,), max_tokens=6, min_tokens=4).request("0")
 
     class Eager(FakeSink):
+        open = True
+
         def push(self, token_id):
             self.tokens.append(token_id)
             return "stop!"
@@ -946,23 +962,32 @@ def test_a_stop_string_before_min_tokens_does_not_end_the_request():
     assert request.stop_reason == "stop!"
 
 
-def test_without_stop_strings_no_token_is_turned_into_text():
+@pytest.mark.parametrize("watches", [False, True])
+@pytest.mark.parametrize("prompts", [(3,), (1, 3, 7)], ids=["alone", "several"])
+def test_tokens_that_begin_no_stop_string_are_not_turned_into_text(watches, prompts):
+    """Nor is any where none is watched for; a request that watches is looked at when it joins a group."""
+    asked = []
+
     class Patient(FakeSink):
-        watches = False
+        def catch_up(self, token_ids):
+            asked.append(len(token_ids))
+            return super().catch_up(token_ids)
 
-        def push(self, token_id):
-            raise AssertionError("nobody wanted the text")
-
-    requests = [Spec((i,), max_tokens=40, seed=i, stop_ids=frozenset({0})).request(str(i)) for i in range(3)]
+    Patient.watches = watches
+    specs = [Spec((i,), max_tokens=40, seed=i, stop_ids=frozenset({0})) for i in prompts]
+    requests = [spec.request(f"{spec.seed}") for spec in specs]
     engine = Engine(World(lag=1))
     looked = []
     for request in requests:
-        request.sink = Patient((0, 0))
+        request.sink = Patient((VOCAB, 0))  # which no token begins
         engine.add(request)
     look_at = engine.scheduler._look_at
     engine.scheduler._look_at = lambda *args: (looked.append(args[3]), look_at(*args))
     engine.finish()
     assert len(looked) < engine.scheduler.num_steps / 2, "steady steps look at no row"
+    assert len(looked) > 0
+    assert bool(asked) == watches
+    assert len(asked) < sum(len(request.output_token_ids) for request in requests) / 2
     for request in requests:
         assert request.silent_end == (request.finish_reason is FinishReason.STOP)
         assert request.output_token_ids == run_alone(Spec(request.prompt_token_ids, max_tokens=40, seed=request.seed,

@@ -425,15 +425,25 @@ def _run(
 ) -> tuple[str, str | None, int]:
     """(text, stop string, tokens pushed); checks what `TextSink` promises on the way."""
     sink = tokenizer.stream(params, prompt)
-    assert sink.watches == bool(params.stop_strings)
+    patient = tokenizer.stream(params, prompt)
+    assert sink.watches == patient.watches == bool(params.stop_strings)
+    assert sink.passes is patient.passes or tokenizer is not BPE
     shown, found, pushed = [sink.text], None, 0
     for token in ids:
+        passed = patient.watches and patient.passes[token] and not patient.open
         found = sink.push(token)
         pushed += 1
         shown.append(sink.text)
+        if passed:
+            assert found is None
+        elif patient.watches:
+            assert patient.catch_up(ids[:pushed]) == found
+            assert patient.text == sink.text
         if found is not None:
             break
     text = sink.finish()
+    patient.catch_up(ids[:pushed])
+    assert patient.finish() == text
     for before, after in zip(shown, [*shown[1:], text], strict=True):
         assert after.startswith(before)  # shown text is never taken back
     assert sink.text == text
@@ -607,6 +617,19 @@ def test_stop_strings_wait_for_min_tokens() -> None:
     for least, text in ((0, ""), (1, ""), (2, "ab"), (3, "ab"), (4, "abab")):
         assert _run(BPE, ids, SamplingParams(stop="ab", min_tokens=least))[0] == text
     assert _run(BPE, ids, SamplingParams(stop=["ab", "aba"], min_tokens=2))[0] == ""
+
+
+def test_tokens_that_pass() -> None:
+    """Those that neither hold a stop string nor end with the beginning of one; what is skipped has no text."""
+    (whole,), start = BPE.encode("abab", False), BPE._library.token_to_id("<s>")
+    tokens = [*map(BPE._library.token_to_id, "abn"), whole, start, BPE.vocab_size + 7]
+    for kept, expected in ((False, [0, 1, 0, 0, 1, 1]), (True, [0, 1, 0, 0, 0, 1])):
+        params = SamplingParams(stop=["ab", "né", "s>!"], skip_special_tokens=not kept)
+        passes = BPE.stream(params).passes
+        assert [passes[token] for token in tokens] == expected
+    anything = BPE.stream(SamplingParams(stop=["x\ufffd"])).passes
+    assert not any(anything[token] for token in range(BPE.vocab_size))
+    assert not any(WORDS.stream(SamplingParams(stop=["zzz"])).passes[token] for token in range(4))
 
 
 def test_pushing_stays_cheap() -> None:
