@@ -467,10 +467,11 @@ class _Passing(dict[int, bool]):
     def __init__(self, piece: Callable[[int], bytes], skip: frozenset[int], stops: Sequence[str]) -> None:
         self._piece, self._skip = piece, skip
         self._stops = [stop.encode(errors="surrogatepass") for stop in stops]
+        self._firsts = {stop[0] for stop in self._stops}
 
     def __missing__(self, token_id: int) -> bool:
         piece = b"" if token_id in self._skip else self._piece(token_id)
-        passes = self[token_id] = not any(
+        passes = self[token_id] = self._firsts.isdisjoint(piece) or not any(
             stop.startswith(piece[at:]) or piece.startswith(stop, at)
             for stop in self._stops
             for at in range(len(piece))
