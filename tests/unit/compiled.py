@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,8 @@ from typing import Any
 
 import pytest
 import torch
+
+SHARE = "OSTINATO_TEST_SHARE"
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class Compiled:
 def compile_launches(look: Callable[[Compiled], None], aligned: Collection[str] = ()) -> None:
     """From now on a launch compiles its kernel, once for the same arguments, and has `look` see it.
 
-    For a process of its own: launches never run again.
+    For a process of its own: launches never run again. One of several (`compiled_here`) takes its share of the kernels.
 
     Args:
         look: asserts what should hold.
@@ -46,6 +49,7 @@ def compile_launches(look: Callable[[Compiled], None], aligned: Collection[str] 
     from triton.runtime.jit import JITFunction, mangle_type
 
     seen = set()
+    share, shares = map(int, os.environ.get(SHARE, "0/1").split("/"))
 
     def build(self: JITFunction, *args: object, grid: object, warmup: bool, **options: Any) -> None:
         named = dict(zip(self.arg_names, args, strict=False))
@@ -62,6 +66,8 @@ def compile_launches(look: Callable[[Compiled], None], aligned: Collection[str] 
         if key in seen:
             return
         seen.add(key)
+        if len(seen) % shares != share:
+            return
         source = ASTSource(self, signature, constexprs, attributes)
         kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
         ptx = kernel.asm["ptx"]
@@ -71,7 +77,7 @@ def compile_launches(look: Callable[[Compiled], None], aligned: Collection[str] 
 
 
 def compiled_here(file: str, folder: Path) -> list[str]:
-    """What a test file prints, a line each, when it runs as a program that compiles its kernels."""
+    """What a test file prints, a line each, when it runs as a program that compiles its kernels; in a few processes."""
     from triton import knobs
 
     try:
@@ -79,10 +85,18 @@ def compiled_here(file: str, folder: Path) -> list[str]:
     except RuntimeError as error:
         pytest.skip(f"Triton finds no ptxas: {error}")
     env = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(folder)}
-    done = subprocess.run([sys.executable, file, ptxas], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    print(done.stdout)
-    return done.stdout.splitlines()
+    shares = min(os.cpu_count() or 1, 4)
+
+    def run(share: int) -> subprocess.CompletedProcess[str]:
+        own = {**env, SHARE: f"{share}/{shares}"}
+        return subprocess.run([sys.executable, file, ptxas], env=own, capture_output=True, text=True)
+
+    with ThreadPoolExecutor(shares) as pool:
+        done = list(pool.map(run, range(shares)))
+    for process in done:
+        assert process.returncode == 0, process.stdout + process.stderr
+        print(process.stdout)
+    return [line for process in done for line in process.stdout.splitlines()]
 
 
 def assembled(ptx: str, ptxas: str) -> tuple[int, list[int]]:

@@ -11,6 +11,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <vector>
 
 #define __device__
@@ -103,7 +104,8 @@ static void yield() {
 template <typename Body> static bool run_fibers(const Body &body) {
     static Body const *now;
     constexpr size_t APART = STACK + 7 * 64;   // no power of two: of all stacks the same lines are in use
-    static std::vector<char> stacks(FIBERS * APART);
+    // Given back at the end: a library that was opened stays, and each case has one.
+    const std::unique_ptr<char[]> stacks(new char[FIBERS * APART]);
     now = &body;
     running = FIBERS;
     calm = 4 << chosen() % 5;
@@ -113,7 +115,7 @@ template <typename Body> static bool run_fibers(const Body &body) {
         Fiber &fiber = fibers[f];
         fiber.begun = fiber.done = false;
         getcontext(&fiber.first);
-        fiber.first.uc_stack.ss_sp = stacks.data() + f * APART;
+        fiber.first.uc_stack.ss_sp = stacks.get() + f * APART;
         fiber.first.uc_stack.ss_size = STACK;
         fiber.first.uc_link = &home;
         void (*entry)() = [] { (*now)(); fibers[current].done = true; --running; progress(); suspend(); };
