@@ -157,11 +157,10 @@ class _Steady:
         rows = tuple(request.row for request in requests)
         self.entries, self.requests = entries, requests
         self.with_logprobs = [i for i, r in enumerate(requests) if r.params.logprobs is not None]
-        sinks = {i: sink for i, r in enumerate(requests) if (sink := _watching(r)) is not None}
-        self.watching = tuple(sinks)
-        """Places of the members that watch for stop strings."""
-        self.passes = [sink.passes for sink in sinks.values()]
-        self.open = set(sinks)
+        self.watching = {i: sink for i, r in enumerate(requests) if (sink := _watching(r)) is not None}
+        """What looks for stop strings, by place of the member."""
+        self.passes = [sink.passes for sink in self.watching.values()]
+        self.open = set(self.watching)
         """Those of whom any token may complete one: all, as earlier steps may still be in flight, until looked at."""
         self.members = Members(
             requests,
@@ -178,7 +177,7 @@ class _Steady:
         self.num_blocks: Sequence[int] = [len(r.blocks) for r in requests]
         self.pick = _picker(rows)
         """Tokens of the members from those of all columns."""
-        self.pick_watching = _picker(self.watching)
+        self.pick_watching = _picker(tuple(self.watching))
         """Tokens of those that watch from the members'."""
         self.schedule: Schedule | None = None
         """Of the steps that only repeat the last one."""
@@ -837,7 +836,7 @@ class Scheduler:
                 token >= 0
                 and done < group.look_from
                 and token not in group.stop_ids
-                and not (group.watching and not group.passed((token,)))
+                and (not group.watching or group.passed((token,)))
             ):
                 group.committed = done  # one row, and nothing but a token
                 group.append(token)
@@ -920,17 +919,11 @@ class Scheduler:
             else:
                 heapq.heappush(events, (min(entry.next_full, entry.last_start) - starts[i], i))
         group.wait_for_event()
-        watching = {
-            i
-            for i, passes in zip(group.watching, group.passes, strict=True)
-            if i in group.open or not passes[tokens[i]]
-        }
-        for i in sorted(look | watching):
+        watching, was_open = group.watching, group.open
+        touched = {i for i, sink in watching.items() if i in was_open or not sink.passes[tokens[i]]}
+        for i in sorted(look | touched):
             self._take(entries[i], tokens[i], starts[i] + done)
-        for i in watching:
-            sink = requests[i].sink
-            assert sink is not None
-            (group.open.add if sink.open else group.open.discard)(i)
+        group.open = {i for i in touched if watching[i].open}
 
     def _take(self, entry: _Entry, token: int, end: int) -> None:
         """A token was appended, `end` tokens are computed: end the request if it says so."""

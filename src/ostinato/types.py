@@ -363,7 +363,7 @@ class TextSink(Protocol):
 
     @property
     def passes(self) -> Mapping[int, bool]:
-        """Of any token: whether it can neither begin nor complete a stop string, whatever stands before it.
+        """Of any token: whether it neither holds a stop string nor ends with the beginning of one.
 
         Requests that watch for the same have the same one.
         """

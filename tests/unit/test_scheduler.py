@@ -973,6 +973,10 @@ def test_tokens_that_begin_no_stop_string_are_not_turned_into_text(watches, prom
             asked.append(len(token_ids))
             return super().catch_up(token_ids)
 
+        def push(self, token_id):
+            assert watches, "nobody wanted the text"
+            return super().push(token_id)
+
     Patient.watches = watches
     specs = [Spec((i,), max_tokens=40, seed=i, stop_ids=frozenset({0})) for i in prompts]
     requests = [spec.request(f"{spec.seed}") for spec in specs]
